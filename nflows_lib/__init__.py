@@ -1,0 +1,8 @@
+"""nflows_lib: the shared library of a course on normalizing flows, from NICE to conditional Glow.
+
+One way through it: data enters at :mod:`~nflows_lib.data`, becomes a likelihood in :mod:`~nflows_lib.flow` by passing
+one list of :mod:`bijections <nflows_lib.bijection>`, is trained in :mod:`~nflows_lib.training` and shown by
+:mod:`~nflows_lib.plotting`.
+"""
+
+__version__ = "0.1.0"

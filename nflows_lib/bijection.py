@@ -1,0 +1,109 @@
+"""The contract that every part of a flow keeps: :class:`Layer`, :class:`Bijection`, and the :class:`Chain` of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+
+
+class Layer(nn.Module):
+    """One step of a flow, from data towards latent.
+
+    ``forward(x, context)`` returns ``(z, contribution)``: the transformed batch, and what this step adds to
+    log p(x) for each example, shape (B,), in nats. ``inverse(z, context)`` goes back from latent towards data.
+    A layer that does not use the context ignores it.
+
+    A step that is not a deterministic bijection (dequantization, say) derives from this class and states in its
+    docstring what its contribution stands for. Everything else is a :class:`Bijection`.
+    """
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Set parameters from a first batch, where a layer has such. By default there is nothing to do."""
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Shape of one transformed example, given the shape of one example, both without the batch dimension.
+
+        Raises:
+            ValueError: the layer cannot take that shape.
+        """
+        return shape
+
+
+class Bijection(Layer):
+    r"""A deterministic, invertible :class:`Layer`: z = f(x).
+
+    The contribution is :math:`\log|\det \partial f / \partial x|` of the *forward* direction (data to latent), in
+    nats, shape (B,), summed over all dimensions of an example. With it, log p(x) = log p_base(f(x)) + contribution
+    (the change of variables; Dinh et al. 2014, eq. 1).
+    """
+
+
+class Chain(Layer):
+    """Layers applied one after the other; their contributions add up.
+
+    >>> import torch
+    >>> from nflows_lib.dequantization import Rescale
+    >>> z, log_det = Chain([Rescale(2.0), Rescale(0.5)])(torch.ones(1, 3))
+    >>> z.tolist(), log_det.tolist()
+    ([[1.0, 1.0, 1.0]], [0.0])
+    """
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer, Layer):
+                raise ValueError(f"layers: expected Layer objects, got {type(layer).__name__} at position {i}")
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, index: int) -> Layer:
+        return self.layers[index]
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total = torch.zeros(len(x), device=x.device)
+        for layer in self.layers:
+            x, contribution = layer(x, context)
+            total = total + contribution
+        return x, total
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        for layer in reversed(self.layers):
+            z = layer.inverse(z, context)
+        return z
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        for layer in self.layers:
+            layer.initialize(x, context)  # before its own forward, after everything in front of it
+            x, _ = layer(x, context)
+
+    def output_shape(self, shape: Shape) -> Shape:
+        for layer in self.layers:
+            shape = layer.output_shape(shape)
+        return shape
+
+
+def sum_per_example(values: Tensor) -> Tensor:
+    """Sum over every dimension but the batch: (B, ...) to (B,)."""
+    return values.flatten(1).sum(1)
+
+
+def check_shape(name: str, x: Tensor, shape: Shape) -> None:
+    """Raise a ValueError unless x is a batch of examples of this shape, (B, *shape)."""
+    if x.dim() == 0 or tuple(x.shape[1:]) != tuple(shape):
+        expected = ", ".join(["B", *map(str, shape)])
+        raise ValueError(f"{name}: expected shape ({expected}), got {tuple(x.shape)}")

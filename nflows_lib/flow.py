@@ -1,0 +1,126 @@
+"""A normalizing flow: a list of layers and a base density, together a likelihood that can be sampled from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nflows_lib.bijection import Chain, Layer, check_shape
+from nflows_lib.distributions import Base
+
+
+class Flow(nn.Module):
+    """log p(x) = log p_base(z) + the sum of the layers' contributions, where z is what the layers make of x.
+
+    With a noise layer among them (``UniformDequantize``), log p(x) is a one-draw lower bound of the log-likelihood of
+    the discrete data (chapter 2); without one it is exact.
+
+    Args:
+        layers: the steps from data to latent, in that order.
+        base: density of the latent, which is (B, D) for it whatever the layers' last shape.
+        shape: shape of one example of the *data*, without the batch: (2,) for points, (1, 28, 28) for images.
+
+    Raises:
+        ValueError: a layer cannot take the shape that reaches it.
+
+    >>> import torch
+    >>> from nflows_lib.dequantization import Rescale
+    >>> from nflows_lib.distributions import StandardNormal
+    >>> flow = Flow([Rescale(0.5)], StandardNormal(), shape=(2,))      # x = 2 z: a normal of standard deviation 2
+    >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)             # -log(2 pi) - 2 log 2
+    -3.2242
+    """
+
+    def __init__(self, layers: Iterable[Layer], base: Base, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.chain = Chain(layers)
+        self.base = base
+        self.shape = tuple(shape)
+        self.dims = math.prod(self.shape)  # D of the input, the D of bits per dimension
+        self.latent_shape = self.chain.output_shape(self.shape)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """log p(x) in nats: (B, *shape) to (B,). The same as :meth:`log_prob`, and what wrappers of modules call.
+
+        Raises:
+            ValueError: x has another shape or type than the flow's data, or values that are not finite or out of range.
+        """
+        self._check_data(x)
+        z, contribution = self.chain(x, context)
+        return self.base.log_prob(z.flatten(1)) + contribution
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """log p(x) in nats: (B, *shape) to (B,)."""
+        return self(x, context)
+
+    def bits_per_dim(self, x: Tensor, context: Tensor | None = None, draws: int = 1) -> Tensor:
+        """-log2 p(x) / D, averaged over that many draws of the noise: (B, *shape) to (B,).
+
+        D counts the dimensions of the input. The average of logs is the bound; it does not tighten with more draws,
+        it only gets less noisy.
+        """
+        if draws < 1:
+            raise ValueError(f"draws: expected at least 1, got {draws}")
+        log_prob = torch.stack([self(x, context) for _ in range(draws)]).mean(0)
+        return -log_prob / (self.dims * math.log(2))
+
+    def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The latent of x: (B, *shape) to (B, D)."""
+        self._check_data(x)
+        return self.chain(x, context)[0].flatten(1)
+
+    def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """The data whose latent is z: (B, D) to (B, *shape)."""
+        check_shape("z", z, (self.dims,))
+        return self.chain.inverse(z.unflatten(1, self.latent_shape), context)
+
+    @torch.no_grad()
+    def sample(self, n: int, temperature: float = 1.0, context: Tensor | None = None) -> Tensor:
+        """n draws, (n, *shape). The latent is multiplied by the temperature; below 1 it stays nearer the mode.
+
+        A context holds one row for each sample.
+        """
+        if n < 1:
+            raise ValueError(f"n: expected at least 1, got {n}")
+        if not temperature >= 0:
+            raise ValueError(f"temperature: expected a number >= 0, got {temperature}")
+        like = next(self.parameters(), torch.empty(0))
+        z = self.base.sample(torch.empty(n, self.dims, device=like.device, dtype=like.dtype))
+        return self.decode(temperature * z, context)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Run every layer's data-dependent initialisation on a first batch. Call it once, before the optimizer."""
+        self._check_data(x)
+        self.chain.initialize(x, context)
+
+    def summary(self) -> str:
+        """A table of the layers: what each is, the shape of one example after it, its number of parameters."""
+        rows, shape = [("data", self.shape, "")], self.shape
+        for layer in self.chain:
+            shape = layer.output_shape(shape)
+            title = f"{type(layer).__name__}({layer.extra_repr()})"
+            rows.append((title, shape, f"{sum(p.numel() for p in layer.parameters()):,}"))
+        rows.append((type(self.base).__name__, (self.dims,), f"{sum(p.numel() for p in self.parameters()):,} in all"))
+        width = max(len(title) for title, _, _ in rows)
+        lines = (f"{title:{width}}  {shape!s:13} {parameters:>12}" for title, shape, parameters in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _check_data(self, x: Tensor) -> None:
+        check_shape("x", x, self.shape)
+        levels = getattr(self.chain[0], "levels", None) if len(self.chain) else None
+        if levels is None:
+            if not x.is_floating_point():
+                raise ValueError(
+                    f"x: expected floating-point numbers, got {x.dtype}; discrete data need UniformDequantize first"
+                )
+            if not x.isfinite().all():
+                raise ValueError("x: expected finite values, got NaN or infinity")
+        else:
+            if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+                raise ValueError(f"x: expected integers from 0 to {levels - 1}, got {x.dtype}")
+            if x.numel() and (x.min() < 0 or x.max() >= levels):
+                raise ValueError(f"x: expected integers from 0 to {levels - 1}, got values from {x.min()} to {x.max()}")
