@@ -122,5 +122,7 @@ class Flow(nn.Module):
         else:
             if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
                 raise ValueError(f"x: expected integers from 0 to {levels - 1}, got {x.dtype}")
-            if x.numel() and (x.min() < 0 or x.max() >= levels):
-                raise ValueError(f"x: expected integers from 0 to {levels - 1}, got values from {x.min()} to {x.max()}")
+            # As Python numbers: 256 compared within uint8 would wrap around to 0.
+            low, high = (int(x.min()), int(x.max())) if x.numel() else (0, 0)
+            if low < 0 or high >= levels:
+                raise ValueError(f"x: expected integers from 0 to {levels - 1}, got values from {low} to {high}")

@@ -1,0 +1,59 @@
+# Two commands matter: `make book` and `make test`. Each sets up .venv by itself, once.
+
+BIN   := .venv/bin
+READY := .venv/.ready
+
+# One chapter instead of all: make notebooks CHAPTER=chapters/01_nice.ipynb
+CHAPTER ?= $(sort $(wildcard chapters/*.ipynb))
+
+# How many processes the tests use, each on one thread.
+JOBS ?= 2
+
+# nbval runs a chapter and compares every output; only a number after ≈ may differ (tests/sanitize.cfg).
+NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
+
+.PHONY: help book test seeds notebooks lab lock clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# Outputs and results must not depend on who runs them: one thread, no progress bars.
+test seeds notebooks: export OMP_NUM_THREADS := 1
+test seeds notebooks: export NFLOWS_PROGRESS := 0
+test notebooks: export NFLOWS_SEED := 0
+test seeds notebooks: export NFLOWS_PRESET := quick
+
+book: $(READY)  ## build the book from the committed outputs, warnings as errors
+	$(BIN)/jupyter-book build . -W -n --keep-going --path-output .
+	@echo "The book is built. Open $(CURDIR)/_build/html/index.html"
+
+# The chapters take longest, so they come first and the two workers end together.
+test: $(READY)  ## lint, unit and property tests, every chapter compared with its stored outputs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder $(NBVAL) chapters tests/test_book.py tests nflows_lib
+
+# A seed a process; each one's report is kept whole and printed when it ends.
+seeds: $(READY)  ## the chapters under NFLOWS_SEED 1 to 4
+	@printf '%s\n' 1 2 3 4 | xargs -P $(JOBS) -I SEED sh -c ' \
+	    report=$$(NFLOWS_SEED=SEED $(BIN)/pytest -q -p no:cacheprovider $(NBVAL) $(CHAPTER) 2>&1); status=$$?; \
+	    printf "NFLOWS_SEED=SEED\n%s\n" "$$report"; exit $$status'
+
+notebooks: $(READY)  ## execute the chapters in place and normalise them
+	$(BIN)/python tests/notebooks.py $(CHAPTER)
+
+lab: $(READY)  ## JupyterLab in the course's environment
+	$(BIN)/jupyter lab chapters
+
+# The markers in the file cover every Python and system that pyproject.toml allows.
+lock:  ## resolve requirements.lock anew (needs uv)
+	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
+	    --no-header --no-annotate --upgrade --quiet --output-file requirements.lock
+
+clean:  ## remove what was built, keep .venv
+	rm -rf _build .pytest_cache .ruff_cache figures
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(READY): requirements.lock pyproject.toml tools/environment.sh
+	bash tools/environment.sh
