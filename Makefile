@@ -25,7 +25,7 @@ test notebooks: export NFLOWS_SEED := 0
 test seeds notebooks: export NFLOWS_PRESET := quick
 
 book: $(READY)  ## build the book from the committed outputs, warnings as errors
-	$(BIN)/jupyter-book build . -W -n --keep-going --path-output .
+	$(BIN)/jupyter-book build . -W -n --keep-going
 	@echo "The book is built. Open $(CURDIR)/_build/html/index.html"
 
 # The chapters take longest, so they come first and the two workers end together.

@@ -1,0 +1,153 @@
+"""The committed chapters are in order, and the comparison that guards them sees what it must see."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import v4
+from notebooks import check, normalise, problems
+
+ROOT = Path(__file__).parents[1]
+CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_chapter_is_in_order(path: Path) -> None:
+    assert check(path) == []
+
+
+# (source, stored output, whether the comparison should pass)
+CASES = {
+    "same text": ("print('✓ the bound holds')", "✓ the bound holds\n", True),
+    "a changed tick": ("print('✗ the bound holds')", "✓ the bound holds\n", False),
+    "a changed claim": ("print('✓ the bound holds')", "✓ the bound fails\n", False),
+    "a changed count": ("print('parameters 1204')", "parameters 1203\n", False),
+    "a changed constant": ("print('D log 4 = 88.72')", "D log 4 = 88.73\n", False),
+    "a measured number": ("print('loss ≈ 88.8 nats')", "loss ≈ 91.25 nats\n", True),
+    "a measured number with its spread": ("print('≈ 1.2 ± 0.1, kept')", "≈ -13 ± .25, kept\n", True),
+    "thousands and powers": ("print('≈ 1,024.5 and ≈ 3e-07')", "≈ 980 and ≈ -1.5e+10\n", True),
+    "what follows a measured number": ("print('≈ 88.8 nats')", "≈ 88.8 bits\n", False),
+    "a second number without a sign": ("print('≈ 1.5 2.5')", "≈ 1.5 2.6\n", False),
+    "nan is no number": ("print('≈ nan')", "≈ 88.8\n", False),
+    "columns that shift": ("print('ReLU  ≈ 9.5  ≈ 10.25\\nLeaky ≈ 8.0')", "ReLU ≈  10.5 ≈ 9.25\nLeaky ≈ 11.0\n", True),
+    "a line too few": ("print('a ≈ 1.0')", "a ≈ 1.0\nb ≈ 1.0\n", False),
+    "no output any more": ("pass", "✓ the bound holds\n", False),
+    "a new output": ("print('more')", "", False),
+    "the kernel is this environment's": ("import sys\nprint(sys.executable)", f"{sys.executable}\n", True),
+    "no progress bars": ("import os\nprint(os.environ['NFLOWS_PROGRESS'])", "0\n", True),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
+    """Whether each case passed, from one nbval run with the flags of ``make test``."""
+    folder = tmp_path_factory.mktemp("nbval")
+    cells = []
+    for number, (source, stored, _) in enumerate(CASES.values(), start=1):
+        outputs = [v4.new_output("stream", name="stdout", text=stored)] if stored else []
+        cells.append(v4.new_code_cell(source, outputs=outputs, execution_count=number))
+    # A kernel that does not exist: what the notebook names must not matter.
+    kernel = {"kernelspec": {"name": "someone-elses", "display_name": "", "language": "python"}}
+    nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), folder / "cases.ipynb")
+    flags = re.search(r"^NBVAL := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert flags
+    flags = flags[1].replace("tests/sanitize.cfg", str(ROOT / "tests" / "sanitize.cfg")).split()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--rootdir=.", *flags, "cases.ipynb"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    found = re.findall(r"cases.ipynb::Cell (\d+) (PASSED|FAILED)", done.stdout)
+    assert len(found) == len(CASES), done.stdout
+    return dict(zip(CASES, [outcome == "PASSED" for _, outcome in found], strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_comparison(outcomes: dict[str, bool], case: str) -> None:
+    assert outcomes[case] is CASES[case][2]
+
+
+def sound_notebook() -> nbformat.NotebookNode:
+    cell = v4.new_code_cell("print('✓')", outputs=[v4.new_output("stream", text="✓\n")], execution_count=1)
+    return normalise(v4.new_notebook(cells=[cell]))
+
+
+def test_normal_form_depends_on_no_machine() -> None:
+    notebook = sound_notebook()
+    clean = nbformat.writes(notebook)
+    cell = notebook.cells[0]
+    notebook.metadata.widgets = {"state": {}}
+    notebook.metadata.kernelspec = {"name": "mine", "display_name": "Mine"}
+    notebook.metadata.language_info = {"name": "python", "version": "3.11.7"}
+    cell.metadata.execution = {"iopub.execute_input": "2026-01-01T00:00:00Z"}
+    cell.outputs = [v4.new_output("stream", text="✓"), v4.new_output("stream", text="\n")]
+    assert nbformat.writes(normalise(notebook)) == clean
+    assert nbformat.writes(normalise(normalise(notebook))) == clean
+
+
+def test_a_cell_without_id_gets_the_same_one_each_time() -> None:
+    notebook = sound_notebook()
+    del notebook.cells[0]["id"]
+    assert normalise(notebook).cells[0].id == "cell-01" == normalise(notebook).cells[0].id
+
+
+def test_a_traceback_keeps_only_name_and_message() -> None:
+    notebook = sound_notebook()
+    error = v4.new_output("error", ename="ValueError", evalue="expected 2", traceback=["File /home/me/x.py", "..."])
+    notebook.cells[0].outputs = [error]
+    assert normalise(notebook).cells[0].outputs[0].traceback == ["ValueError: expected 2"]
+
+
+def stream(text: str):
+    return [v4.new_output("stream", text=text)]
+
+
+def picture(size: int):
+    import base64
+
+    data = {"image/png": base64.b64encode(bytes(size)).decode(), "text/plain": "<Figure>"}
+    return [v4.new_output("display_data", data=data)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "x = 1\n" * 41}, "at most 40 lines, came 41"),
+        ({"source": "%matplotlib inline"}, "expected plain Python"),
+        ({"execution_count": None}, "expected every cell run once"),
+        ({"execution_count": 7}, "expected every cell run once"),
+        ({"outputs": stream("UserWarning: old\n")}, "expected no warning"),
+        ({"outputs": stream("saved in /home/me/data/x.png\n")}, "no path of this machine in an output, came '/home/me"),
+        ({"outputs": picture(1000)}, "expected alt text"),
+        ({"outputs": picture(100_001)}, "expected a figure of at most 100000 bytes, came 100001"),
+        ({"outputs": [v4.new_output("display_data", data={"text/html": "<b>"})]}, "came text/html"),
+        ({"outputs": [v4.new_output("error", ename="E", evalue="bad", traceback=["E: bad"])]}, "came E: bad"),
+        ({"metadata": nbformat.NotebookNode(tags=["raises-exception"])}, "expected an error"),
+        ({"metadata": nbformat.NotebookNode(execution={})}, "not in the normal form"),
+    ],
+)
+def test_what_is_out_of_order_is_named(change: dict, message: str) -> None:
+    notebook = sound_notebook()
+    notebook.cells[0].update(change)
+    assert message in "\n".join(problems(notebook, size=1000))
+
+
+@pytest.mark.parametrize("text", ["6.1 nats/dim, 1/2", "see https://arxiv.org/abs/1410.8516", "a / b", "and/or/not"])
+def test_a_fraction_is_no_path(text: str) -> None:
+    notebook = sound_notebook()
+    notebook.cells[0].outputs = stream(text)
+    assert problems(notebook, size=1000) == []
+
+
+def test_a_sound_notebook_has_no_problem() -> None:
+    assert problems(sound_notebook(), size=1000) == []
+    assert "at most 1500000 bytes" in problems(sound_notebook(), size=1_500_001)[0]
