@@ -66,7 +66,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
         encoding="utf-8",
         timeout=120,
     )
-    found = re.findall(r"cases.ipynb::Cell (\d+) (PASSED|FAILED)", done.stdout)
+    found = re.findall(r"::Cell (\d+) (PASSED|FAILED)", done.stdout)
     assert len(found) == len(CASES), done.stdout
     return dict(zip(CASES, [outcome == "PASSED" for _, outcome in found], strict=True))
 
