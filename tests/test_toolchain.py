@@ -1,0 +1,138 @@
+"""The environment's three files agree, and nothing in the repository is tied to one machine."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+TARGETS = re.findall(r"^([a-z]+):(?!.*export)", MAKEFILE, re.MULTILINE)
+PYTHONS = ["3.11", "3.12", "3.13"]
+# Written in pieces, so that this file does not find itself.
+HOSTS = [".".join(pieces) for pieces in [("pypi", "org"), ("pythonhosted", "org"), ("anaconda", "org"), ("npmjs", "")]]
+MACHINE_PATHS = ["/" + name + "/" for name in ("root", "work", "tmp", "home", "Users")]
+MAX_FILE_BYTES = 16 * 2**20
+
+
+def requirements() -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"].values()
+    return [Requirement(line) for line in [*project["dependencies"], *(line for extra in extras for line in extra)]]
+
+
+def lock(python: str, platform: str = "linux") -> dict[str, str]:
+    """{package: version} that requirements.lock installs under this Python."""
+    environment = {"python_version": python, "python_full_version": f"{python}.9", "sys_platform": platform}
+    pins: dict[str, str] = {}
+    for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines():
+        if line[:1].isalnum():
+            pin = Requirement(line.rstrip(" \\"))
+            if pin.marker is None or pin.marker.evaluate(environment):
+                name = canonicalize_name(pin.name)
+                assert name not in pins, f"{name} is pinned twice for Python {python}"
+                assert re.fullmatch(r"==[^*,]+", str(pin.specifier)), f"expected one version of {name}, came {line}"
+                pins[name] = str(pin.specifier).removeprefix("==")
+    return pins
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_lock_has_what_the_project_asks_for(python: str) -> None:
+    pins = lock(python)
+    for requirement in requirements():
+        version = pins.get(canonicalize_name(requirement.name))
+        assert version is not None, f"{requirement} is not in the lock for Python {python}"
+        assert requirement.specifier.contains(version), f"{requirement} is locked at {version}"
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+def test_the_lock_has_what_builds_the_package(platform: str) -> None:
+    """The package is built without isolation, by the lock's own setuptools."""
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]
+    for requirement in map(Requirement, build["requires"]):
+        assert requirement.specifier.contains(lock("3.11", platform)[requirement.name])
+
+
+def test_the_lock_has_hashes_and_no_addresses() -> None:
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    entries = re.split(r"\n(?=[a-zA-Z0-9])", text)
+    assert not [entry.splitlines()[0] for entry in entries if "--hash=sha256:" not in entry]
+    assert "://" not in text and " @ " not in text and "--index" not in text
+
+
+def test_conda_agrees_with_the_lock() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    *conda, pip = environment["dependencies"]
+    assert conda == ["python=3.13", "pip"]
+    *pins, package = pip["pip"]
+    assert package == "-e ."
+    locked = lock("3.13")
+    expected = {f"{r.name}=={locked[canonicalize_name(r.name)]}" for r in requirements()}
+    assert set(pins) == expected
+    assert len(pins) == len(expected)
+
+
+def test_the_supported_pythons_are_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["requires-python"] == ">=3.11,<3.14"
+    assert "python3.13 python3.12 python3.11 python3" in (ROOT / "tools" / "environment.sh").read_text("utf-8")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text(encoding="utf-8"))
+    assert workflow["jobs"]["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.13"]
+
+
+def test_help_lists_every_target() -> None:
+    shown = subprocess.run(
+        ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    listed = [line.split()[1] for line in shown.splitlines()]
+    assert listed == TARGETS
+    assert {"book", "test", "seeds", "notebooks", "lab", "lock", "clean"} <= set(TARGETS)
+    phony = re.search(r"^\.PHONY: (.+)$", MAKEFILE, re.MULTILINE)
+    assert phony and phony[1].split() == TARGETS
+
+
+def test_ci_runs_what_a_reader_runs() -> None:
+    assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text(encoding="utf-8"))
+    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    called = {command.split()[1] for command in commands if command.startswith("make ")}
+    assert called == {"test", "book"} and len(called) == len(commands)
+
+
+def test_the_citation_file_is_whole() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors", "version", "license"} <= citation.keys()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert citation["version"] == project["version"]
+    assert citation["title"] == yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["title"]
+
+
+def tracked_files() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_no_file_is_tied_to_a_machine_or_a_registry() -> None:
+    found = []
+    for path in tracked_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # a picture
+        # A path stands at the start of a word; `figures/work/` is none.
+        found += [(path.name, host) for host in HOSTS if host in text]
+        found += [(path.name, start) for start in MACHINE_PATHS if re.search(rf"(?<![\w.*~-]){start}", text)]
+    # Two tests write machine paths on purpose, to see them refused.
+    assert [entry for entry in found if entry[0] != "test_notebooks.py"] == []
+
+
+def test_no_file_is_too_large_for_git() -> None:
+    sizes = {path.name: path.stat().st_size for path in tracked_files()}
+    assert not {name: size for name, size in sizes.items() if size > MAX_FILE_BYTES}
