@@ -102,7 +102,7 @@ def digits(part: str = "train") -> Images:
     """The 8x8 handwritten digits that scikit-learn ships: 17 grey levels, 1,797 images, every sixth one for testing.
 
     Args:
-        part: "train" (1,497 images), "test" (300), or "all".
+        part: "train" (1,498 images), "test" (299), or "all".
 
     Raises:
         ValueError: another part.

@@ -49,7 +49,7 @@ class Rescale(Bijection):
         self.scale = scale
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        log_det = x[0].numel() * math.log(abs(self.scale))
+        log_det = math.prod(x.shape[1:]) * math.log(abs(self.scale))
         return self.scale * x, x.new_full((len(x),), log_det)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:

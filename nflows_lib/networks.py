@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from nflows_lib.bijection import check_shape
+
 
 class MLP(nn.Module):
     """A fully connected network from vectors to vectors.
@@ -50,5 +52,6 @@ class MLP(nn.Module):
         if self.context:
             if context is None:
                 raise ValueError(f"context: expected shape (B, {self.context}), got None")
+            check_shape("context", context, (self.context,))
             x = torch.cat([x, context], dim=1)
         return self.layers(x)

@@ -17,7 +17,7 @@ def preset() -> str:
 def seed(offset: int = 0) -> int:
     """A seed for one experiment: its own number, shifted by 1000 times ``NFLOWS_SEED`` (0 by default)."""
     value = os.environ.get("NFLOWS_SEED", "0")
-    if not value.isdigit():
+    if not value.isdecimal():
         raise ValueError(f"NFLOWS_SEED: expected a whole number from 0 on, got {value!r}")
     return 1000 * int(value) + offset
 

@@ -130,7 +130,7 @@ def log_likelihoods(
     """
     if draws < 1:
         raise ValueError(f"draws: expected at least 1, got {draws}")
-    device = next(flow.parameters()).device
+    device = next(flow.parameters(), data).device  # a flow need not have parameters to be evaluated
     training = flow.training
     flow.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
