@@ -1,0 +1,105 @@
+"""One dictionary of all bijections, each by a named constructor: what tests/test_bijections.py holds to the contract.
+
+A new public ``Bijection`` in nflows_lib needs an entry here; without one the suite fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nflows_lib.bijection import Bijection, Shape
+from nflows_lib.coupling import AdditiveCoupling, alternating_mask
+from nflows_lib.dequantization import Rescale
+from nflows_lib.networks import MLP
+from nflows_lib.normalization import DiagonalScaling
+
+BATCH = 4
+
+
+class ConvNet(nn.Module):
+    """The least network that can stand inside a coupling of images."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, channels, 3, padding=1)
+        )
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.layers(x)
+
+
+def mlp(shape: Shape, depth: int, context: int = 0) -> MLP:
+    """Tanh rather than ReLU: smooth for finite differences, and never dead for a whole example."""
+    return MLP(*shape, *shape, hidden=8, depth=depth, activation=nn.Tanh, context=context)
+
+
+def checkerboard(shape: Shape) -> Tensor:
+    """True on one colour of a chess board, the same in every channel; for shapes (C, H, W)."""
+    _, height, width = shape
+    return ((torch.arange(height)[:, None] + torch.arange(width)) % 2 == 0).expand(shape).clone()
+
+
+@dataclass(frozen=True)
+class Example:
+    """How to make a bijection for one example's shape, and the shapes to try.
+
+    context: the shape of one example's context, where the layer needs one.
+    any_shape: the layer takes whatever comes, so no shape is wrong.
+    """
+
+    make: Callable[[Shape], Bijection]
+    shapes: tuple[Shape, ...]
+    context: Shape | None = None
+    any_shape: bool = False
+
+
+VECTORS: tuple[Shape, ...] = ((2,), (5,), (8,))
+IMAGES: tuple[Shape, ...] = ((1, 4, 4), (2, 3, 3))
+
+BIJECTIONS: dict[str, Example] = {
+    "rescale": Example(lambda shape: Rescale(1 / 17), ((1,), (5,), (2, 3, 4)), any_shape=True),
+    "rescale_negative": Example(lambda shape: Rescale(-3.0), ((1,), (4,), (1, 2, 2)), any_shape=True),
+    "diagonal_scaling": Example(lambda shape: DiagonalScaling(*shape), ((1,), (2,), (7,))),
+    "additive_coupling_even": Example(
+        lambda shape: AdditiveCoupling(alternating_mask(*shape, 0), mlp(shape, depth=2)), VECTORS
+    ),
+    "additive_coupling_odd": Example(
+        lambda shape: AdditiveCoupling(alternating_mask(*shape, 1), mlp(shape, depth=1)), VECTORS
+    ),
+    "additive_coupling_image": Example(
+        lambda shape: AdditiveCoupling(checkerboard(shape), ConvNet(shape[0])),
+        IMAGES,
+    ),
+    "additive_coupling_conditional": Example(
+        lambda shape: AdditiveCoupling(alternating_mask(*shape, 0), mlp(shape, depth=2, context=3)),
+        VECTORS,
+        context=(3,),
+    ),
+}
+
+
+@torch.no_grad()
+def randomize(module: nn.Module, scale: float = 0.5) -> None:
+    """Move every parameter by random numbers: zero-initialised layers and log-scales would hide errors."""
+    for parameter in module.parameters():
+        parameter.add_(scale * torch.randn_like(parameter))
+
+
+def build(
+    name: str, shape: Shape, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Bijection, Tensor, Tensor | None]:
+    """The bijection with random parameters in evaluation mode, a batch (BATCH, *shape), its context if it needs one."""
+    example = BIJECTIONS[name]
+    torch.manual_seed(seed)
+    layer = example.make(shape).to(dtype)
+    x = torch.randn(BATCH, *shape, dtype=dtype)
+    context = None if example.context is None else torch.randn(BATCH, *example.context, dtype=dtype)
+    with torch.no_grad():
+        layer.initialize(x, context)
+    randomize(layer)
+    return layer.eval(), x, context

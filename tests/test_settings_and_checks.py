@@ -1,0 +1,67 @@
+"""The environment variables, and check()."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nflows_lib import settings
+from nflows_lib.checks import check
+
+VARIABLES = ("NFLOWS_PRESET", "NFLOWS_SEED", "NFLOWS_DATA", "NFLOWS_PROGRESS")
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_defaults():
+    assert settings.preset() == "quick"
+    assert settings.seed(3) == 3
+    assert settings.data_folder() == Path(settings.__file__).resolve().parent.parent / "data"
+    assert settings.progress()
+
+
+def test_variables_are_obeyed(monkeypatch, tmp_path):
+    for name, value in zip(VARIABLES, ("full", "2", str(tmp_path), "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert settings.preset() == "full"
+    assert [settings.seed(), settings.seed(5)] == [2000, 2005]
+    assert settings.data_folder() == tmp_path
+    assert not settings.progress()
+
+
+@pytest.mark.parametrize("value", ["-1", "1.5", "one", "", "²"])
+def test_bad_seed(monkeypatch, value):
+    monkeypatch.setenv("NFLOWS_SEED", value)
+    with pytest.raises(ValueError, match=f"NFLOWS_SEED: expected a whole number from 0 on, got '{value}'"):
+        settings.seed()
+
+
+@pytest.mark.parametrize("value", ["", "Full", "fast"])
+def test_bad_preset(monkeypatch, value):
+    monkeypatch.setenv("NFLOWS_PRESET", value)
+    with pytest.raises(ValueError, match=f'NFLOWS_PRESET: expected "quick" or "full", got \'{value}\''):
+        settings.preset()
+
+
+FALSE = [False, np.bool_(False), torch.tensor(False)]
+TRUE = [True, np.bool_(True), torch.tensor(True)]
+
+
+@pytest.mark.parametrize("holds", TRUE, ids=["bool", "numpy", "torch"])
+def test_a_check_that_holds_prints_its_claim(capsys, holds):
+    check("the sum is 4", holds)
+    assert capsys.readouterr().out == "✓ the sum is 4\n"
+
+
+@pytest.mark.parametrize("holds", FALSE, ids=["bool", "numpy", "torch"])
+def test_a_check_that_fails_raises_its_claim_and_prints_nothing(capsys, holds):
+    with pytest.raises(AssertionError, match="the sum is 4"):
+        check("the sum is 4", holds)
+    assert capsys.readouterr().out == ""

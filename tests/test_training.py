@@ -1,0 +1,374 @@
+"""fit() and log_likelihoods(): every argument against what it says it does.
+
+Many tests use a flow whose training is known by heart: ``DiagonalScaling(1)`` on data that are all zero has the loss
+constant - s, so plain gradient descent moves s by exactly the learning rate at every step.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import chain, pairwise
+
+import pytest
+import torch
+from bijections import mlp, randomize
+from torch import Tensor, nn
+
+from nflows_lib.bijection import Bijection
+from nflows_lib.coupling import AdditiveCoupling, alternating_mask
+from nflows_lib.distributions import StandardNormal
+from nflows_lib.flow import Flow
+from nflows_lib.models import nice
+from nflows_lib.normalization import DiagonalScaling
+from nflows_lib.training import NonFiniteLoss, fit, log_likelihoods, mean_and_error
+
+AT_ZERO = 0.5 * math.log(2 * math.pi)  # -log N(0; 0, 1)
+ZEROS = torch.zeros(4, 1)
+
+
+def scaling(dims: int = 1, *more) -> Flow:
+    return Flow([*more, DiagonalScaling(dims)], StandardNormal(), (dims,))
+
+
+def log_scale(flow: Flow) -> Tensor:
+    return flow.chain[-1].log_scale.detach().clone()
+
+
+def sgd(flow: Flow, lr: float = 1.0) -> torch.optim.SGD:
+    return torch.optim.SGD(flow.parameters(), lr=lr)
+
+
+def noisy_nice() -> tuple[Flow, Tensor]:
+    """A flow with noise in it, and integers for it; the same at every call."""
+    torch.manual_seed(0)
+    flow = nice(4, levels=5, couplings=2, hidden=8, depth=1)
+    randomize(flow, 0.1)
+    return flow, torch.randint(5, (40, 4))
+
+
+class Recorder(Bijection):
+    """Passes x on and keeps what it saw. Its parameter is set by the first batch, and it counts calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Parameter(torch.zeros(()))
+        self.register_buffer("calls", torch.zeros(()))
+        self.initialized_with: list[Tensor] = []
+        self.seen: list[tuple[Tensor, Tensor | None, bool]] = []
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        self.initialized_with.append(x.clone())
+        self.start.fill_(100.0)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled():  # a training step, not the initialisation or an evaluation
+            self.seen.append((x.detach().clone(), context, self.training))
+            self.calls += 1
+        return x, 0 * self.start.expand(len(x))
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return z
+
+
+# --- does it learn ----------------------------------------------------------------------------------------------------
+
+
+def test_fit_reaches_the_entropy_of_the_data():
+    """Gaussian data: the best loss is known in closed form, and lies at the entropy up to sampling error."""
+    torch.manual_seed(0)
+    stds = torch.tensor([0.5, 3.0])
+    data = stds * torch.randn(2_000, 2)
+    flow = scaling(2)
+    history = fit(flow, data, steps=200, batch_size=2_000, lr=0.05, cosine=True)
+    best = 0.5 * (2 * math.pi * math.e * data.square().mean(0)).log().sum().item()
+    assert history.loss[0] > best + 1
+    assert history.loss[-1] == pytest.approx(best, abs=1e-3)
+    entropy = 0.5 * (2 * math.pi * math.e * stds**2).log().sum().item()
+    assert abs(history.loss[-1] - entropy) < 5 * math.sqrt(2 * 0.5 / 2_000)  # each square has variance 2
+    torch.testing.assert_close((-log_scale(flow)).exp(), data.square().mean(0).sqrt(), rtol=1e-2, atol=0)
+
+
+def test_fit_learns_a_coupling():
+    """x2 = 2 tanh(x1) + noise: only the coupling can remove what x1 says about x2."""
+    torch.manual_seed(0)
+    x1, noise = torch.randn(2, 1_000)
+    data = torch.stack([x1, 2 * x1.tanh() + 0.3 * noise], 1)
+    flow = Flow([AdditiveCoupling(alternating_mask(2, 0), mlp((2,), 1)), DiagonalScaling(2)], StandardNormal(), (2,))
+    history = fit(flow, data, steps=300, batch_size=250, lr=2e-2, cosine=True)
+    entropy = math.log(2 * math.pi * math.e) + math.log(0.3)
+    without_coupling = 0.5 * (2 * math.pi * math.e * data.var(0)).log().sum().item()
+    assert history.loss[0] > without_coupling > entropy + 1
+    assert sum(history.loss[-20:]) / 20 == pytest.approx(entropy, abs=0.15)  # 5 standard errors of 1,000 examples
+
+
+def test_fit_leaves_the_flow_in_evaluation_mode_after_training_in_training_mode():
+    recorder = Recorder()
+    flow = scaling(1, recorder)
+    fit(flow.eval(), ZEROS, 2, batch_size=4)
+    assert [training for _, _, training in recorder.seen] == [True, True]
+    assert not any(module.training for module in flow.modules())
+
+
+def test_loss_is_the_mean_negative_log_likelihood_before_each_step():
+    flow = scaling()
+    history = fit(flow, ZEROS, 3, batch_size=2, optimizer=sgd(flow))
+    assert history.loss == pytest.approx([AT_ZERO, AT_ZERO - 1, AT_ZERO - 2])
+    assert history.grad_norm == pytest.approx([1, 1, 1])
+    assert log_scale(flow).item() == 3
+
+
+def test_adam_is_the_default_optimizer():
+    """Its first step is the learning rate, whatever the gradient."""
+    flow = scaling()
+    fit(flow, ZEROS, 1, batch_size=4, lr=0.01)
+    assert log_scale(flow).item() == pytest.approx(0.01, rel=1e-4)
+
+
+# --- clipping, schedule, average --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("clip", "length"), [(None, 3.0), (0.1, 0.1), (5.0, 3.0)])
+def test_clipping(clip, length):
+    """The gradient here is (-1, ..., -1) of norm 3: the history holds that, the step has the clipped length."""
+    flow = scaling(9)
+    history = fit(flow, torch.zeros(4, 9), 1, batch_size=4, optimizer=sgd(flow), clip=clip)
+    assert history.grad_norm == pytest.approx([3.0])
+    assert log_scale(flow).norm().item() == pytest.approx(length, rel=1e-4)
+    assert log_scale(flow).std() < 1e-6  # shorter, in the same direction
+
+
+@pytest.mark.parametrize(
+    ("options", "factors"),
+    [
+        ({}, [1, 1, 1, 1]),
+        ({"warmup": 3}, [1 / 3, 2 / 3, 1, 1]),
+        ({"warmup": 4}, [1 / 4, 2 / 4, 3 / 4, 1]),
+        ({"cosine": True}, [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
+        ({"cosine": True, "warmup": 2}, [1 / 2, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
+    ],
+    ids=["constant", "warmup", "warmup to the end", "cosine", "both"],
+)
+def test_schedule(options, factors):
+    """Each step's length is the learning rate of that step."""
+    flow = scaling()
+    history = fit(flow, ZEROS, 4, batch_size=4, optimizer=sgd(flow, 0.1), **options)
+    positions = [AT_ZERO - loss for loss in history.loss] + [log_scale(flow).item()]
+    assert [b - a for a, b in pairwise(positions)] == pytest.approx([0.1 * f for f in factors], abs=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.2, 0.9])
+def test_moving_average(decay):
+    """s is 1, 2, 3, ... after each step. The flow ends with the average, and the average is what is evaluated."""
+    flow = scaling()
+    history = fit(flow, ZEROS, 6, batch_size=4, optimizer=sgd(flow), ema=decay, held_out=ZEROS, evaluate_every=1)
+    averages = [1.0]
+    for n, s in enumerate([2.0, 3.0, 4.0, 5.0, 6.0], start=1):
+        now = min(decay, (1 + n) / (10 + n))
+        averages.append(now * averages[-1] + (1 - now) * s)
+    assert history.loss == pytest.approx([AT_ZERO - s for s in range(6)])  # the training itself is not averaged
+    assert [AT_ZERO - loss for _, loss in history.held_out] == pytest.approx(averages, abs=1e-5)
+    assert log_scale(flow).item() == pytest.approx(averages[-1], abs=1e-5)
+
+
+def test_moving_average_starts_after_initialisation_and_copies_buffers():
+    recorder = Recorder()
+    flow = scaling(1, recorder)
+    fit(flow, ZEROS, 5, batch_size=4, optimizer=sgd(flow), ema=0.9)
+    assert recorder.start.item() == 100
+    assert recorder.calls.item() == 5
+
+
+# --- batches, initialisation, context ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("examples", "batch_size"), [(12, 3), (11, 3), (5, 5)])
+def test_batches_are_whole_and_hold_each_example_once_an_epoch(examples, batch_size):
+    torch.manual_seed(0)
+    recorder = Recorder()
+    flow = scaling(1, recorder)
+    an_epoch = examples // batch_size
+    fit(flow, torch.arange(float(examples))[:, None], 2 * an_epoch, batch_size=batch_size)
+    batches = [x.flatten().tolist() for x, _, _ in recorder.seen]
+    assert [len(batch) for batch in batches] == [batch_size] * 2 * an_epoch
+    epochs = [list(chain(*batches[:an_epoch])), list(chain(*batches[an_epoch:]))]
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch) == an_epoch * batch_size
+        assert set(epoch) <= set(range(examples))
+    assert epochs[0] != epochs[1]  # a fresh shuffle
+    assert epochs[0] != sorted(epochs[0])
+
+
+def test_initialises_once_with_the_first_batch_before_the_optimizer():
+    torch.manual_seed(0)
+    recorder = Recorder()
+    flow = scaling(1, recorder)
+    history = fit(flow, torch.arange(12.0)[:, None], 8, batch_size=3, lr=1e-9)
+    assert len(recorder.initialized_with) == 1
+    assert torch.equal(recorder.initialized_with[0], recorder.seen[0][0])
+    assert len(recorder.seen) == len(history.loss) == 8  # the first batch is trained on as well
+    assert recorder.start.item() == pytest.approx(100)
+
+
+def test_context_rows_stay_with_their_examples():
+    torch.manual_seed(0)
+    recorder = Recorder()
+    data = torch.randn(20, 1)
+    fit(scaling(1, recorder), data, 8, context=10 * data, batch_size=5)
+    assert len(recorder.seen) == 8
+    for x, context, _ in recorder.seen:
+        assert torch.equal(context, 10 * x)
+
+
+# --- held-out evaluation ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "expected"), [(8, 3, [3, 6, 8]), (6, 3, [3, 6]), (4, None, [4]), (2, 5, [2])]
+)
+def test_evaluates_at_the_right_steps(steps, every, expected):
+    flow = scaling()
+    history = fit(flow, ZEROS, steps, batch_size=4, optimizer=sgd(flow), held_out=ZEROS[:2], evaluate_every=every)
+    assert history.held_out == [(step, pytest.approx(AT_ZERO - step)) for step in expected]
+
+
+def test_no_held_out_data_no_evaluation():
+    assert fit(scaling(), ZEROS, 3, batch_size=4).held_out == []
+
+
+def test_held_out_context_is_passed_on():
+    torch.manual_seed(0)
+    layer = AdditiveCoupling(alternating_mask(2, 0), mlp((2,), 1, context=2))
+    flow = Flow([layer, DiagonalScaling(2)], StandardNormal(), (2,))
+    x = torch.randn(40, 2)
+    options = {"context": x.flip(1), "held_out": x, "held_out_context": 2 * x}
+    history = fit(flow, x, 5, batch_size=20, lr=0.1, **options)
+    expected = -log_likelihoods(flow, x, 2 * x).mean().item()
+    assert history.held_out == [(5, pytest.approx(expected))]
+    assert -log_likelihoods(flow, x, x).mean().item() != pytest.approx(expected)
+
+
+def test_evaluation_does_not_disturb_the_training():
+    losses = []
+    for every in (None, 1, 3):
+        flow, data = noisy_nice()
+        torch.manual_seed(1)
+        losses.append(fit(flow, data, 7, batch_size=16, held_out=data[:9], evaluate_every=every).loss)
+    assert losses[0] == losses[1] == losses[2]
+
+
+# --- repeatable, and loud when it fails -------------------------------------------------------------------------------
+
+
+def test_a_seed_repeats_a_run_bit_by_bit():
+    runs = []
+    for seed in (1, 1, 2):
+        flow, data = noisy_nice()
+        torch.manual_seed(seed)
+        history = fit(flow, data, 10, batch_size=16, clip=1.0, ema=0.9, held_out=data, evaluate_every=4)
+        runs.append((history, flow.state_dict()))
+    (first, weights), (second, same_weights), (other, _) = runs
+    assert first == second
+    assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
+    assert first.loss != other.loss
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0.0, "nan"), (0.5, "inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(value, expected):
+    """A learning rate of 1e38 overflows e^s in the first step."""
+    flow = scaling()
+    with pytest.raises(NonFiniteLoss, match=f"the loss is {expected} at step 2;") as caught:
+        fit(flow, torch.full((4, 1), value), 9, batch_size=4, optimizer=sgd(flow, 1e38))
+    history = caught.value.history
+    assert len(history.loss) == 2
+    assert math.isfinite(history.loss[0])
+    assert str(history.loss[1]) == expected
+    assert len(history.grad_norm) == 1
+    assert log_scale(flow).item() > 1e37  # the parameters that gave it
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size: expected 1 to 4, the number of examples, got 0"),
+        ({"batch_size": 5}, "batch_size: expected 1 to 4, the number of examples, got 5"),
+        ({"context": torch.zeros(3, 1)}, "context: expected 4 rows, one for each example, got 3"),
+        ({"clip": 0.0}, "clip: expected a number above 0, got 0.0"),
+        ({"clip": math.nan}, "clip: expected a number above 0, got nan"),
+        ({"warmup": -1}, "warmup: expected 0 to 2, the number of steps, got -1"),
+        ({"warmup": 3}, "warmup: expected 0 to 2, the number of steps, got 3"),
+        ({"ema": 1.0}, r"ema: expected a decay in \[0, 1\), got 1.0"),
+        ({"ema": -0.1}, r"ema: expected a decay in \[0, 1\), got -0.1"),
+        ({"evaluate_every": 0}, "evaluate_every: expected at least 1, got 0"),
+    ],
+)
+def test_argument_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(scaling(), ZEROS, **{"steps": 2, "batch_size": 2, **options})
+
+
+def test_data_of_another_shape_are_refused_before_training():
+    with pytest.raises(ValueError, match=r"x: expected shape \(B, 1\), got \(2, 3\)"):
+        fit(scaling(), torch.zeros(4, 3), 1, batch_size=2)
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_log_likelihoods_keeps_the_mode_and_the_random_state(training):
+    flow, data = noisy_nice()
+    flow.train(training)
+    state = torch.get_rng_state()
+    values = log_likelihoods(flow, data, draws=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert flow.training == training
+    assert not values.requires_grad
+
+
+def test_log_likelihoods_are_those_of_the_flow_in_evaluation_mode():
+    torch.manual_seed(0)
+    flow = Flow([nn_dropout_coupling(), DiagonalScaling(2)], StandardNormal(), (2,))
+    randomize(flow)
+    x = torch.randn(10, 2)
+    expected = flow.eval()(x).detach()
+    assert not torch.allclose(flow.train()(x), expected)
+    for batch_size in (1, 3, 10, 1000):  # batches are a matter of memory only
+        torch.testing.assert_close(log_likelihoods(flow, x, batch_size=batch_size), expected)
+
+
+def nn_dropout_coupling() -> AdditiveCoupling:
+    """A layer that differs between training and evaluation."""
+    coupling = AdditiveCoupling(alternating_mask(2, 0), mlp((2,), 1))
+    coupling.network.layers.append(nn.Dropout(0.5))
+    return coupling
+
+
+def test_log_likelihoods_slices_the_context_with_the_data():
+    torch.manual_seed(0)
+    layer = AdditiveCoupling(alternating_mask(2, 0), mlp((2,), 1, context=1))
+    flow = Flow([layer], StandardNormal(), (2,))
+    randomize(flow)
+    x, context = torch.randn(7, 2), torch.randn(7, 1)
+    torch.testing.assert_close(log_likelihoods(flow, x, context, batch_size=3), flow(x, context).detach())
+
+
+def test_log_likelihoods_averages_its_draws():
+    flow, data = noisy_nice()
+    torch.manual_seed(3)
+    one_by_one = torch.stack([flow(data) for _ in range(4)]).mean(0).detach()
+    torch.manual_seed(3)
+    torch.testing.assert_close(log_likelihoods(flow, data, draws=4), one_by_one)
+    with pytest.raises(ValueError, match="draws: expected at least 1, got 0"):
+        log_likelihoods(flow, data, draws=0)
+
+
+def test_log_likelihoods_of_a_flow_without_parameters():
+    values = log_likelihoods(Flow([], StandardNormal(), (1,)), ZEROS)
+    assert values.tolist() == pytest.approx([-AT_ZERO] * 4)
+
+
+def test_mean_and_error():
+    mean, error = mean_and_error(torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    assert mean == 3
+    assert error == pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3 / 4))
