@@ -9,6 +9,9 @@ CHAPTER ?= $(sort $(wildcard chapters/*.ipynb))
 # How many processes the tests use, each on one thread.
 JOBS ?= 2
 
+# The values of NFLOWS_SEED under which every check must hold as well.
+SEEDS ?= 1 2 3 4
+
 # nbval runs a chapter and compares every output; only a number after ≈ may differ (tests/sanitize.cfg).
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
 
@@ -34,13 +37,15 @@ test: $(READY)  ## lint, unit and property tests, every chapter compared with it
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder $(NBVAL) chapters tests/test_book.py tests nflows_lib
 
-# A seed a process; each one's report is kept whole and printed when it ends.
-seeds: $(READY)  ## the chapters under NFLOWS_SEED 1 to 4
-	@printf '%s\n' 1 2 3 4 | xargs -P $(JOBS) -I SEED sh -c ' \
-	    report=$$(NFLOWS_SEED=SEED $(BIN)/pytest -q -p no:cacheprovider $(NBVAL) $(CHAPTER) 2>&1); status=$$?; \
-	    printf "NFLOWS_SEED=SEED\n%s\n" "$$report"; exit $$status'
+# A seed a process: each one's report is kept whole and printed when it ends.
+seeds: $(READY)  ## the chapters under other seeds (NFLOWS_SEED 1 to 4)
+	@printf '%s\n' $(SEEDS) | xargs -P $(JOBS) -n 1 sh -c ' \
+	    report=$$(NFLOWS_SEED=$$1 $(BIN)/pytest -q -p no:cacheprovider $(NBVAL) $(CHAPTER) 2>&1); status=$$?; \
+	    printf "NFLOWS_SEED=%s\n%s\n" "$$1" "$$report"; exit $$status' seeds
 
-notebooks: $(READY)  ## execute the chapters in place and normalise them
+notebooks: $(READY)  ## format the chapters, execute them in place and normalise them
+	$(BIN)/ruff check --fix --quiet $(CHAPTER)
+	$(BIN)/ruff format --quiet $(CHAPTER)
 	$(BIN)/python tests/notebooks.py $(CHAPTER)
 
 lab: $(READY)  ## JupyterLab in the course's environment

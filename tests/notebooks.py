@@ -29,7 +29,11 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
     from nbclient import NotebookClient  # slow to import, and --check needs none of it
 
     NotebookClient(
-        notebook, timeout=CELL_TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        notebook,
+        timeout=CELL_TIMEOUT,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
+        extra_arguments=["--log-level=40"],  # errors only: ipykernel warns of every local connection
     ).execute()
 
 

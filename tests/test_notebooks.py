@@ -76,6 +76,27 @@ def test_comparison(outcomes: dict[str, bool], case: str) -> None:
     assert outcomes[case] is CASES[case][2]
 
 
+@pytest.mark.skipif(not (ROOT / ".venv" / ".ready").exists(), reason="make would set up .venv first")
+def test_make_seeds_runs_each_seed(tmp_path: Path) -> None:
+    """A chapter that prints its seed, stored under 3, must fail under 2."""
+    outputs = [v4.new_output("stream", text="3\n")]
+    cell = v4.new_code_cell("import os\nprint(os.environ['NFLOWS_SEED'])", outputs=outputs, execution_count=1)
+    nbformat.write(v4.new_notebook(cells=[cell]), tmp_path / "seed.ipynb")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "MAKE"))}
+    done = subprocess.run(
+        ["make", "seeds", "SEEDS=2 3", f"CHAPTER={tmp_path / 'seed.ipynb'}"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    reports = dict(re.findall(r"^NFLOWS_SEED=(\d)\n(?:.*\n)*?(1 passed|1 failed)", done.stdout, re.MULTILINE))
+    assert reports == {"2": "1 failed", "3": "1 passed"}, done.stdout + done.stderr
+    assert done.returncode != 0
+
+
 def sound_notebook() -> nbformat.NotebookNode:
     cell = v4.new_code_cell("print('✓')", outputs=[v4.new_output("stream", text="✓\n")], execution_count=1)
     return normalise(v4.new_notebook(cells=[cell]))

@@ -42,10 +42,18 @@ rm -f .venv/.ready
 if [[ ! -e .venv ]]; then
     python=$(find_python)
     echo "Setting up .venv with $("$python" --version), once. torch is large: this can take some minutes."
-    if has_uv; then uv venv --quiet --python "$("$python" -c 'import sys; print(sys.executable)')" .venv; else "$python" -m venv .venv; fi
+    if has_uv; then
+        uv venv --quiet --python "$("$python" -c 'import sys; print(sys.executable)')" .venv
+    else
+        "$python" -m venv .venv
+    fi
 fi
 
-if has_uv; then install=(uv pip install --quiet --python .venv/bin/python); else install=(.venv/bin/python -m pip install --quiet); fi
+if has_uv; then
+    install=(uv pip install --quiet --python .venv/bin/python)
+else
+    install=(.venv/bin/python -m pip install --quiet)
+fi
 
 # The lock is complete, so nothing is resolved here: --no-deps. The package builds with the lock's setuptools.
 "${install[@]}" --no-deps --require-hashes -r requirements.lock
