@@ -230,10 +230,11 @@ def test_alternating_mask_errors(arguments, message):
 
 @pytest.mark.parametrize("name", [name for name in BIJECTIONS if name.startswith("additive_coupling")])
 def test_true_passes_and_only_that_feeds_the_network(name):
-    """Of the Jacobian: ones on the diagonal, zeros off it except where a changed entry meets a passing one."""
+    """z = x + (1 - b) t(b x); so the Jacobian has ones on its diagonal, and off it only where changed meets passing."""
     layer, x, context = build(name, BIJECTIONS[name].shapes[-1])
     z, _ = layer(x, context)
     passes = layer.mask
+    torch.testing.assert_close(z, x + ~passes * layer.network(passes * x, context))
     assert torch.equal(z[:, passes], x[:, passes])
     assert (z[:, ~passes] != x[:, ~passes]).all()
     matrix = jacobian(layer, x[:1], None if context is None else context[:1])
