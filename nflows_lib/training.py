@@ -89,7 +89,7 @@ def fit(
     flow.train()
     flow.initialize(*first)  # before the optimizer and the average, which copy parameters
 
-    optimizer = optimizer or torch.optim.Adam(flow.parameters(), lr=lr)
+    optimizer = optimizer or torch.optim.Adam(flow.parameters(), lr=lr, fused=True)
     schedule = LambdaLR(optimizer, lambda step: _learning_rate_factor(step, steps, warmup, cosine))
     average = None if ema is None else AveragedModel(flow, multi_avg_fn=_ema_update(ema))
     history = History()

@@ -1,0 +1,140 @@
+"""Pictures of flows: density heat maps, warped grids, sheets of images, curves, each drawn into axes it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.image import AxesImage
+from torch import Tensor
+
+from nflows_lib.flow import Flow
+
+# Okabe and Ito's palette: told apart by colour-blind readers, on white and in print.
+COLOURS = {
+    "blue": "#0072B2",
+    "vermilion": "#D55E00",
+    "green": "#009E73",
+    "purple": "#CC79A7",
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+    "black": "#000000",
+}
+
+
+def style() -> None:
+    """The book's look: call it once, in a chapter's first cell."""
+    plt.rcParams.update(
+        {
+            "axes.grid": True,
+            "axes.prop_cycle": plt.cycler(color=list(COLOURS.values())),
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "axes.titlesize": "medium",
+            "figure.constrained_layout.use": True,
+            "figure.dpi": 100,
+            "figure.facecolor": "white",  # not transparent: labels stay readable on the dark theme
+            "font.size": 11,
+            "grid.alpha": 0.25,
+            "image.cmap": "magma",
+            "legend.frameon": False,
+            "lines.linewidth": 1.8,
+            "savefig.dpi": 100,
+            "savefig.facecolor": "white",
+        }
+    )
+
+
+def grid(extent: float, n: int) -> Tensor:
+    """The points of an n x n grid over [-extent, extent] squared, (n * n, 2), x running fastest."""
+    line = torch.linspace(-extent, extent, n)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    return torch.stack([x, y], dim=-1).reshape(-1, 2)
+
+
+@torch.no_grad()
+def density(
+    ax: Axes,
+    log_prob: Callable[[Tensor], Tensor],
+    *,
+    extent: float = 4.0,
+    points: Tensor | None = None,
+    n: int = 200,
+    vmax: float | None = None,
+) -> AxesImage:
+    """Heat map of exp(log_prob) over [-extent, extent] squared, with points drawn on it."""
+    values = log_prob(grid(extent, n)).exp().reshape(n, n)
+    side = (-extent, extent)
+    image = ax.imshow(values, origin="lower", extent=side + side, vmin=0, vmax=vmax, interpolation="bilinear")
+    if points is not None:
+        ax.scatter(*points.T, s=3, color="white", alpha=0.35, linewidths=0)
+    ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", xlim=side, ylim=side)
+    ax.grid(False)
+    return image
+
+
+@torch.no_grad()
+def warp(axes: Sequence[Axes], flow: Flow, points: Tensor, *, extent: float = 3.5, lines: int = 15) -> None:
+    """A square grid on the data plane and points, as they are and after each layer: one of the axes for each.
+
+    The points keep one colour throughout: left to right in the data.
+    """
+    if len(axes) != len(flow.chain) + 1:
+        raise ValueError(f"axes: expected {len(flow.chain) + 1}, one for the data and each layer, got {len(axes)}")
+    smooth, ticks = torch.linspace(-extent, extent, 200), torch.linspace(-extent, extent, lines)
+    rows = torch.stack([torch.stack([smooth, torch.full_like(smooth, t)], -1) for t in ticks])
+    mesh = torch.cat([rows, rows.flip(-1)])  # (2 * lines, 200, 2): horizontal lines, then vertical ones
+    hue = points[:, 0]
+    titles = ["data $x$", *[f"after layer {i + 1}\n{type(layer).__name__}" for i, layer in enumerate(flow.chain)]]
+    for i, (ax, title) in enumerate(zip(axes, titles, strict=True)):
+        if i > 0:
+            layer = flow.chain[i - 1]
+            points = layer(points)[0]
+            mesh = layer(mesh.flatten(0, 1))[0].unflatten(0, mesh.shape[:2])
+        ax.add_collection(LineCollection(mesh.numpy(), colors="0.55", linewidths=0.5, zorder=1))
+        ax.scatter(*points.T, s=3, c=hue, cmap="coolwarm", linewidths=0, zorder=2)
+        ax.set(title=title, aspect="equal")
+        reach = 1.25 * max(points.abs().max().item(), 1.0)
+        ax.set(xlim=(-reach, reach), ylim=(-reach, reach))
+        ax.grid(False)
+
+
+def tile(batch: Tensor, *, columns: int, levels: int, shape: Sequence[int], pad: int = 1) -> np.ndarray:
+    """One sheet of images, row by row, as (height, width, C) values in [0, 1], white between them.
+
+    batch: (N, ...), each with C H W values from 0 to levels - 1. shape: (C, H, W).
+    """
+    channels, height, width = shape
+    pictures = (batch.detach().cpu().float().reshape(-1, *shape) / (levels - 1)).clamp(0, 1)
+    rows = -(-len(pictures) // columns)
+    sheet = np.ones((rows * (height + pad) + pad, columns * (width + pad) + pad, channels))
+    for i, picture in enumerate(pictures):
+        top, left = pad + (i // columns) * (height + pad), pad + (i % columns) * (width + pad)
+        sheet[top : top + height, left : left + width] = picture.permute(1, 2, 0).numpy()
+    return sheet
+
+
+def images(ax: Axes, batch: Tensor, *, columns: int, levels: int, shape: Sequence[int], title: str = "") -> None:
+    """Draw a sheet of images, arranged by :func:`tile`."""
+    sheet(ax, tile(batch, columns=columns, levels=levels, shape=shape), title)
+
+
+def sheet(ax: Axes, picture: np.ndarray, title: str = "") -> None:
+    """Draw one picture, (height, width, 1 or 3 channels) in [0, 1], without axes."""
+    ax.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.set(xticks=[], yticks=[], title=title)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+
+
+def curves(ax: Axes, series: Mapping[str, Sequence[float]], *, ylabel: str, smooth: int = 1, every: int = 1) -> None:
+    """One line for each named series of values at steps every, 2 every, …, as a running mean over ``smooth`` values."""
+    for name, values in series.items():
+        mean = np.convolve(values, np.ones(smooth) / smooth, mode="valid")
+        ax.plot(every * (np.arange(len(mean)) + smooth), mean, label=name)
+    ax.set(xlabel="training step", ylabel=ylabel)
+    ax.legend()
