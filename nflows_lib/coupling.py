@@ -56,7 +56,9 @@ class AdditiveCoupling(Bijection):
 
     def _shift(self, x: Tensor, context: Tensor | None) -> Tensor:
         # b x is the same before and after the coupling, so both directions compute the same shift.
-        return self.network(x * self.mask, context) * ~self.mask
+        shift = self.network(x * self.mask, context)
+        check_shape("network's output", shift, self.mask.shape)
+        return shift * ~self.mask
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         if tuple(shape) != tuple(self.mask.shape):

@@ -30,12 +30,14 @@ class History:
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite. ``history`` ends with the loss that did."""
+    """The loss, or the norm of its gradient, became NaN or infinite. ``history`` ends with the value that did."""
 
     def __init__(self, history: History) -> None:
         self.history = history
+        finite = math.isfinite(history.loss[-1])
+        what, value = ("gradient's norm", history.grad_norm[-1]) if finite else ("loss", history.loss[-1])
         super().__init__(
-            f"the loss is {history.loss[-1]} at step {len(history.loss)}; the flow holds the parameters that gave it, "
+            f"the {what} is {value} at step {len(history.loss)}; the flow holds the parameters that gave it, "
             "and this error's .history the run so far"
         )
 
@@ -80,14 +82,14 @@ def fit(
 
     Raises:
         ValueError: an argument is out of its range.
-        NonFiniteLoss: the loss is NaN or infinite. Its history ends there.
+        NonFiniteLoss: the loss or the norm of its gradient is NaN or infinite. Its history ends there.
     """
-    _check_arguments(data, steps, context, batch_size, clip, warmup, ema, evaluate_every)
+    _check_arguments(data, steps, context, batch_size, clip, warmup, ema, held_out, evaluate_every)
     device = next(flow.parameters()).device
     batches = _batches(data, context, batch_size, device)
     first = next(batches)
     flow.train()
-    flow.initialize(*first)  # before the optimizer and the average, which copy parameters
+    flow.initialize(*first)  # before the first step, which must find the parameters that the data set
 
     optimizer = optimizer or torch.optim.Adam(flow.parameters(), lr=lr, fused=True)
     schedule = LambdaLR(optimizer, lambda step: _learning_rate_factor(step, steps, warmup, cosine))
@@ -104,6 +106,8 @@ def fit(
         loss.backward()
         norm = nn.utils.clip_grad_norm_(flow.parameters(), math.inf if clip is None else clip)
         history.grad_norm.append(norm.item())
+        if not math.isfinite(history.grad_norm[-1]):
+            raise NonFiniteLoss(history)  # a step along it would lose the parameters
         optimizer.step()
         schedule.step()
         if average is not None:
@@ -133,13 +137,15 @@ def log_likelihoods(
     device = next(flow.parameters(), data).device  # a flow need not have parameters to be evaluated
     training = flow.training
     flow.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        values = []
-        for i in range(0, len(data), batch_size):
-            x = data[i : i + batch_size].to(device)
-            c = None if context is None else context[i : i + batch_size].to(device)
-            values.append(torch.stack([flow(x, c) for _ in range(draws)]).mean(0).cpu())
-    flow.train(training)
+    values = []
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for i in range(0, len(data), batch_size):
+                x = data[i : i + batch_size].to(device)
+                c = None if context is None else context[i : i + batch_size].to(device)
+                values.append(torch.stack([flow(x, c) for _ in range(draws)]).mean(0).cpu())
+    finally:
+        flow.train(training)
     return torch.cat(values)
 
 
@@ -172,7 +178,17 @@ def _ema_update(decay: float):
     return update
 
 
-def _check_arguments(data, steps, context, batch_size, clip, warmup, ema, evaluate_every) -> None:
+def _check_arguments(
+    data: Tensor,
+    steps: int,
+    context: Tensor | None,
+    batch_size: int,
+    clip: float | None,
+    warmup: int,
+    ema: float | None,
+    held_out: Tensor | None,
+    evaluate_every: int | None,
+) -> None:
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
     if not 1 <= batch_size <= len(data):
@@ -187,3 +203,5 @@ def _check_arguments(data, steps, context, batch_size, clip, warmup, ema, evalua
         raise ValueError(f"ema: expected a decay in [0, 1), got {ema}")
     if evaluate_every is not None and evaluate_every < 1:
         raise ValueError(f"evaluate_every: expected at least 1, got {evaluate_every}")
+    if evaluate_every is not None and held_out is None:
+        raise ValueError("held_out: expected data to evaluate on every so many steps, got None")

@@ -18,6 +18,7 @@ import nflows_lib
 from nflows_lib.bijection import Bijection, Shape
 from nflows_lib.coupling import AdditiveCoupling, alternating_mask
 from nflows_lib.dequantization import Rescale
+from nflows_lib.networks import MLP
 
 CASES = [
     pytest.param(name, shape, id=f"{name}-{'x'.join(map(str, shape))}")
@@ -257,6 +258,13 @@ def test_true_passes_and_only_that_feeds_the_network(name):
 def test_coupling_refuses_a_mask_that_does_not_split(mask, message):
     with pytest.raises(ValueError, match=message):
         AdditiveCoupling(mask, nn.Identity())
+
+
+def test_coupling_refuses_a_network_of_another_shape():
+    """An output of shape (B, 1) would broadcast: a coupling, but not the one that was meant."""
+    layer = AdditiveCoupling(alternating_mask(4, 0), MLP(4, 1, hidden=3, depth=1))
+    with pytest.raises(ValueError, match=r"network's output: expected shape \(B, 4\), got \(2, 1\)"):
+        layer(torch.zeros(2, 4))
 
 
 def test_coupling_moves_its_mask_with_the_module():

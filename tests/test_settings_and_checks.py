@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -65,3 +66,10 @@ def test_a_check_that_fails_raises_its_claim_and_prints_nothing(capsys, holds):
     with pytest.raises(AssertionError, match="the sum is 4"):
         check("the sum is 4", holds)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("holds", [1, "yes", [False], math.nan, lambda: False, None, torch.ones(2, dtype=torch.bool)])
+def test_a_check_takes_nothing_but_a_truth_value(holds):
+    """Each of these but None would pass for true, a list of False too."""
+    with pytest.raises(ValueError, match="holds: expected one truth value, got"):
+        check("the sum is 4", holds)

@@ -286,6 +286,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(value, expected):
     assert log_scale(flow).item() > 1e37  # the parameters that gave it
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step():
+    """The loss of sqrt at 0 is finite, its slope is not."""
+    flow = scaling()
+    flow.base.log_prob = lambda z: (flow.chain[0].log_scale * 0).sqrt().sum() + z.sum(1)
+    with pytest.raises(NonFiniteLoss, match="the gradient's norm is nan at step 1;") as caught:
+        fit(flow, ZEROS, 3, batch_size=4)
+    assert math.isfinite(caught.value.history.loss[-1])
+    assert math.isnan(caught.value.history.grad_norm[-1])
+    assert log_scale(flow).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -300,6 +311,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(value, expected):
         ({"ema": 1.0}, r"ema: expected a decay in \[0, 1\), got 1.0"),
         ({"ema": -0.1}, r"ema: expected a decay in \[0, 1\), got -0.1"),
         ({"evaluate_every": 0}, "evaluate_every: expected at least 1, got 0"),
+        ({"evaluate_every": 1}, "held_out: expected data to evaluate on every so many steps, got None"),
     ],
 )
 def test_argument_errors(options, message):
@@ -324,6 +336,9 @@ def test_log_likelihoods_keeps_the_mode_and_the_random_state(training):
     assert torch.equal(torch.get_rng_state(), state)
     assert flow.training == training
     assert not values.requires_grad
+    with pytest.raises(ValueError, match="x: expected"):
+        log_likelihoods(flow, torch.zeros(3, 99))
+    assert flow.training == training
 
 
 def test_log_likelihoods_are_those_of_the_flow_in_evaluation_mode():
