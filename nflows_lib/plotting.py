@@ -36,6 +36,7 @@ def style() -> None:
             "axes.spines.top": False,
             "axes.titlesize": "medium",
             "figure.constrained_layout.use": True,
+            "figure.constrained_layout.w_pad": 0.1,
             "figure.dpi": 100,
             "figure.facecolor": "white",  # not transparent: labels stay readable on the dark theme
             "font.size": 11,
