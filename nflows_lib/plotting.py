@@ -68,7 +68,7 @@ def density(
     vmax: float | None = None,
 ) -> AxesImage:
     """Heat map of exp(log_prob) over [-extent, extent] squared, with points drawn on it."""
-    values = log_prob(grid(extent, n)).exp().reshape(n, n)
+    values = log_prob(grid(extent, n)).exp().reshape(n, n).numpy()
     side = (-extent, extent)
     image = ax.imshow(values, origin="lower", extent=side + side, vmin=0, vmax=vmax, interpolation="bilinear")
     if points is not None:
@@ -132,10 +132,9 @@ def sheet(ax: Axes, picture: np.ndarray, title: str = "") -> None:
     ax.spines[:].set_visible(False)
 
 
-def curves(ax: Axes, series: Mapping[str, Sequence[float]], *, ylabel: str, smooth: int = 1, every: int = 1) -> None:
-    """One line for each named series of values at steps every, 2 every, …, as a running mean over ``smooth`` values."""
+def curves(ax: Axes, series: Mapping[str, Sequence[float]], *, ylabel: str) -> None:
+    """One line for each named series of values, a value a training step."""
     for name, values in series.items():
-        mean = np.convolve(values, np.ones(smooth) / smooth, mode="valid")
-        ax.plot(every * (np.arange(len(mean)) + smooth), mean, label=name)
+        ax.plot(range(1, len(values) + 1), values, label=name)
     ax.set(xlabel="training step", ylabel=ylabel)
     ax.legend()

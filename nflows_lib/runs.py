@@ -16,6 +16,18 @@ from nflows_lib import settings
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def _commit() -> str:
+    """The checkout's commit, with "-dirty" where files were changed since; "unknown" outside a checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+COMMIT = _commit()  # on import: by the end of a long run the checkout may have moved on
+
+
 def folder(run: str) -> Path:
     """Where the record of a named run lies: ``run.json`` and the pictures beside it."""
     return ROOT / "data" / "pretrained" / run
@@ -28,7 +40,7 @@ def save(run: str, record: dict[str, Any]) -> None:
     """
     described = {
         "run": run,
-        "commit": _commit(),
+        "commit": COMMIT,
         "seed": settings.seed(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -55,12 +67,3 @@ def load(run: str) -> dict[str, Any]:
         known = sorted(p.parent.name for p in path.parent.parent.glob("*/run.json"))
         raise ValueError(f"run: expected one of {', '.join(known) or '(no record yet)'}, got {run!r}")
     return json.loads(path.read_text())
-
-
-def _commit() -> str:
-    """The checkout's commit, with "-dirty" where files were changed since; "unknown" outside a checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
