@@ -65,12 +65,11 @@ def density(
     extent: float = 4.0,
     points: Tensor | None = None,
     n: int = 200,
-    vmax: float | None = None,
 ) -> AxesImage:
     """Heat map of exp(log_prob) over [-extent, extent] squared, with points drawn on it."""
     values = log_prob(grid(extent, n)).exp().reshape(n, n).numpy()
     side = (-extent, extent)
-    image = ax.imshow(values, origin="lower", extent=side + side, vmin=0, vmax=vmax, interpolation="bilinear")
+    image = ax.imshow(values, origin="lower", extent=side + side, vmin=0, interpolation="bilinear")
     if points is not None:
         ax.scatter(*points.T, s=3, color="white", alpha=0.35, linewidths=0)
     ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", xlim=side, ylim=side)

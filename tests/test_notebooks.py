@@ -42,6 +42,14 @@ CASES = {
 }
 
 
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command that starts pytest or make, without what the surrounding pytest and make left for their own."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "MAKE"))}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=120
+    )
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
     """Whether each case passed, from one nbval run with the flags of ``make test``."""
@@ -56,16 +64,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
     flags = re.search(r"^NBVAL := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert flags
     flags = flags[1].replace("tests/sanitize.cfg", str(ROOT / "tests" / "sanitize.cfg")).split()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--rootdir=.", *flags, "cases.ipynb"],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=120,
-    )
+    pytest_here = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--rootdir=."]
+    done = run([*pytest_here, *flags, "cases.ipynb"], folder)
     found = re.findall(r"::Cell (\d+) (PASSED|FAILED)", done.stdout)
     assert len(found) == len(CASES), done.stdout
     return dict(zip(CASES, [outcome == "PASSED" for _, outcome in found], strict=True))
@@ -82,16 +82,7 @@ def test_make_seeds_runs_each_seed(tmp_path: Path) -> None:
     outputs = [v4.new_output("stream", text="3\n")]
     cell = v4.new_code_cell("import os\nprint(os.environ['NFLOWS_SEED'])", outputs=outputs, execution_count=1)
     nbformat.write(v4.new_notebook(cells=[cell]), tmp_path / "seed.ipynb")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "MAKE"))}
-    done = subprocess.run(
-        ["make", "seeds", "SEEDS=2 3", f"CHAPTER={tmp_path / 'seed.ipynb'}"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=120,
-    )
+    done = run(["make", "seeds", "SEEDS=2 3", f"CHAPTER={tmp_path / 'seed.ipynb'}"], ROOT)
     reports = dict(re.findall(r"^NFLOWS_SEED=(\d)\n(?:.*\n)*?(1 passed|1 failed)", done.stdout, re.MULTILINE))
     assert reports == {"2": "1 failed", "3": "1 passed"}, done.stdout + done.stderr
     assert done.returncode != 0
