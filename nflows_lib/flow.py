@@ -41,6 +41,8 @@ class Flow(nn.Module):
         self.shape = tuple(shape)
         self.dims = math.prod(self.shape)  # D of the input, the D of bits per dimension
         self.latent_shape = self.chain.output_shape(self.shape)
+        # How many levels discrete data have; None where the data are real numbers.
+        self.levels: int | None = getattr(self.chain[0], "levels", None) if len(self.chain) else None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x) in nats: (B, *shape) to (B,). The same as :meth:`log_prob`, and what wrappers of modules call.
@@ -111,7 +113,7 @@ class Flow(nn.Module):
 
     def _check_data(self, x: Tensor) -> None:
         check_shape("x", x, self.shape)
-        levels = getattr(self.chain[0], "levels", None) if len(self.chain) else None
+        levels = self.levels
         if levels is None:
             if not x.is_floating_point():
                 raise ValueError(

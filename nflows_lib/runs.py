@@ -1,19 +1,267 @@
-"""Records of full-scale runs: what was run, where, and what came out, kept in ``data/pretrained/<run>/``."""
+"""The named full-scale runs: what each one trains, how, and the record that it leaves behind."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
+from torch.optim import AdamW, Optimizer
+from tqdm.auto import tqdm
 
-from nflows_lib import settings
+from nflows_lib import checkpoint, data, plotting, settings
+from nflows_lib.data import Images
+from nflows_lib.flow import Flow
+from nflows_lib.models import nice
+from nflows_lib.training import History, fit, log_likelihoods, mean_and_error, read_checkpoint, read_model
 
 ROOT = Path(__file__).resolve().parent.parent
+MODEL, RECORD, SAMPLES = "model.safetensors", "run.json", "samples.png"
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the table of runs.
+
+    title: what it is, in a few words.
+    model: builds the flow.
+    data: (part, folder) to images; part is "train" or "test", folder None means the usual place.
+    optimizer: builds the optimizer for the flow.
+    budget: seconds of training where none are asked for.
+    shape: (C, H, W) of one image.
+    held_out: how many of the training images are kept back for the curve.
+    paper: the figure to compare with, in bits/dim on the test images, and whose it is; None where there is none.
+    settings: batch size, clipping, warm-up and average, for :func:`nflows_lib.training.fit`.
+    """
+
+    title: str
+    model: Callable[[], Flow]
+    data: Callable[[str, Path | None], Images]
+    optimizer: Callable[[Flow], Optimizer]
+    budget: float
+    shape: tuple[int, int, int]
+    held_out: int
+    paper: tuple[float, str] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def nice_optimizer(flow: Flow, lr: float, weight_decay: float) -> Optimizer:
+    """AdamW with a rate of its own, and no decay, for the log-scales of NICE's last layer, which have far to go."""
+    scales = flow.chain[-1].log_scale
+    networks = [parameter for parameter in flow.parameters() if parameter is not scales]
+    groups = [
+        {"params": networks, "lr": lr, "weight_decay": weight_decay},
+        {"params": [scales], "lr": 1e-2, "weight_decay": 0.0},
+    ]
+    return AdamW(groups, betas=(0.9, 0.99), fused=True)
+
+
+RUNS: dict[str, Run] = {
+    "nice-digits": Run(
+        title="NICE on the 8x8 digits, to try the trainer",
+        model=partial(nice, 64, levels=17, hidden=128, depth=2),
+        data=lambda part, folder: data.digits(part),
+        optimizer=partial(nice_optimizer, lr=5e-3, weight_decay=1.0),
+        budget=30,
+        shape=(1, 8, 8),
+        held_out=150,
+        settings={"batch_size": 128, "warmup": 100, "cosine": True, "ema": 0.995},
+    ),
+    "nice-mnist-small": Run(
+        title="NICE on MNIST, small enough to ship",
+        model=partial(nice, 784, levels=256, hidden=240, depth=3),
+        data=data.mnist,
+        optimizer=partial(nice_optimizer, lr=1e-3, weight_decay=0.1),
+        budget=15 * 60,
+        shape=(1, 28, 28),
+        held_out=2000,
+        paper=(4.356, "Dinh et al. 2014, a network 11 times as large"),
+        settings={"batch_size": 256, "warmup": 100, "cosine": True, "ema": 0.999},
+    ),
+    "nice-mnist": Run(
+        title="NICE on MNIST at the paper's size",
+        model=partial(nice, 784, levels=256),
+        data=data.mnist,
+        optimizer=partial(nice_optimizer, lr=1e-3, weight_decay=0.3),
+        budget=35 * 60,
+        shape=(1, 28, 28),
+        held_out=2000,
+        paper=(4.356, "Dinh et al. 2014"),
+        settings={"batch_size": 256, "warmup": 100, "cosine": True, "ema": 0.999},
+    ),
+}
+
+
+def find(name: str) -> Run:
+    """The run of that name; a ValueError lists the names there are."""
+    if name not in RUNS:
+        raise ValueError(f"run: expected one of {', '.join(RUNS)}, got {name!r}")
+    return RUNS[name]
+
+
+# --- training, evaluating, sampling -----------------------------------------------------------------------------------
+
+
+def train(
+    name: str,
+    out: Path | None = None,
+    *,
+    data_folder: Path | None = None,
+    steps: int | None = None,
+    budget: float | None = None,
+    draws: int = 10,
+    save_every: float = 60.0,
+    resume: bool = False,
+    command: str | None = None,
+) -> Flow:
+    """Train a named run on the GPU, if there is one, and return the flow on the CPU.
+
+    The folder ``out`` (by default ``runs/<name>`` beside the data sets) gets checkpoints and samples as it goes, and at
+    the end the model, samples and ``run.json``: command, commit, versions, hardware, seed, settings, curve, figure.
+
+    Args:
+        name: one of RUNS.
+        out: the folder.
+        data_folder: where the data sets lie.
+        steps: number of updates; None: as many as the budget allows.
+        budget: seconds for the whole run; None: that of the checkpoint that is resumed, else the table's.
+        draws: draws of the noise that the final figure averages over.
+        save_every: seconds between checkpoints.
+        resume: go on from the folder's checkpoint, if there is one.
+        command: the command line for the record, if it was not this function's own call.
+
+    Raises:
+        ValueError: an unknown run, or a folder with a checkpoint and no resume.
+        and what :func:`nflows_lib.training.fit` raises.
+    """
+    run = find(name)
+    out = out or settings.data_folder() / "runs" / name
+    if steps is None and budget is None:
+        earlier = read_checkpoint(out) if resume else None
+        asked = earlier["asked"] if earlier else {"steps": None, "budget": run.budget}
+        steps, budget = asked["steps"], asked["budget"]
+    torch.manual_seed(settings.seed())
+    flow = run.model().to("cuda" if torch.cuda.is_available() else "cpu")
+    images = run.data("train", data_folder)
+    examples = images.images.reshape(-1, *flow.shape)
+    optimizer = run.optimizer(flow)
+
+    def report(judged: Flow, history: History) -> None:
+        step, loss, error = history.held_out[-1]
+        bits = 1 / (flow.dims * math.log(2))
+        recent = history.loss[-100:]
+        tqdm.write(
+            f"step {step:,}: training {sum(recent) / len(recent) * bits:.4f}, "
+            f"held out {loss * bits:.4f} ± {error * bits:.4f} bits/dim"
+        )
+        save_samples(judged, run.shape, out / f"samples-{step:07d}.png")
+
+    history = fit(
+        flow,
+        examples[run.held_out :],
+        steps,
+        budget=budget,
+        optimizer=optimizer,
+        held_out=examples[: run.held_out],
+        evaluations=20,
+        on_evaluation=report,
+        folder=out,
+        save_every=save_every,
+        resume=resume,
+        **run.settings,
+    )
+    facts = read_checkpoint(out)
+    test = run.data("test", data_folder)
+    figure = evaluate(flow, test, draws)
+    halved = run.model().to(next(flow.parameters()).device)
+    checkpoint.load_into(halved, checkpoint.halve(flow.state_dict()), MODEL)
+    record = {
+        "title": run.title,
+        "command": command or f"nflows_lib.runs.train({name!r})",
+        "parameters": sum(parameter.numel() for parameter in flow.parameters()),
+        "steps": len(history.grad_norm),
+        "minutes": facts["seconds"] / 60,
+        "settings": facts["settings"],
+        "figure": figure,
+        "figure_in_half_precision": evaluate(halved, test, draws),
+        "curve": _curve(flow, history),
+    }
+    flow.cpu()
+    checkpoint.save(out / MODEL, checkpoint.halve(flow.state_dict()), {"run": name})
+    save_samples(flow, run.shape, out / SAMPLES)
+    save(name, record, out)
+    return flow
+
+
+def evaluate(flow: Flow, images: Images, draws: int = 10) -> dict[str, float]:
+    """Bits/dim on images: mean, standard error over images, how many, and draws of the noise that each averages over.
+
+    ``nats`` is the mean of log p(u), u in [0, 1), which papers on NICE quote.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed(1))
+        log_p = log_likelihoods(flow, images.images.reshape(-1, *flow.shape), draws=draws)
+    mean, error = mean_and_error(-log_p / (flow.dims * math.log(2)))
+    nats = log_p.mean().item() + flow.dims * math.log(images.levels)
+    return {"bits_per_dim": mean, "error": error, "images": len(log_p), "draws": draws, "nats": nats}
+
+
+def save_samples(flow: Flow, shape: tuple[int, int, int], path: Path, n: int = 60, temperature: float = 1.0) -> None:
+    """Draw n samples, ten in a row, into a PNG: from the same latents every time, so that pictures can be compared."""
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed(2))
+        drawn = flow.sample(n, temperature).cpu()
+    picture = plotting.tile(drawn, columns=10, levels=flow.levels, shape=shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plt.imsave(path, picture.squeeze(), cmap="gray", vmin=0, vmax=1)
+
+
+def load_flow(name: str, source: Path | None = None) -> Flow:
+    """The trained flow of a run, on the CPU, in evaluation mode: from ``source``, else the one that is shipped.
+
+    A folder of a run that has not ended yet gives the model of its last checkpoint.
+
+    Raises:
+        ValueError: an unknown run, or a file of another model.
+        FileNotFoundError: the folder holds no model.
+    """
+    flow = find(name).model()
+    source = source or folder(name)
+    if (source / MODEL).exists():
+        tensors, _ = checkpoint.load(source / MODEL)
+    else:
+        tensors = read_model(source)
+        if tensors is None:
+            raise FileNotFoundError(f"no {MODEL} and no checkpoint of {name} in {source}")
+    checkpoint.load_into(flow, tensors, name)
+    return flow.eval()
+
+
+def _curve(flow: Flow, history: History, points: int = 100) -> dict[str, list[Any]]:
+    """At most so many means of the training loss, and the held-out figures, all in bits/dim, rounded for the file."""
+    bits = 1 / (flow.dims * math.log(2))
+    width = -(-len(history.loss) // points)
+    blocks = torch.tensor(history.loss).split(width)
+    return {
+        "step": [min((i + 1) * width, len(history.loss)) for i in range(len(blocks))],
+        "training": [round(block.mean().item() * bits, 5) for block in blocks],
+        "held_out": [[step, round(loss * bits, 5), round(error * bits, 5)] for step, loss, error in history.held_out],
+    }
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
 
 
 def _commit() -> str:
@@ -28,42 +276,44 @@ def _commit() -> str:
 COMMIT = _commit()  # on import: by the end of a long run the checkout may have moved on
 
 
-def folder(run: str) -> Path:
-    """Where the record of a named run lies: ``run.json`` and the pictures beside it."""
-    return ROOT / "data" / "pretrained" / run
-
-
-def save(run: str, record: dict[str, Any]) -> None:
-    """Write ``run.json``: the record, and beside it the commit, the versions, the hardware and the seed.
-
-    The file appears whole or not at all.
-    """
-    described = {
-        "run": run,
+def origin() -> dict[str, Any]:
+    """Where and with what a result was made: commit, versions, hardware."""
+    return {
         "commit": COMMIT,
-        "seed": settings.seed(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "hardware": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"{torch.get_num_threads()} CPU threads",
-        **record,
     }
-    target = folder(run) / "run.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps(described, indent=1) + "\n")
-    os.replace(partial, target)
+
+
+def folder(run: str) -> Path:
+    """Where the record of a shipped run lies: ``run.json``, and beside it samples and, if it is small, the model."""
+    return ROOT / "data" / "pretrained" / run
+
+
+def save(run: str, record: Mapping[str, Any], out: Path | None = None) -> None:
+    """Write ``run.json``: the record, and with it the run's name, its seed and its :func:`origin`."""
+    write_json((out or folder(run)) / RECORD, {"run": run, "seed": settings.seed(), **origin(), **record})
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
 
 
 def load(run: str) -> dict[str, Any]:
-    """The record of a named run.
+    """The record of a shipped run.
 
     Raises:
         ValueError: there is none.
     """
-    path = folder(run) / "run.json"
+    path = folder(run) / RECORD
     if not path.exists():
-        known = sorted(p.parent.name for p in path.parent.parent.glob("*/run.json"))
+        known = sorted(p.parent.name for p in path.parent.parent.glob(f"*/{RECORD}"))
         raise ValueError(f"run: expected one of {', '.join(known) or '(no record yet)'}, got {run!r}")
     return json.loads(path.read_text())

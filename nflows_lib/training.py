@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
-from tqdm.auto import trange
+from tqdm.auto import tqdm
 
-from nflows_lib import settings
+from nflows_lib import checkpoint, settings
 from nflows_lib.flow import Flow
+
+CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+PROBE = 25  # steps of a run with a time budget that are timed before their number is fixed
+SLACK = 0.05  # share of the budget kept for evaluations and for writing checkpoints
 
 
 @dataclass
 class History:
     """What a training run leaves behind. Losses are mean negative log-likelihoods in nats per example.
 
-    ``held_out`` holds pairs (steps taken, loss on the held-out data).
+    ``held_out`` holds triples (steps taken, loss on the held-out data, its standard error over examples).
     """
 
     loss: list[float] = field(default_factory=list)
     grad_norm: list[float] = field(default_factory=list)
-    held_out: list[tuple[int, float]] = field(default_factory=list)
+    held_out: list[tuple[int, float, float]] = field(default_factory=list)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -42,11 +54,45 @@ class NonFiniteLoss(RuntimeError):
         )
 
 
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop. It finished its step and saved; ``fit`` with ``resume=True`` goes on from there."""
+
+
+@dataclass
+class Schedule:
+    """How far a run has come, from 0 to 1, and the learning rate that goes with it.
+
+    From step ``start``, where the progress was ``reached``, it grows evenly to 1 at step ``total``. Before the total is
+    known (None) it stays where it is.
+    """
+
+    warmup: int
+    cosine: bool
+    start: int = 0
+    reached: float = 0.0
+    total: int | None = None
+
+    def plan(self, step: int, total: int) -> None:
+        """From this step on, arrive at the end in the given total number of steps."""
+        self.start, self.reached, self.total = step, self.progress(step), total
+
+    def progress(self, step: int) -> float:
+        if self.total is None or step <= self.start:
+            return self.reached
+        return self.reached + (1 - self.reached) * (step - self.start) / (self.total - self.start)
+
+    def factor(self, step: int) -> float:
+        """What the learning rates are multiplied by in this step."""
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        return rise * 0.5 * (1 + math.cos(math.pi * self.progress(step))) if self.cosine else rise
+
+
 def fit(
     flow: Flow,
     data: Tensor,
-    steps: int,
+    steps: int | None = None,
     *,
+    budget: float | None = None,
     context: Tensor | None = None,
     batch_size: int = 256,
     lr: float = 1e-3,
@@ -57,17 +103,29 @@ def fit(
     ema: float | None = None,
     held_out: Tensor | None = None,
     held_out_context: Tensor | None = None,
-    evaluate_every: int | None = None,
+    evaluations: int = 1,
+    draws: int = 1,
+    on_evaluation: Callable[[Flow, History], None] | None = None,
+    folder: Path | None = None,
+    save_every: float = 60.0,
+    resume: bool = False,
 ) -> History:
     """Minimise the mean of -log p(x) over minibatches. Afterwards the flow is trained and in evaluation mode.
 
     Batches are whole ones from a fresh shuffle every epoch. All randomness comes from torch's global generator: call
     ``torch.manual_seed`` for a run that repeats. Evaluations do not disturb it.
 
+    With a folder the run outlives a kill: called again with the same arguments and ``resume=True``, it goes on from its
+    last checkpoint and takes the very steps that it would have taken (on a CPU to the bit). An interrupt (Ctrl-C, or
+    SIGTERM) then lets it finish its step and save.
+
     Args:
         flow: initialised on the first batch (:meth:`Flow.initialize`), then trained in place.
         data: all examples, (N, *flow.shape), on the CPU or on the flow's device.
         steps: number of updates.
+        budget: in place of steps, the seconds that the whole run may take; the first steps are timed, then the number
+            of steps is fixed. A resumed run keeps that number unless it is given another budget: then the rest of the
+            schedule is fitted to the rest of the time.
         context: one row for each example, where the flow is conditional.
         batch_size: examples for each update.
         lr: learning rate of Adam, where no optimizer is given.
@@ -78,50 +136,318 @@ def fit(
         ema: decay of an exponential moving average of the parameters, in [0, 1). The average is what is evaluated,
             and what the flow holds in the end. None: no averaging.
         held_out: examples to evaluate on, with held_out_context where the flow is conditional.
-        evaluate_every: steps between two evaluations; None: only after the last step.
+        evaluations: how many times, evenly over the run; the last is after the last step.
+        draws: draws of the noise that an evaluation averages over.
+        on_evaluation: called after each evaluation with the flow that was judged and the history so far.
+        folder: where checkpoints go; made if missing. None: none are written.
+        save_every: seconds between two checkpoints.
+        resume: go on from the folder's checkpoint; without one, start.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or the folder holds a checkpoint and resume is False.
+        checkpoint.CheckpointError: a checkpoint cannot be written or read, or is another model's or another run's.
         NonFiniteLoss: the loss or the norm of its gradient is NaN or infinite. Its history ends there.
+        Interrupted: the run was asked to stop, and has saved.
     """
-    _check_arguments(data, steps, context, batch_size, clip, warmup, ema, held_out, evaluate_every)
-    device = next(flow.parameters()).device
-    batches = _batches(data, context, batch_size, device)
-    first = next(batches)
-    flow.train()
-    flow.initialize(*first)  # before the first step, which must find the parameters that the data set
+    _check_arguments(
+        data, steps, budget, context, batch_size, clip, warmup, ema, held_out, held_out_context, evaluations
+    )
+    run = _Run(flow, data, context, batch_size, lr, optimizer, clip, Schedule(warmup, cosine), ema)
+    latest = None if folder is None else _latest(folder)
+    if latest is None:
+        run.start()
+    elif resume:
+        run.load(latest)
+    else:
+        raise ValueError(f"folder: expected one without a checkpoint, or resume=True, got {folder}, which holds one")
+    run.plan(steps, budget)
 
-    optimizer = optimizer or torch.optim.Adam(flow.parameters(), lr=lr, fused=True)
-    schedule = LambdaLR(optimizer, lambda step: _learning_rate_factor(step, steps, warmup, cosine))
-    average = None if ema is None else AveragedModel(flow, multi_avg_fn=_ema_update(ema))
-    history = History()
-    bar = trange(steps, disable=not settings.progress(), leave=False, mininterval=0.5)
-    for step in bar:
-        batch = first if step == 0 else next(batches)
-        loss = -flow(*batch).mean()
-        history.loss.append(loss.item())
-        if not math.isfinite(history.loss[-1]):
-            raise NonFiniteLoss(history)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(flow.parameters(), math.inf if clip is None else clip)
-        history.grad_norm.append(norm.item())
-        if not math.isfinite(history.grad_norm[-1]):
-            raise NonFiniteLoss(history)  # a step along it would lose the parameters
-        optimizer.step()
-        schedule.step()
-        if average is not None:
-            average.update_parameters(flow)
-        bar.set_postfix(loss=f"{history.loss[-1]:.2f}", grad=f"{history.grad_norm[-1]:.1f}", refresh=False)
-        last = step + 1 == steps
-        if held_out is not None and (last or (evaluate_every and (step + 1) % evaluate_every == 0)):
-            judged = flow if average is None else average.module
-            value = -log_likelihoods(judged, held_out, held_out_context).mean().item()
-            history.held_out.append((step + 1, value))
-    if average is not None:
-        flow.load_state_dict(average.module.state_dict())
+    bar = tqdm(
+        total=run.schedule.total,
+        initial=run.step,
+        unit=" images",
+        unit_scale=batch_size,
+        disable=not settings.progress(),
+        leave=False,
+        mininterval=0.5 if sys.stderr.isatty() or "ipykernel" in sys.modules else 30.0,  # a log file fills slowly
+    )
+    saved = time.monotonic()
+    with _stop_requested(active=folder is not None) as stop:
+        while run.step != run.schedule.total:
+            run.take_step()
+            if budget is not None and run.schedule.total is None and run.step == PROBE:
+                run.plan(steps, budget)
+                bar.total = run.schedule.total
+            bar.set_postfix(run.figures(), refresh=False)
+            bar.update()
+            done, before = (run.schedule.progress(step) for step in (run.step, run.step - 1))
+            if held_out is not None and math.floor(evaluations * done + 1e-9) > math.floor(evaluations * before + 1e-9):
+                run.evaluate(held_out, held_out_context, draws, on_evaluation)
+            finished = run.step == run.schedule.total
+            if folder is not None and (finished or stop or time.monotonic() - saved > save_every):
+                run.save(folder)
+                saved = time.monotonic()
+            if stop and not finished:
+                bar.close()
+                raise Interrupted(f"stopped after step {run.step:,} of {run.schedule.total or 'a number yet unknown'}")
+    bar.close()
+    if run.average is not None:
+        flow.load_state_dict(run.average.module.state_dict())
     flow.eval()
-    return history
+    return run.history
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The facts of a folder's last checkpoint (steps taken, seconds trained, settings); None where there is none."""
+    path = _latest(folder)
+    return None if path is None else checkpoint.load_facts(path)
+
+
+def read_model(folder: Path) -> dict[str, Tensor] | None:
+    """The state dict of the model in a folder's last checkpoint, averaged if the run averages; None without one."""
+    path = _latest(folder)
+    if path is None:
+        return None
+    tensors, _ = checkpoint.load(path)
+    return _under("average.module.", tensors) or _under("flow.", tensors)
+
+
+class _Run:
+    """All that a run needs in order to go on: parameters, optimizer, average, schedule, shuffle, random state."""
+
+    def __init__(
+        self,
+        flow: Flow,
+        data: Tensor,
+        context: Tensor | None,
+        batch_size: int,
+        lr: float,
+        optimizer: Optimizer | None,
+        clip: float | None,
+        schedule: Schedule,
+        ema: float | None,
+    ) -> None:
+        self.flow, self.data, self.context, self.batch_size = flow, data, context, batch_size
+        self.clip, self.schedule, self.ema = clip, schedule, ema
+        self.device = next(flow.parameters()).device
+        self.optimizer = optimizer or torch.optim.Adam(flow.parameters(), lr=lr, fused=True)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.average: AveragedModel | None = None
+        self.history = History()
+        self.order = torch.empty(0, dtype=torch.long)  # this epoch's shuffle
+        self.position = 0  # how many of it are used up
+        self.first: tuple[Tensor, Tensor | None] | None = None
+        self.asked: dict[str, float | None] = {}  # steps or budget, as the caller gave them
+        self.durations: list[float] = []  # of this process's first steps, in seconds
+        self.seconds = 0.0  # trained so far, before this process
+        self.started = time.monotonic()
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return len(self.history.grad_norm)
+
+    def start(self) -> None:
+        self.first = self._next_batch()
+        self.flow.train()
+        self.flow.initialize(*self.first)  # before the first step, which must find the parameters that the data set
+        self._average()
+
+    def plan(self, steps: int | None, budget: float | None) -> None:
+        """Fix the number of steps, if it is given or can be told by now, and unless that has been done."""
+        asked = {"steps": steps, "budget": budget}
+        if self.schedule.total is not None and asked == self.asked:
+            return
+        self.asked = asked
+        if steps is not None:
+            total = steps
+        elif self.step < PROBE:
+            return
+        else:
+            timed = self.durations[5:] or self.durations  # the first ones are slow
+            pace = statistics.median(timed) if timed else self._elapsed() / self.step
+            total = self.step + int((budget * (1 - SLACK) - self._elapsed()) / pace)
+        if self.schedule.total is not None and self.step == self.schedule.total:
+            raise ValueError(f"resume: expected an unfinished run, got one that has taken its {self.step:,} steps")
+        if total <= self.step:
+            raise ValueError(f"{'steps' if steps else 'budget'}: expected more than the {self.step:,} steps taken")
+        self.schedule.plan(self.step, total)
+
+    def take_step(self) -> None:
+        began = time.monotonic()
+        batch, self.first = self.first or self._next_batch(), None
+        loss = -self.flow(*batch).mean()
+        self.history.loss.append(loss.item())
+        if not math.isfinite(self.history.loss[-1]):
+            raise NonFiniteLoss(self.history)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.flow.parameters(), math.inf if self.clip is None else self.clip)
+        self.history.grad_norm.append(norm.item())
+        if not math.isfinite(self.history.grad_norm[-1]):
+            raise NonFiniteLoss(self.history)  # a step along it would lose the parameters
+        factor = self.schedule.factor(self.step - 1)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.flow)
+        if len(self.durations) < PROBE:
+            self.durations.append(time.monotonic() - began)
+
+    def evaluate(
+        self,
+        held_out: Tensor,
+        context: Tensor | None,
+        draws: int,
+        on_evaluation: Callable[[Flow, History], None] | None,
+    ) -> None:
+        judged = self.flow if self.average is None else self.average.module
+        mean, error = mean_and_error(-log_likelihoods(judged, held_out, context, draws))
+        self.history.held_out.append((self.step, mean, error))
+        if on_evaluation is not None:
+            training = judged.training
+            judged.eval()
+            with _random_state_kept(self.device):
+                on_evaluation(judged, self.history)
+            judged.train(training)
+
+    def figures(self) -> dict[str, str]:
+        """What the progress bar shows."""
+        loss = self.history.loss[-1]
+        bits = {} if self.flow.levels is None else {"bits/dim": f"{loss / (self.flow.dims * math.log(2)):.3f}"}
+        return {"loss": f"{loss:.2f}"} | bits | {"grad": f"{self.history.grad_norm[-1]:.1f}"}
+
+    def save(self, folder: Path) -> None:
+        tensors = {f"flow.{name}": tensor for name, tensor in self.flow.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        tensors["run.order"] = self.order
+        tensors["run.random_state"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["run.cuda_random_state"] = torch.cuda.get_rng_state(self.device)
+        for name, values in asdict(self.history).items():
+            tensors[f"history.{name}"] = torch.tensor(values, dtype=torch.float64)
+        facts = {
+            "step": self.step,
+            "position": self.position,
+            "seconds": self._elapsed(),
+            "asked": self.asked,
+            "schedule": asdict(self.schedule),
+            "settings": self._settings(),
+        }
+        checkpoint.save(folder / CHECKPOINT, tensors, facts, previous=folder / PREVIOUS)
+
+    def load(self, path: Path) -> None:
+        try:
+            tensors, facts = checkpoint.load(path)
+        except checkpoint.CheckpointError as error:
+            if path.with_name(PREVIOUS).exists() and path.name != PREVIOUS:
+                raise checkpoint.CheckpointError(
+                    f"{error}; the one before it is kept: remove {path.name} to go on from {PREVIOUS}"
+                ) from error
+            raise
+        ours, theirs = self._settings(), facts["settings"]
+        # Names and shapes first: of another model's checkpoint the settings tell little.
+        checkpoint.load_into(self.flow, _under("flow.", tensors), path.name)
+        for name in ours:
+            if ours[name] != theirs.get(name):
+                raise checkpoint.CheckpointError(
+                    f"{path.name}: another run's: expected {name} {ours[name]}, got {theirs.get(name)}"
+                )
+        self._average()
+        if self.average is not None:
+            checkpoint.load_into(self.average, _under("average.", tensors), path.name)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _under("optimizer.", tensors).items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.flow.train()
+        self.order, self.position = tensors["run.order"], facts["position"]
+        self.seconds, self.asked = facts["seconds"], facts["asked"]
+        self.schedule = Schedule(**facts["schedule"])
+        history = _under("history.", tensors)
+        self.history = History(
+            history["loss"].tolist(),
+            history["grad_norm"].tolist(),
+            [(int(step), loss, error) for step, loss, error in history["held_out"].tolist()],
+        )
+        torch.set_rng_state(tensors["run.random_state"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["run.cuda_random_state"], self.device)
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self.started
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed, as JSON gives it back."""
+        groups = [{name: value for name, value in group.items() if name != "params"} for group in self._groups()]
+        found = {
+            "examples": len(self.data),
+            "batch_size": self.batch_size,
+            "clip": self.clip,
+            "warmup": self.schedule.warmup,
+            "cosine": self.schedule.cosine,
+            "ema": self.ema,
+            "optimizer": [type(self.optimizer).__name__, groups],
+        }
+        return json.loads(json.dumps(found))
+
+    def _groups(self) -> list[dict[str, Any]]:
+        pairs = zip(self.optimizer.param_groups, self.rates, strict=True)
+        return [group | {"lr": rate} for group, rate in pairs]
+
+    def _average(self) -> None:
+        if self.ema is not None:
+            self.average = AveragedModel(self.flow, multi_avg_fn=_ema_update(self.ema))
+
+    def _next_batch(self) -> tuple[Tensor, Tensor | None]:
+        if self.position + self.batch_size > len(self.order):
+            self.order, self.position = torch.randperm(len(self.data)), 0
+        index = self.order[self.position : self.position + self.batch_size].to(self.data.device)
+        self.position += self.batch_size
+        context = None if self.context is None else self.context[index].to(self.device)
+        return self.data[index].to(self.device), context
+
+
+@contextmanager
+def _stop_requested(active: bool) -> Iterator[list[int]]:
+    """A list that is empty until the process is asked to stop (Ctrl-C, SIGTERM). Asked again, it stops at once."""
+    noted: list[int] = []
+    if not active or threading.current_thread() is not threading.main_thread():  # others cannot set handlers
+        yield noted
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: object) -> None:
+        noted.append(number)
+        signal.signal(number, before[number])
+
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _latest(folder: Path) -> Path | None:
+    """The folder's checkpoint. Killed between two renames, a run leaves the one before as the only one."""
+    return next((path for path in (folder / CHECKPOINT, folder / PREVIOUS) if path.exists()), None)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
 
 
 @torch.no_grad()
@@ -139,7 +465,7 @@ def log_likelihoods(
     flow.eval()
     values = []
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with _random_state_kept(device):
             for i in range(0, len(data), batch_size):
                 x = data[i : i + batch_size].to(device)
                 c = None if context is None else context[i : i + batch_size].to(device)
@@ -154,21 +480,6 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
 
 
-def _batches(
-    data: Tensor, context: Tensor | None, batch_size: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    while True:
-        order = torch.randperm(len(data))
-        for i in range(0, len(data) - batch_size + 1, batch_size):
-            index = order[i : i + batch_size].to(data.device)
-            yield data[index].to(device), None if context is None else context[index].to(device)
-
-
-def _learning_rate_factor(step: int, steps: int, warmup: int, cosine: bool) -> float:
-    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    return rise * 0.5 * (1 + math.cos(math.pi * step / steps)) if cosine else rise
-
-
 def _ema_update(decay: float):
     def update(averages: list[Tensor], currents: list[Tensor], updates: Tensor) -> None:
         # A short memory at first, or the very first parameters would stay in the average for 1 / (1 - decay) steps.
@@ -180,28 +491,37 @@ def _ema_update(decay: float):
 
 def _check_arguments(
     data: Tensor,
-    steps: int,
+    steps: int | None,
+    budget: float | None,
     context: Tensor | None,
     batch_size: int,
     clip: float | None,
     warmup: int,
     ema: float | None,
     held_out: Tensor | None,
-    evaluate_every: int | None,
+    held_out_context: Tensor | None,
+    evaluations: int,
 ) -> None:
-    if steps < 1:
+    if (steps is None) == (budget is None):
+        raise ValueError(f"steps, budget: expected one of them, got {steps} and {budget}")
+    if steps is not None and steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
+    if budget is not None and not 0 < budget < math.inf:
+        raise ValueError(f"budget: expected seconds above 0, got {budget}")
     if not 1 <= batch_size <= len(data):
         raise ValueError(f"batch_size: expected 1 to {len(data)}, the number of examples, got {batch_size}")
-    if context is not None and len(context) != len(data):
-        raise ValueError(f"context: expected {len(data)} rows, one for each example, got {len(context)}")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: expected a number above 0, got {clip}")
-    if not 0 <= warmup <= steps:
-        raise ValueError(f"warmup: expected 0 to {steps}, the number of steps, got {warmup}")
+    if warmup < 0 or (steps is not None and warmup > steps):
+        most = "" if steps is None else f"{steps}, "
+        raise ValueError(f"warmup: expected 0 to {most}the number of steps, got {warmup}")
     if ema is not None and not 0 <= ema < 1:
         raise ValueError(f"ema: expected a decay in [0, 1), got {ema}")
-    if evaluate_every is not None and evaluate_every < 1:
-        raise ValueError(f"evaluate_every: expected at least 1, got {evaluate_every}")
-    if evaluate_every is not None and held_out is None:
-        raise ValueError("held_out: expected data to evaluate on every so many steps, got None")
+    if evaluations < 1:
+        raise ValueError(f"evaluations: expected at least 1, got {evaluations}")
+    if evaluations > 1 and held_out is None:
+        raise ValueError(f"held_out: expected data for {evaluations} evaluations, got None")
+    for name, rows, examples in (("context", context, data), ("held_out_context", held_out_context, held_out)):
+        expected = 0 if examples is None else len(examples)
+        if rows is not None and len(rows) != expected:
+            raise ValueError(f"{name}: expected {expected} rows, one for each example, got {len(rows)}")

@@ -160,13 +160,13 @@ def test_schedule(options, factors):
 def test_moving_average(decay):
     """s is 1, 2, 3, ... after each step. The flow ends with the average, and the average is what is evaluated."""
     flow = scaling()
-    history = fit(flow, ZEROS, 6, batch_size=4, optimizer=sgd(flow), ema=decay, held_out=ZEROS, evaluate_every=1)
+    history = fit(flow, ZEROS, 6, batch_size=4, optimizer=sgd(flow), ema=decay, held_out=ZEROS, evaluations=6)
     averages = [1.0]
     for n, s in enumerate([2.0, 3.0, 4.0, 5.0, 6.0], start=1):
         now = min(decay, (1 + n) / (10 + n))
         averages.append(now * averages[-1] + (1 - now) * s)
     assert history.loss == pytest.approx([AT_ZERO - s for s in range(6)])  # the training itself is not averaged
-    assert [AT_ZERO - loss for _, loss in history.held_out] == pytest.approx(averages, abs=1e-5)
+    assert [AT_ZERO - loss for _, loss, _ in history.held_out] == pytest.approx(averages, abs=1e-5)
     assert log_scale(flow).item() == pytest.approx(averages[-1], abs=1e-5)
 
 
@@ -223,12 +223,13 @@ def test_context_rows_stay_with_their_examples():
 
 
 @pytest.mark.parametrize(
-    ("steps", "every", "expected"), [(8, 3, [3, 6, 8]), (6, 3, [3, 6]), (4, None, [4]), (2, 5, [2])]
+    ("steps", "evaluations", "expected"), [(8, 3, [3, 6, 8]), (6, 2, [3, 6]), (4, 1, [4]), (2, 5, [1, 2])]
 )
-def test_evaluates_at_the_right_steps(steps, every, expected):
+def test_evaluates_evenly_over_the_run(steps, evaluations, expected):
     flow = scaling()
-    history = fit(flow, ZEROS, steps, batch_size=4, optimizer=sgd(flow), held_out=ZEROS[:2], evaluate_every=every)
-    assert history.held_out == [(step, pytest.approx(AT_ZERO - step)) for step in expected]
+    options = {"batch_size": 4, "optimizer": sgd(flow), "held_out": ZEROS[:2], "evaluations": evaluations}
+    history = fit(flow, ZEROS, steps, **options)
+    assert history.held_out == [(step, pytest.approx(AT_ZERO - step), 0.0) for step in expected]
 
 
 def test_no_held_out_data_no_evaluation():
@@ -242,17 +243,17 @@ def test_held_out_context_is_passed_on():
     x = torch.randn(40, 2)
     options = {"context": x.flip(1), "held_out": x, "held_out_context": 2 * x}
     history = fit(flow, x, 5, batch_size=20, lr=0.1, **options)
-    expected = -log_likelihoods(flow, x, 2 * x).mean().item()
-    assert history.held_out == [(5, pytest.approx(expected))]
+    expected, error = mean_and_error(-log_likelihoods(flow, x, 2 * x))
+    assert history.held_out == [(5, pytest.approx(expected), pytest.approx(error))]
     assert -log_likelihoods(flow, x, x).mean().item() != pytest.approx(expected)
 
 
 def test_evaluation_does_not_disturb_the_training():
     losses = []
-    for every in (None, 1, 3):
+    for evaluations in (1, 2, 7):
         flow, data = noisy_nice()
         torch.manual_seed(1)
-        losses.append(fit(flow, data, 7, batch_size=16, held_out=data[:9], evaluate_every=every).loss)
+        losses.append(fit(flow, data, 7, batch_size=16, held_out=data[:9], evaluations=evaluations).loss)
     assert losses[0] == losses[1] == losses[2]
 
 
@@ -264,7 +265,7 @@ def test_a_seed_repeats_a_run_bit_by_bit():
     for seed in (1, 1, 2):
         flow, data = noisy_nice()
         torch.manual_seed(seed)
-        history = fit(flow, data, 10, batch_size=16, clip=1.0, ema=0.9, held_out=data, evaluate_every=4)
+        history = fit(flow, data, 10, batch_size=16, clip=1.0, ema=0.9, held_out=data, evaluations=2)
         runs.append((history, flow.state_dict()))
     (first, weights), (second, same_weights), (other, _) = runs
     assert first == second
@@ -310,8 +311,14 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step():
         ({"warmup": 3}, "warmup: expected 0 to 2, the number of steps, got 3"),
         ({"ema": 1.0}, r"ema: expected a decay in \[0, 1\), got 1.0"),
         ({"ema": -0.1}, r"ema: expected a decay in \[0, 1\), got -0.1"),
-        ({"evaluate_every": 0}, "evaluate_every: expected at least 1, got 0"),
-        ({"evaluate_every": 1}, "held_out: expected data to evaluate on every so many steps, got None"),
+        ({"evaluations": 0}, "evaluations: expected at least 1, got 0"),
+        ({"evaluations": 2}, "held_out: expected data for 2 evaluations, got None"),
+        (
+            {"held_out": ZEROS, "held_out_context": ZEROS[:1]},
+            "held_out_context: expected 4 rows, one for each example, got 1",
+        ),
+        ({"budget": 1.0}, "steps, budget: expected one of them, got 2 and 1.0"),
+        ({"steps": None}, "steps, budget: expected one of them, got None and None"),
     ],
 )
 def test_argument_errors(options, message):
