@@ -15,7 +15,7 @@ SEEDS ?= 1 2 3 4
 # nbval runs a chapter and compares every output; only a number after ≈ may differ (tests/sanitize.cfg).
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
 
-.PHONY: help book test seeds notebooks lab lock clean
+.PHONY: help book test seeds notebooks ablations lab lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -47,6 +47,11 @@ notebooks: $(READY)  ## format the chapters, execute them in place and normalise
 	$(BIN)/ruff check --fix --quiet $(CHAPTER)
 	$(BIN)/ruff format --quiet $(CHAPTER)
 	$(BIN)/python tests/notebooks.py $(CHAPTER)
+
+ablations: export OMP_NUM_THREADS := 1
+ablations: export NFLOWS_PROGRESS := 0
+ablations: $(READY)  ## run the open questions' experiments anew and store their results
+	$(BIN)/python -m nflows_lib.ablations
 
 lab: $(READY)  ## JupyterLab in the course's environment
 	$(BIN)/jupyter lab chapters
