@@ -1,0 +1,155 @@
+"""Checkpoints: whole or not at all, and clear about what is wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from nflows_lib import checkpoint
+from nflows_lib.checkpoint import CheckpointError
+
+TENSORS = {
+    "float": torch.randn(3, 4),
+    "half": torch.randn(5).half(),
+    "mask": torch.tensor([True, False]),
+    "order": torch.tensor([3, 1, 2]),
+    "state": torch.arange(9, dtype=torch.uint8),
+    "scalar": torch.tensor(2.5, dtype=torch.float64),
+    "empty": torch.empty(0),
+    "turned": torch.randn(4, 3).T,  # not contiguous
+}
+FACTS = {"step": 7, "asked": {"steps": None}, "curve": [1.5, 2.0]}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "run" / "checkpoint.safetensors"
+
+
+@pytest.fixture
+def saved(path):
+    checkpoint.save(path, TENSORS, FACTS)
+    return path
+
+
+def test_tensors_and_facts_come_back(saved):
+    tensors, facts = checkpoint.load(saved)
+    assert facts == FACTS
+    assert tensors.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor)
+    assert checkpoint.load_facts(saved) == FACTS
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_the_file_is_json_and_numbers_never_pickle(saved):
+    content = saved.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert json.loads(header["__metadata__"]["facts"]) == FACTS
+    sizes = [tensor.element_size() * tensor.numel() for tensor in TENSORS.values()]
+    assert len(content) == 8 + int.from_bytes(content[:8], "little") + sum(sizes)  # and not a byte besides
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_a_truncated_file_is_named(saved, share):
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors: expected a whole checkpoint, got [\d,]+"):
+        checkpoint.load(saved)
+
+
+def test_another_file_is_no_checkpoint(path):
+    path.parent.mkdir()
+    path.write_text("a letter to a friend, long enough to have a header\n")
+    with pytest.raises(CheckpointError, match="expected a whole checkpoint"):
+        checkpoint.load_facts(path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        checkpoint.load(path.with_name("none"))
+
+
+def test_a_full_disk_is_an_error_and_keeps_the_last_good_one(saved, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = saved.read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        CheckpointError, match=r"No space left on device; the last good one, checkpoint\.safetensors, is"
+    ):
+        checkpoint.save(saved, {"other": torch.ones(10)}, {}, previous=saved.with_name("previous"))
+    assert saved.read_bytes() == before
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_a_file_that_may_not_grow_is_an_error_and_keeps_the_last_good_one(saved):
+    """The operating system itself refuses, in the middle of the writing."""
+    resource = pytest.importorskip("resource")
+    before = saved.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write 0\.4 MiB .* the last good one"):
+            checkpoint.save(saved, {"other": torch.ones(100_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert saved.read_bytes() == before
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_the_older_one_moves_to_previous(saved):
+    previous = saved.with_name("previous")
+    checkpoint.save(saved, {"other": torch.ones(1)}, {"step": 8}, previous=previous)
+    assert checkpoint.load_facts(saved) == {"step": 8}
+    assert checkpoint.load_facts(previous) == FACTS
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_killed_between_two_renames_one_whole_file_is_left(saved, monkeypatch, renames):
+    class Killed(BaseException):
+        pass
+
+    replace, done = os.replace, []
+
+    def kill(source, target):
+        if len(done) == renames:
+            raise Killed
+        done.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", kill)
+    previous = saved.with_name("previous")
+    with pytest.raises(Killed):
+        checkpoint.save(saved, {"other": torch.ones(1)}, {"step": 8}, previous=previous)
+    assert checkpoint.load_facts(previous if renames else saved) == FACTS
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (nn.Linear(3, 3), r"expected bias with shape \(2,\), got shape \(3,\)"),
+        (nn.Linear(3, 2, bias=False), r"expected bias with shape \(2,\), got none"),
+        (nn.Sequential(nn.Linear(3, 2)), r"another model's: expected 0\.bias with none, got shape \(2,\)"),
+    ],
+)
+def test_another_models_tensors_are_refused_whole(other, message):
+    model = nn.Linear(3, 2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load_into(model, other.state_dict(), "it")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_half_precision_is_for_matrices_and_loads_as_float32():
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    halved = checkpoint.halve(model.state_dict())
+    assert halved["weight"].dtype == torch.float16
+    assert halved["bias"].dtype == torch.float32
+    checkpoint.load_into(other, halved, "it")
+    assert other.weight.dtype == torch.float32
+    assert torch.equal(other.weight, model.weight.half().float())

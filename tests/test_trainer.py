@@ -1,0 +1,598 @@
+"""fit() with a folder: a run that is interrupted, killed or out of disk goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bijections import randomize
+from test_training import ZEROS, Recorder, log_scale, noisy_nice, scaling, sgd
+from torch import Tensor
+
+from nflows_lib import checkpoint, training
+from nflows_lib.checkpoint import CheckpointError
+from nflows_lib.flow import Flow
+from nflows_lib.models import nice
+from nflows_lib.training import CHECKPOINT, PREVIOUS, History, Interrupted, NonFiniteLoss, Schedule, fit
+
+STEPS = 24
+OPTIONS = {
+    "steps": STEPS,
+    "batch_size": 10,  # 4 steps an epoch: a stop at step 6 or 18 lies amid one
+    "lr": 1e-2,
+    "clip": 1.0,
+    "warmup": 8,
+    "cosine": True,
+    "ema": 0.9,
+    "evaluations": 4,
+    "save_every": -1.0,  # after every step
+}
+
+
+class Stop(Exception):
+    """Raised by a test to end a run in the midst."""
+
+
+def nice_run(
+    folder: Path | None = None, at: int | None = None, act=None, **options
+) -> tuple[dict[str, Tensor], History]:
+    """A small NICE run from a seed; ``act`` is called in the evaluation after step ``at``."""
+    flow, data = noisy_nice()
+    torch.manual_seed(1)
+    if options.get("resume") and any(folder.glob("*.safetensors")):
+        # Nothing that a resumed process starts with may show in the end.
+        randomize(flow, 3.0)
+        torch.manual_seed(99)
+
+    def on_evaluation(judged: Flow, history: History) -> None:
+        torch.rand(5)
+        if history.held_out[-1][0] == at:
+            act()
+
+    options = {**OPTIONS, "held_out": data[:9], "on_evaluation": on_evaluation, **options}
+    history = fit(flow, data, folder=folder, **options)
+    assert not flow.training
+    return flow.state_dict(), history
+
+
+def stop() -> None:
+    raise Stop
+
+
+def interrupt(number: int = signal.SIGINT) -> None:
+    os.kill(os.getpid(), number)
+
+
+def step_of(folder: Path) -> int:
+    return training.read_checkpoint(folder)["step"]
+
+
+def assert_same(found: tuple[dict[str, Tensor], History], expected: tuple[dict[str, Tensor], History]) -> None:
+    for name in expected[0]:
+        assert torch.equal(found[0][name], expected[0][name]), name
+    assert found[1] == expected[1]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return nice_run()
+
+
+# --- stop and resume --------------------------------------------------------------------------------------------------
+
+
+def test_writing_checkpoints_changes_nothing(tmp_path, uninterrupted):
+    assert_same(nice_run(tmp_path), uninterrupted)
+    assert sorted(os.listdir(tmp_path)) == sorted([CHECKPOINT, PREVIOUS])
+    assert step_of(tmp_path) == STEPS
+    assert checkpoint.load_facts(tmp_path / PREVIOUS)["step"] == STEPS - 1
+
+
+@pytest.mark.parametrize("at", [6, 12, 18])
+def test_a_run_that_failed_goes_on_to_the_same_parameters(tmp_path, uninterrupted, at):
+    with pytest.raises(Stop):
+        nice_run(tmp_path, at, stop)
+    assert step_of(tmp_path) == at - 1
+    assert_same(nice_run(tmp_path, resume=True), uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("save_every", [-1.0, 1e9])
+def test_an_interrupted_run_saves_its_step_and_goes_on_to_the_same_parameters(
+    tmp_path, uninterrupted, number, save_every
+):
+    with pytest.raises(Interrupted, match=f"stopped after step 6 of {STEPS}"):
+        nice_run(tmp_path, 6, lambda: interrupt(number), save_every=save_every)
+    assert step_of(tmp_path) == 6
+    assert_same(nice_run(tmp_path, resume=True), uninterrupted)
+
+
+def test_a_run_interrupted_again_and_again_goes_on_to_the_same_parameters(tmp_path, uninterrupted):
+    for at in (6, 12, 18):
+        with pytest.raises(Interrupted):
+            nice_run(tmp_path, at, interrupt, resume=True)
+        assert step_of(tmp_path) == at
+    assert_same(nice_run(tmp_path, resume=True), uninterrupted)
+
+
+@pytest.mark.parametrize("name", ["adam", "two groups", "momentum"])
+def test_a_given_optimizer_goes_on_too(tmp_path, name):
+    makers = {
+        "adam": lambda flow: torch.optim.Adam(flow.parameters(), lr=1e-2),
+        "two groups": lambda flow: torch.optim.AdamW(
+            [{"params": [*flow.parameters()][:-1]}, {"params": [*flow.parameters()][-1:], "lr": 0.1}], lr=1e-2
+        ),
+        "momentum": lambda flow: torch.optim.SGD(flow.parameters(), lr=1e-3, momentum=0.9),
+    }
+
+    def run(steps_until=None, **options):
+        flow, data = noisy_nice()
+        torch.manual_seed(1)
+
+        def act(judged, history):
+            if len(history.loss) == steps_until:
+                interrupt()
+
+        settings = {**OPTIONS, "ema": None, "held_out": data[:9], "on_evaluation": act, **options}
+        history = fit(flow, data, optimizer=makers[name](flow), **settings)
+        return flow.state_dict(), history
+
+    with pytest.raises(Interrupted):
+        run(6, folder=tmp_path)
+    assert_same(run(folder=tmp_path, resume=True), run())
+
+
+def test_context_rows_stay_with_their_examples_over_a_resume(tmp_path):
+    data = torch.arange(20.0)[:, None]
+    seen = []
+    for resume in (False, True):
+        torch.manual_seed(0)
+        recorder = Recorder()
+        options = {"context": 10 * data, "batch_size": 5, "lr": 1e-9, "held_out": data[:2], "evaluations": 4}
+        options |= {"held_out_context": data[:2], "folder": tmp_path, "resume": resume}
+        act = None if resume else lambda flow, history: interrupt() if len(history.loss) == 2 else None
+        try:
+            fit(scaling(1, recorder), data, 4, on_evaluation=act, **options)
+        except Interrupted:
+            assert not resume
+        seen += recorder.seen
+        assert bool(recorder.initialized_with) is not resume  # parameters that the data set are not set again
+    assert sorted(torch.cat([x for x, _, _ in seen]).flatten().tolist()) == data.flatten().tolist()  # one whole epoch
+    assert all(torch.equal(context, 10 * x) for x, context, _ in seen)
+    assert all(mode for _, _, mode in seen)
+
+
+def test_resume_without_a_checkpoint_starts(tmp_path, uninterrupted):
+    flow, data = noisy_nice()
+    torch.manual_seed(1)
+    history = fit(flow, data, folder=tmp_path / "new", resume=True, held_out=data[:9], **OPTIONS)
+    assert_same((flow.state_dict(), history), uninterrupted)
+
+
+def test_a_folder_with_a_checkpoint_is_refused_without_resume(tmp_path):
+    nice_run(tmp_path)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    with pytest.raises(ValueError, match="folder: expected one without a checkpoint, or resume=True"):
+        nice_run(tmp_path)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    (tmp_path / CHECKPOINT).unlink()  # the one before counts as well
+    with pytest.raises(ValueError, match="folder: expected one without a checkpoint"):
+        nice_run(tmp_path)
+
+
+def wider(flow: Flow) -> Flow:
+    return nice(4, levels=5, couplings=2, hidden=9, depth=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 8}, "another run's: expected batch_size 8, got 10"),
+        ({"lr": 2e-2}, "another run's: expected optimizer .*0.02.*, got .*0.01"),
+        ({"clip": None}, "another run's: expected clip None, got 1.0"),
+        ({"warmup": 3}, "another run's: expected warmup 3, got 8"),
+        ({"cosine": False}, "another run's: expected cosine False, got True"),
+        ({"ema": 0.99}, "another run's: expected ema 0.99, got 0.9"),
+        ({"ema": None}, "another run's: expected ema None, got 0.9"),
+        ({"model": wider}, r"another model's: expected .* with shape \(9"),
+        ({"examples": 39}, "another run's: expected examples 39, got 40"),
+        ({"sgd": True}, "another run's: expected optimizer .*SGD"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_run_is_refused_and_the_checkpoint_still_good(tmp_path, uninterrupted, options, message):
+    with pytest.raises(Interrupted):
+        nice_run(tmp_path, 6, interrupt)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    options = dict(options)
+    flow, data = noisy_nice()
+    flow = options.pop("model", lambda flow: flow)(flow)
+    data = data[: options.pop("examples", 40)]
+    optimizer = sgd(flow) if options.pop("sgd", False) else None
+    with pytest.raises(CheckpointError, match=f"^{CHECKPOINT}: {message}"):
+        fit(flow, data, folder=tmp_path, resume=True, optimizer=optimizer, held_out=data, **{**OPTIONS, **options})
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    assert_same(nice_run(tmp_path, resume=True), uninterrupted)
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_a_truncated_checkpoint_is_named_and_the_one_before_goes_on(tmp_path, uninterrupted):
+    with pytest.raises(Interrupted):
+        nice_run(tmp_path, 6, interrupt)
+    newest = tmp_path / CHECKPOINT
+    newest.write_bytes(newest.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=f"{CHECKPOINT}: expected a whole .* to go on from {PREVIOUS}"):
+        nice_run(tmp_path, resume=True)
+    newest.unlink()
+    assert step_of(tmp_path) == 5
+    assert_same(nice_run(tmp_path, resume=True), uninterrupted)
+
+
+def test_a_kill_between_the_renames_goes_on_from_the_one_before(tmp_path, uninterrupted, monkeypatch):
+    calls, replace = [], os.replace
+
+    def killed(source, target):
+        calls.append(target)
+        if len(calls) == 13:  # one rename for the first checkpoint, two for each of the others
+            raise SystemExit  # stands for the kill
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(SystemExit):
+        nice_run(tmp_path)
+    monkeypatch.undo()
+    assert not (tmp_path / CHECKPOINT).exists()
+    assert step_of(tmp_path) == 6
+    assert_same(nice_run(tmp_path, resume=True), uninterrupted)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(tmp_path, uninterrupted, monkeypatch):
+    fsync, calls = os.fsync, []
+
+    def disk_full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 10:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(CheckpointError, match=f"{os.strerror(errno.ENOSPC)}; the last good one, {CHECKPOINT}"):
+        nice_run(tmp_path)
+    assert step_of(tmp_path) == 9
+    assert sorted(os.listdir(tmp_path)) == sorted([CHECKPOINT, PREVIOUS])
+    assert_same(nice_run(tmp_path, resume=True), uninterrupted)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
+    flow = scaling()
+    with pytest.raises(NonFiniteLoss):
+        fit(flow, ZEROS, 9, batch_size=4, optimizer=sgd(flow, 1e38), folder=tmp_path, save_every=-1.0)
+    tensors, facts = checkpoint.load(tmp_path / CHECKPOINT)
+    assert facts["step"] == 1
+    assert len(tensors["history.loss"]) == 1
+    assert tensors["history.loss"].isfinite().all()
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", [None, stop, interrupt])
+def test_the_handlers_of_signals_are_put_back(tmp_path, act):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        nice_run(tmp_path, 6 if act else None, act)
+    except (Stop, Interrupted):
+        assert act is not None
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    reached = []
+
+    def twice() -> None:
+        interrupt()
+        reached.append("after the first")
+        interrupt()
+        reached.append("after the second")
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        nice_run(tmp_path, 6, twice)
+    assert caught.type is KeyboardInterrupt
+    assert reached == ["after the first"]
+    assert step_of(tmp_path) == 5
+
+
+def test_without_a_folder_an_interrupt_stops_at_once():
+    with pytest.raises(KeyboardInterrupt) as caught:
+        nice_run(None, 6, interrupt)
+    assert caught.type is KeyboardInterrupt
+
+
+def test_an_interrupt_at_any_moment_of_a_step_has_saved(tmp_path, monkeypatch):
+    """Here at the worst: after the loop looked whether to save, before it looks whether to stop."""
+    flow, data = noisy_nice()
+    calls = []
+
+    def monotonic() -> float:
+        caller = sys._getframe(1).f_code.co_name
+        calls.append(caller)
+        if caller == "fit" and calls.count("fit") == 4:
+            interrupt()
+        return time.monotonic()
+
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=monotonic))
+    with pytest.raises(Interrupted, match="stopped after step") as caught:
+        fit(flow, data, folder=tmp_path, held_out=data[:9], **{**OPTIONS, "save_every": 1e9})
+    assert f"step {step_of(tmp_path)} of" in str(caught.value)
+
+
+# --- the schedule -----------------------------------------------------------------------------------------------------
+
+
+def test_progress_grows_evenly_to_one():
+    schedule = Schedule(warmup=0, cosine=True)
+    assert schedule.progress(7) == 0  # no total yet
+    schedule.plan(0, 10)
+    assert [schedule.progress(step) for step in range(11)] == pytest.approx([step / 10 for step in range(11)])
+
+
+def test_a_new_plan_goes_on_from_where_the_old_one_was():
+    schedule = Schedule(warmup=0, cosine=True)
+    schedule.plan(0, 100)
+    progress, factor = schedule.progress(40), schedule.factor(40)
+    for total in (50, 1000):
+        schedule.plan(40, total)
+        assert schedule.progress(40) == progress == 0.4
+        assert schedule.factor(40) == factor
+        values = [schedule.progress(step) for step in range(40, total + 1)]
+        assert [b - a for a, b in pairwise(values)] == pytest.approx([0.6 / (total - 40)] * (total - 40))
+        assert values[-1] == pytest.approx(1)
+        assert schedule.factor(total) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_plan_after_the_first_steps_starts_there():
+    schedule = Schedule(warmup=0, cosine=False)
+    schedule.plan(25, 125)
+    assert [schedule.progress(step) for step in (0, 25, 75, 125)] == [0, 0, 0.5, 1]
+
+
+def test_factor_is_warmup_times_half_a_cosine():
+    schedule = Schedule(warmup=4, cosine=True)
+    assert [schedule.factor(step) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]  # before there is a total
+    schedule.plan(0, 1000)
+    assert schedule.factor(0) == pytest.approx(0.25, rel=1e-4)
+    assert schedule.factor(500) == pytest.approx(0.5)
+    assert 0 < schedule.factor(999) < 1e-5
+    constant = Schedule(warmup=4, cosine=False)
+    constant.plan(0, 1000)
+    assert [constant.factor(step) for step in (0, 3, 999)] == [0.25, 1, 1]
+
+
+# --- a budget of time -------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A clock that the flow's training steps move."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Slow(Recorder):
+    """Each training step takes a second, then two."""
+
+    def __init__(self, clock: Clock, interrupt_at: int | None = None, slower_from: int = 10**9) -> None:
+        super().__init__()
+        self.clock, self.interrupt_at, self.slower_from = clock, interrupt_at, slower_from
+
+    def forward(self, x, context=None):
+        if torch.is_grad_enabled():
+            self.clock.now += 1 if len(self.seen) < self.slower_from else 2
+            if len(self.seen) + 1 == self.interrupt_at:
+                interrupt()
+        return super().forward(x, context)
+
+
+@pytest.fixture
+def timed_run(tmp_path, monkeypatch):
+    """Runs in one folder, each under a clock of its own, as in a process of its own."""
+
+    def run(interrupt_at=None, slower_from=10**9, folder=tmp_path, **options):
+        torch.manual_seed(0)
+        clock = Clock()
+        monkeypatch.setattr(training, "time", clock)
+        slow = Slow(clock, interrupt_at, slower_from)
+        flow = scaling(1, slow)
+        options = {"batch_size": 2, "cosine": True, "ema": 0.5, "resume": True, **options}
+        try:
+            history = fit(flow, torch.arange(4.0)[:, None], folder=folder, save_every=1e9, **options)
+        except Interrupted:
+            return len(slow.seen), None, flow
+        return len(slow.seen), history, flow
+
+    return run
+
+
+def total_of(folder: Path) -> int:
+    return training.read_checkpoint(folder)["schedule"]["total"]
+
+
+def test_the_number_of_steps_fits_the_budget(timed_run):
+    steps, history, _ = timed_run(budget=100)
+    assert steps == len(history.loss) == 95  # a second each, and 5 % to spare
+
+
+def test_without_a_folder_the_number_of_steps_fits_the_budget(timed_run):
+    assert timed_run(budget=60, folder=None, resume=False)[0] == 57
+
+
+def test_the_number_of_steps_is_fixed_once(timed_run):
+    assert timed_run(budget=100, slower_from=30)[0] == 95
+
+
+def test_a_budget_that_is_used_up_at_once_is_refused(timed_run):
+    with pytest.raises(ValueError, match="budget: expected more than the 25 steps taken"):
+        timed_run(budget=20)
+
+
+def test_the_number_of_steps_is_kept_over_a_resume(timed_run, tmp_path):
+    assert timed_run(50, budget=100)[0] == 50
+    assert total_of(tmp_path) == 95
+    assert training.read_checkpoint(tmp_path)["seconds"] == 50
+    steps, history, _ = timed_run(budget=100, slower_from=0)
+    assert steps == 45
+    assert len(history.loss) == 95
+
+
+def test_a_resume_before_the_number_of_steps_is_fixed_times_the_first_steps_again(timed_run, tmp_path):
+    assert timed_run(10, budget=100)[0] == 10
+    assert total_of(tmp_path) is None
+    assert len(timed_run(budget=100)[1].loss) == 95  # the 10 seconds before count
+
+
+@pytest.mark.parametrize("budget", [200, 80])
+def test_another_budget_fits_the_rest_of_the_schedule_to_the_rest_of_the_time(timed_run, tmp_path, budget):
+    timed_run(50, budget=100)
+    before = Schedule(**training.read_checkpoint(tmp_path)["schedule"])
+    assert len(timed_run(budget=budget)[1].loss) == 0.95 * budget
+    after = Schedule(**training.read_checkpoint(tmp_path)["schedule"])
+    assert (after.start, after.total) == (50, 0.95 * budget)
+    assert after.progress(50) == before.progress(50)
+
+
+@pytest.mark.parametrize("done", [10, 50])
+def test_a_run_of_steps_can_go_on_with_a_budget(timed_run, done):
+    timed_run(done, steps=1000)
+    assert len(timed_run(budget=100)[1].loss) == 95
+
+
+def test_a_run_with_a_budget_can_go_on_with_steps(timed_run):
+    timed_run(50, budget=100)
+    assert len(timed_run(steps=60)[1].loss) == 60
+
+
+@pytest.mark.parametrize("asked", [{"budget": 200}, {"steps": 200}])
+def test_a_finished_run_is_not_made_longer(timed_run, tmp_path, asked):
+    timed_run(budget=100)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    with pytest.raises(ValueError, match="resume: expected an unfinished run, got one that has taken its 95 steps"):
+        timed_run(**asked)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+@pytest.mark.parametrize("asked", [{"budget": 100}, {"steps": 40}])
+def test_a_finished_run_resumed_gives_its_averaged_flow_and_takes_no_step(timed_run, tmp_path, asked):
+    _, history, flow = timed_run(**asked)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    steps, same_history, same_flow = timed_run(**asked)
+    assert steps == 0
+    assert same_history == history
+    assert torch.equal(log_scale(same_flow), log_scale(flow))
+    trained = checkpoint.load(tmp_path / CHECKPOINT)[0]["flow.chain.layers.1.log_scale"]
+    assert not torch.equal(log_scale(flow), trained)  # the average is another
+    assert not same_flow.training
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+# --- real processes ---------------------------------------------------------------------------------------------------
+
+
+def command_line(out: Path, steps: int) -> list[str]:
+    return f"train nice-digits --steps {steps} --save-every 0s --draws 1 --resume --out {shlex.quote(str(out))}".split()
+
+
+def start(out: Path, steps: int) -> multiprocessing.Process:
+    """A process of its own that runs the command line, forked from one that has imported torch already."""
+    from nflows_lib.__main__ import main
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nflows_lib.__main__"])
+    process = context.Process(target=main, args=(command_line(out, steps),))
+    process.start()
+    return process
+
+
+def version(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:  # between two renames
+        return None
+    return stat.st_ino, stat.st_mtime_ns
+
+
+def test_a_run_killed_again_and_again_ends_as_one_that_was_not(tmp_path):
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"the moments of the kills come from random.Random({seed})")
+    moments = random.Random(seed)
+    never, killed = tmp_path / "never", tmp_path / "killed"
+    reference = start(never, 150)
+    amid = []
+    for _ in range(5):
+        before = version(killed / CHECKPOINT)
+        process = start(killed, 150)
+        while process.is_alive() and version(killed / CHECKPOINT) in (before, None):
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            amid.append(step_of(killed))
+    print(f"killed after the steps {amid}")
+    assert amid and amid[0] < 150
+    last = start(killed, 150)
+    last.join()
+    reference.join()
+    assert last.exitcode == reference.exitcode == 0
+    for name in (CHECKPOINT, PREVIOUS, "model.safetensors"):
+        expected, _ = checkpoint.load(never / name)
+        found, _ = checkpoint.load(killed / name)
+        assert found.keys() == expected.keys()
+        assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+    assert step_of(killed) == 150
+    assert not list(killed.glob("*.partial"))
+
+
+def test_ctrl_c_says_how_to_go_on_and_that_goes_on(tmp_path, capsys):
+    from nflows_lib.__main__ import main
+
+    out = tmp_path / "a folder"
+    arguments = ["train", "nice-digits", "--steps", "300", "--draws", "1", "--save-every", "0s", "--out", str(out)]
+    process = subprocess.Popen([sys.executable, "-m", "nflows_lib", *arguments], stderr=subprocess.PIPE, text=True)
+    try:
+        while process.poll() is None and not (out / PREVIOUS).exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    stopped = int(re.search(r"stopped after step ([\d,]+) of 300, and saved", said)[1].replace(",", ""))
+    assert stopped == step_of(out) < 300
+    again = shlex.split(re.search(r"To go on: (.*)", said)[1])
+    assert again[:3] == ["python", "-m", "nflows_lib"]
+    assert "--resume" in again
+    assert main(again[3:]) == 0
+    assert "300 steps in" in capsys.readouterr().out
+    assert step_of(out) == 300
+    record = json.loads((out / "run.json").read_text())
+    assert record["steps"] == 300
+    assert "--steps 300" in record["command"]  # the command that gives this figure
