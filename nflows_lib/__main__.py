@@ -11,7 +11,7 @@ from nflows_lib import runs, training
 
 
 def seconds(text: str) -> float:
-    """ "90s", "30m", "1.5h" in seconds."""
+    """A time such as 90s, 30m or 1.5h, in seconds."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"expected a time such as 90s, 30m or 1.5h, got {text!r}")
@@ -29,27 +29,22 @@ def main(arguments: list[str] | None = None) -> int:
             again += [f"--{name}", str(getattr(options, name))] if getattr(options, name) else []
         print(f"\n{stopped}, and saved.\nTo go on: {shlex.join(again)}", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError, training.NonFiniteLoss) as error:
+    except (ValueError, OSError, training.NonFiniteLoss) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def _train(options: argparse.Namespace) -> None:
-    # For the record: what decides the result, not where its files lay.
-    command = ["python", "-m", "nflows_lib", "train", options.run]
-    command += ["--steps", str(options.steps)] if options.steps else []
-    command += ["--budget", options.budget] if options.budget else []
     runs.train(
         options.run,
         options.out,
         data_folder=options.data,
         steps=options.steps,
-        budget=options.budget and seconds(options.budget),
+        budget=options.budget,
         draws=options.draws,
         save_every=options.save_every,
         resume=options.resume,
-        command=shlex.join(command),
     )
     out = options.out or runs.settings.data_folder() / "runs" / options.run
     record = json.loads((out / runs.RECORD).read_text())
@@ -92,7 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a run, or go on with one")
-    train.add_argument("--budget", help="time for the whole run, as 90s, 30m, 1.5h (default: the table's)")
+    train.add_argument(
+        "--budget",
+        type=seconds,
+        metavar="TIME",
+        help="time for the whole run, as 90s, 30m, 1.5h (default: the table's)",
+    )
     train.add_argument("--steps", type=int, help="number of updates, in place of a budget")
     train.add_argument("--save-every", type=seconds, default=60.0, metavar="TIME", help="between checkpoints (60s)")
     train.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, if there is one")

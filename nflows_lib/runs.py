@@ -124,7 +124,6 @@ def train(
     draws: int = 10,
     save_every: float = 60.0,
     resume: bool = False,
-    command: str | None = None,
 ) -> Flow:
     """Train a named run on the GPU, if there is one, and return the flow on the CPU.
 
@@ -140,7 +139,6 @@ def train(
         draws: draws of the noise that the final figure averages over.
         save_every: seconds between checkpoints.
         resume: go on from the folder's checkpoint, if there is one.
-        command: the command line for the record, if it was not this function's own call.
 
     Raises:
         ValueError: an unknown run, or a folder with a checkpoint and no resume.
@@ -152,6 +150,7 @@ def train(
         earlier = read_checkpoint(out) if resume else None
         asked = earlier["asked"] if earlier else {"steps": None, "budget": run.budget}
         steps, budget = asked["steps"], asked["budget"]
+    out.mkdir(parents=True, exist_ok=True)  # what is wrong with it shows before the training
     torch.manual_seed(settings.seed())
     flow = run.model().to("cuda" if torch.cuda.is_available() else "cpu")
     images = run.data("train", data_folder)
@@ -189,7 +188,8 @@ def train(
     checkpoint.load_into(halved, checkpoint.halve(flow.state_dict()), MODEL)
     record = {
         "title": run.title,
-        "command": command or f"nflows_lib.runs.train({name!r})",
+        # What decides the result, not where its files lay.
+        "command": f"python -m nflows_lib train {name} " + (f"--steps {steps}" if steps else f"--budget {budget:g}s"),
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
         "steps": len(history.grad_norm),
         "minutes": facts["seconds"] / 60,

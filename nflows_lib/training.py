@@ -72,8 +72,8 @@ class Schedule:
     reached: float = 0.0
     total: int | None = None
 
-    def plan(self, step: int, total: int) -> None:
-        """From this step on, arrive at the end in the given total number of steps."""
+    def plan(self, step: int, total: int | None) -> None:
+        """From this step on, arrive at the end in the given total number of steps, or wait to be told it."""
         self.start, self.reached, self.total = step, self.progress(step), total
 
     def progress(self, step: int) -> float:
@@ -183,11 +183,11 @@ def fit(
             done, before = (run.schedule.progress(step) for step in (run.step, run.step - 1))
             if held_out is not None and math.floor(evaluations * done + 1e-9) > math.floor(evaluations * before + 1e-9):
                 run.evaluate(held_out, held_out_context, draws, on_evaluation)
-            finished = run.step == run.schedule.total
-            if folder is not None and (finished or stop or time.monotonic() - saved > save_every):
+            finished, stopping = run.step == run.schedule.total, bool(stop)  # asked later, it saves after the next step
+            if folder is not None and (finished or stopping or time.monotonic() - saved > save_every):
                 run.save(folder)
                 saved = time.monotonic()
-            if stop and not finished:
+            if stopping and not finished:
                 bar.close()
                 raise Interrupted(f"stopped after step {run.step:,} of {run.schedule.total or 'a number yet unknown'}")
     bar.close()
@@ -262,6 +262,7 @@ class _Run:
         if steps is not None:
             total = steps
         elif self.step < PROBE:
+            self.schedule.plan(self.step, None)
             return
         else:
             timed = self.durations[5:] or self.durations  # the first ones are slow
