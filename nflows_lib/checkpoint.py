@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -29,7 +30,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], pr
         CheckpointError: the disk is full or the folder cannot be written to. An older file is as it was.
     """
     partial = path.with_name(path.name + ".partial")
-    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies, since the format refuses tensors that share memory: a mask that two layers use, say.
+    content = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     data = safetensors.torch.save(content, metadata={"facts": json.dumps(facts)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +43,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], pr
             os.replace(path, previous)
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it must not hide the error that counts
+            partial.unlink()
         kept = f"; the last good one, {path.name}, is as it was" if path.exists() else ""
         raise CheckpointError(
             f"{path.name}: cannot write {len(data) / 2**20:.1f} MiB to {path.parent}: {error.strerror or error}{kept}"

@@ -153,3 +153,27 @@ def test_half_precision_is_for_matrices_and_loads_as_float32():
     checkpoint.load_into(other, halved, "it")
     assert other.weight.dtype == torch.float32
     assert torch.equal(other.weight, model.weight.half().float())
+
+
+def test_tensors_that_share_memory_are_written_apart(path):
+    mask = torch.tensor([True, False, True])
+    checkpoint.save(path, {"first": mask, "second": mask, "part": mask[1:]}, {})
+    tensors, _ = checkpoint.load(path)
+    assert torch.equal(tensors["first"], mask)
+    assert torch.equal(tensors["second"], mask)
+    assert torch.equal(tensors["part"], mask[1:])
+
+
+def test_a_folder_that_is_a_file_is_an_error_of_its_own(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot write .* Not a directory|File exists"):
+        checkpoint.save(tmp_path / "file" / "checkpoint", {}, {})
+
+
+def test_the_new_file_is_on_the_disk_before_it_takes_the_old_ones_place(saved, monkeypatch):
+    order = []
+    for name in ("fsync", "replace"):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, call=call: (order.append(name), call(*a))[1])
+    checkpoint.save(saved, TENSORS, FACTS, previous=saved.with_name("previous"))
+    assert order == ["fsync", "replace", "replace"]

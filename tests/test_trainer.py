@@ -525,7 +525,7 @@ def start(out: Path, steps: int) -> multiprocessing.Process:
     from nflows_lib.__main__ import main
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nflows_lib.__main__"])
+    context.set_forkserver_preload(["nflows_lib.__main__", "torch._dynamo"])  # optimizers import it late
     process = context.Process(target=main, args=(command_line(out, steps),))
     process.start()
     return process
