@@ -534,7 +534,7 @@ def start(out: Path, steps: int) -> multiprocessing.Process:
 def reached(folder: Path, step: int) -> bool:
     try:
         return (training.read_checkpoint(folder) or {"step": 0})["step"] >= step
-    except FileNotFoundError:  # between two renames
+    except (FileNotFoundError, RuntimeError, checkpoint.CheckpointError):  # looked between two renames
         return False
 
 
