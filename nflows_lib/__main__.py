@@ -46,7 +46,7 @@ def _train(options: argparse.Namespace) -> None:
         save_every=options.save_every,
         resume=options.resume,
     )
-    out = options.out or runs.settings.data_folder() / "runs" / options.run
+    out = options.out or runs.work_folder(options.run)
     record = json.loads((out / runs.RECORD).read_text())
     print(f"{record['steps']:,} steps in {record['minutes']:.1f} minutes on {record['hardware']}")
     print(_figure(record["figure"]))
@@ -68,8 +68,8 @@ def _runs(options: argparse.Namespace) -> None:
     for name, run in runs.RUNS.items():
         paper = f"{run.paper[0]} bits/dim ({run.paper[1]})" if run.paper else "none"
         try:
-            figure = runs.load(name).get("figure")
-            reached = f"{figure['bits_per_dim']:.3f} ± {figure['error']:.3f} bits/dim" if figure else "see run.json"
+            figure = runs.load(name)["figure"]
+            reached = f"{figure['bits_per_dim']:.3f} ± {figure['error']:.3f} bits/dim"
         except ValueError:
             reached = "no record yet"
         print(f"{name}\n    {run.title}; {run.budget / 60:g} minutes\n    paper: {paper}\n    reached: {reached}")

@@ -145,7 +145,7 @@ def train(
         and what :func:`nflows_lib.training.fit` raises.
     """
     run = find(name)
-    out = out or settings.data_folder() / "runs" / name
+    out = out or work_folder(name)
     if steps is None and budget is None:
         earlier = read_checkpoint(out) if resume else None
         asked = earlier["asked"] if earlier else {"steps": None, "budget": run.budget}
@@ -291,6 +291,11 @@ def origin() -> dict[str, Any]:
 def folder(run: str) -> Path:
     """Where the record of a shipped run lies: ``run.json``, and beside it samples and, if it is small, the model."""
     return ROOT / "data" / "pretrained" / run
+
+
+def work_folder(run: str) -> Path:
+    """Where a run is trained if no other folder is named: beside the data sets, ignored by git."""
+    return settings.data_folder() / "runs" / run
 
 
 def save(run: str, record: Mapping[str, Any], out: Path | None = None) -> None:
