@@ -1,14 +1,18 @@
-"""Data sets: points in the plane drawn on the spot, digits that scikit-learn ships, images that torchvision reads."""
+"""Data sets: points in the plane drawn on the spot, scikit-learn's digits, images from torchvision or from a folder."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, compress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import sklearn.datasets
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from nflows_lib import settings
@@ -31,24 +35,31 @@ class Images:
 
 @dataclass(frozen=True)
 class GaussianMixture:
-    """Equally likely round Gaussians in the plane, all of one standard deviation: a density known exactly.
+    """Round Gaussians in the plane, all of one standard deviation: a density known exactly.
 
-    means: (K, 2). std: a positive number.
+    means: (K, 2). std: a positive number. weights: how likely each is, (K,), with sum 1; None: all equally.
     """
 
     means: Tensor
     std: float
+    weights: Tensor | None = None
 
     def sample(self, n: int) -> Tensor:
         """n draws, (n, 2)."""
-        which = torch.randint(len(self.means), (n,))
+        if self.weights is None:
+            which = torch.randint(len(self.means), (n,))
+        else:
+            which = torch.multinomial(self.weights, n, replacement=True)
         return self.means[which] + self.std * torch.randn(n, 2)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """The exact log-density in nats: (B, 2) to (B,)."""
-        squared = (x[:, None, :] - self.means).square().sum(-1) / self.std**2
-        constant = math.log(2 * math.pi * self.std**2) + math.log(len(self.means))
-        return torch.logsumexp(-0.5 * squared, dim=1) - constant
+        log_weights = -math.log(len(self.means)) if self.weights is None else self.weights.log()
+        values = []
+        for rows in x.split(4096):  # all pairs at once, with hundreds of means, would fill the memory
+            squared = (rows[:, None, :] - self.means).square().sum(-1) / self.std**2
+            values.append(torch.logsumexp(log_weights - 0.5 * squared, dim=1))
+        return torch.cat(values) - math.log(2 * math.pi * self.std**2)
 
 
 def two_gaussians() -> GaussianMixture:
@@ -59,6 +70,20 @@ def two_gaussians() -> GaussianMixture:
 def four_gaussians() -> GaussianMixture:
     """Means at the corners of a square of side 4 around the origin, standard deviation 0.5."""
     return GaussianMixture(torch.tensor([[-2.0, -2.0], [-2.0, 2.0], [2.0, -2.0], [2.0, 2.0]]), 0.5)
+
+
+def moons(nodes: int = 128) -> GaussianMixture:
+    """The density that ``toy("moons", n)`` is drawn from: uniform on two half circles, plus noise of std 0.075.
+
+    An integral over each half circle, by Gauss's rule with so many nodes: they are the means. From 128 on the rule's
+    error is below what float32 resolves.
+    """
+    node, weight = (torch.from_numpy(values).float() for values in np.polynomial.legendre.leggauss(nodes))
+    angle = (node + 1) * math.pi / 2
+    upper = torch.stack([angle.cos(), angle.sin()], 1)
+    lower = torch.tensor([1.0, 0.5]) - upper
+    means = 1.5 * torch.cat([upper, lower]) + torch.tensor([-0.75, -0.375])
+    return GaussianMixture(means, 0.075, torch.cat([weight, weight]) / 4)
 
 
 def toy(name: str, n: int) -> Tensor:
@@ -98,6 +123,9 @@ TOYS: dict[str, Callable[[int], Tensor]] = {
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # of the files that image_folder reads
+
+
 def digits(part: str = "train") -> Images:
     """The 8x8 handwritten digits that scikit-learn ships: 17 grey levels, 1,797 images, every sixth one for testing.
 
@@ -108,13 +136,9 @@ def digits(part: str = "train") -> Images:
         ValueError: another part.
     """
     bunch = sklearn.datasets.load_digits()
-    images = torch.tensor(bunch.images, dtype=torch.uint8).unsqueeze(1)
-    labels = torch.tensor(bunch.target)
-    test = torch.arange(len(images)) % 6 == 5
-    keep = {"train": ~test, "test": test, "all": torch.ones_like(test)}
-    if part not in keep:
-        raise ValueError(f'part: expected "train", "test" or "all", got {part!r}')
-    return Images(images[keep[part]], labels[keep[part]], levels=17)
+    keep = _every_sixth(len(bunch.images), part)
+    images = torch.tensor(bunch.images[keep], dtype=torch.uint8).unsqueeze(1)
+    return Images(images, torch.tensor(bunch.target[keep]), levels=17)
 
 
 def mnist(part: str = "train", folder: Path | str | None = None, download: bool = False) -> Images:
@@ -129,16 +153,148 @@ def mnist(part: str = "train", folder: Path | str | None = None, download: bool 
         ValueError: another part.
         FileNotFoundError: the set is not in the folder, and download is False.
     """
+    found = _torchvision("MNIST", "11 MB", "its four files", "MNIST/raw", part, folder, download, train=part == "train")
+    return Images(found.data.unsqueeze(1), found.targets, levels=256)
+
+
+def cifar10(part: str = "train", folder: Path | str | None = None, download: bool = False) -> Images:
+    """CIFAR-10 through torchvision: 32x32 colour photographs of ten things, 50,000 to train on and 10,000 to test.
+
+    Arguments and errors as of :func:`mnist`. To fetch: 170 MB.
+    """
+    place = "cifar-10-batches-py"
+    found = _torchvision("CIFAR10", "170 MB", "its batches", place, part, folder, download, train=part == "train")
+    images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+    return Images(images, torch.tensor(found.targets), levels=256)
+
+
+def svhn(part: str = "train", folder: Path | str | None = None, download: bool = False) -> Images:
+    """SVHN through torchvision: 32x32 photographs of house numbers, 73,257 to train on and 26,032 to test.
+
+    Arguments and errors as of :func:`mnist`. To fetch: 180 MB to train on, 64 MB to test, each by its own call.
+    """
+    size = "180 MB to train on, 64 MB to test"
+    found = _torchvision("SVHN", size, f"{part}_32x32.mat", "", part, folder, download, split=part)
+    return Images(torch.from_numpy(found.data).contiguous(), torch.from_numpy(found.labels), levels=256)
+
+
+def celeba(part: str = "train", folder: Path | str | None = None, download: bool = False, *, size: int = 64) -> Images:
+    """CelebA through torchvision: faces of celebrities, 162,770 to train on and 19,962 to test; all labels are 0.
+
+    The aligned images, 178x218: of each the square in its middle, resized. That takes some minutes and, at size 64,
+    2 GB of memory. Arguments and errors as of :func:`mnist`. To fetch: 1.4 GB, with the package gdown.
+
+    Raises:
+        ValueError: size is below 1.
+    """
+    files = "img_align_celeba/ and its five lists"
+    options = {"split": part, "target_transform": lambda attributes: 0}
+    found = _torchvision("CelebA", "1.4 GB", files, "celeba", part, folder, download, **options)
+    return _squares(found, len(found), size)
+
+
+def flowers102(
+    part: str = "train", folder: Path | str | None = None, download: bool = False, *, size: int = 64
+) -> Images:
+    """Flowers-102 of Oxford through torchvision: photographs of 102 kinds, 7,169 to train on and 1,020 to test.
+
+    The published split trains a classifier on ten of each kind and tests it on 6,149. A density needs many examples:
+    here those are trained on, with the ten of each kind for validation, which come first; the test is on the other ten.
+    Of each photograph the square in its middle, resized. Arguments and errors as of :func:`mnist`. To fetch: 345 MB.
+
+    Raises:
+        ValueError: size is below 1.
+    """
+    files = "jpg/, imagelabels.mat and setid.mat"
+    found = [
+        _torchvision("Flowers102", "345 MB", files, "flowers-102", part, folder, download, split=split)
+        for split in (("val", "test") if part == "train" else ("train",))
+    ]
+    return _squares(chain.from_iterable(found), sum(map(len, found)), size)
+
+
+def image_folder(folder: Path | str, size: int = 64, part: str = "train") -> Images:
+    """Images of your own, in the order of their paths, 256 levels: in RGB, of each the square in its middle, resized.
+
+    The folders in the folder are the classes, numbered in the order of their names. Images that lie beside them, or in
+    a folder without any, form a class of their own, the first.
+
+    Args:
+        folder: where they lie, at any depth.
+        size: height and width to resize to.
+        part: "train", "test" (every sixth), or "all".
+
+    Raises:
+        ValueError: another part, size is below 1, or an image that cannot be read.
+        FileNotFoundError: no such folder, or no image in it.
+    """
+    folder = Path(folder)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        got = "which holds none" if folder.is_dir() else "which is no folder"
+        raise FileNotFoundError(f"folder: expected one with images ({', '.join(SUFFIXES)}), got {folder}, {got}")
+    classes = [path.relative_to(folder).parts[:-1][:1] for path in paths]
+    number = {name: i for i, name in enumerate(sorted(set(classes)))}
+    keep = _every_sixth(len(paths), part)
+
+    def pictures() -> Iterator[tuple[Image.Image, int]]:
+        for path, name in compress(zip(paths, classes, strict=True), keep):
+            try:
+                yield Image.open(path).convert("RGB"), number[name]
+            except (OSError, SyntaxError) as error:  # the latter is pillow's word for a broken PNG
+                raise ValueError(f"folder: expected images that can be read, got {path}: {error}") from error
+
+    return _squares(pictures(), keep.sum().item(), size)
+
+
+def random_flip(x: Tensor) -> Tensor:
+    """Mirror each image left to right, or leave it, with equal chances: (B, C, H, W) to the same shape.
+
+    Raises:
+        ValueError: x has another number of dimensions.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"x: expected shape (B, C, H, W), got {tuple(x.shape)}")
+    return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
+
+
+def _every_sixth(n: int, part: str) -> Tensor:
+    """Which of n examples a part holds, (n,), bool: every sixth one is for testing."""
+    test = torch.arange(n) % 6 == 5
+    keep = {"train": ~test, "test": test, "all": torch.ones_like(test)}
+    if part not in keep:
+        raise ValueError(f'part: expected "train", "test" or "all", got {part!r}')
+    return keep[part]
+
+
+def _squares(pictures: Iterable[tuple[Image.Image, int]], n: int, size: int) -> Images:
+    """n pictures with labels, one tensor: of each the square in its middle, resized (antialiased)."""
+    if size < 1:
+        raise ValueError(f"size: expected at least 1, got {size}")
+    images = torch.empty(n, 3, size, size, dtype=torch.uint8)  # filled in place: a list would take it all twice
+    labels = torch.empty(n, dtype=torch.int64)
+    for i, (picture, label) in enumerate(pictures):
+        square = ImageOps.fit(ImageOps.exif_transpose(picture), (size, size), Image.Resampling.BICUBIC)
+        images[i] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
+        labels[i] = label
+    return Images(images, labels, levels=256)
+
+
+def _torchvision(
+    name: str, size: str, files: str, place: str, part: str, folder: Path | str | None, download: bool, **options
+) -> Any:
+    """One of torchvision's data sets; where it is missing, an error that says how to get it and where it goes."""
     if part not in ("train", "test"):
         raise ValueError(f'part: expected "train" or "test", got {part!r}')
-    from torchvision.datasets import MNIST  # only full runs need torchvision
+    from torchvision import datasets  # only full runs need torchvision
 
     folder = Path(folder or settings.data_folder())
     try:
-        found = MNIST(folder, train=part == "train", download=download)
+        return getattr(datasets, name)(folder, download=download, **options)
     except RuntimeError as error:
+        if download:
+            raise  # it says what failed
         raise FileNotFoundError(
-            f"no MNIST in {folder}: call mnist(download=True) once to fetch it (11 MB), or put its four files into "
-            f"{folder / 'MNIST' / 'raw'}, or name another folder in NFLOWS_DATA"
+            f'no {name} in {folder}: call {name.lower()}("{part}", download=True) once to fetch it ({size}), or put '
+            f"{files} into {folder / place}, or name another folder in NFLOWS_DATA"
         ) from error
-    return Images(found.data.unsqueeze(1), found.targets, levels=256)

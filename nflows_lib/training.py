@@ -94,6 +94,7 @@ def fit(
     *,
     budget: float | None = None,
     context: Tensor | None = None,
+    augment: Callable[[Tensor], Tensor] | None = None,
     batch_size: int = 256,
     lr: float = 1e-3,
     optimizer: Optimizer | None = None,
@@ -127,6 +128,8 @@ def fit(
             of steps is fixed. A resumed run keeps that number unless it is given another budget: then the rest of the
             schedule is fitted to the rest of the time.
         context: one row for each example, where the flow is conditional.
+        augment: changes each batch before the flow sees it, on its device, the first one included; held-out data stay
+            as they are. Like the shuffle it draws from torch's global generator. A resumed run checks its name.
         batch_size: examples for each update.
         lr: learning rate of Adam, where no optimizer is given.
         optimizer: takes the place of Adam; its learning rates are those that the schedule multiplies.
@@ -152,7 +155,7 @@ def fit(
     _check_arguments(
         data, steps, budget, context, batch_size, clip, warmup, ema, held_out, held_out_context, evaluations
     )
-    run = _Run(flow, data, context, batch_size, lr, optimizer, clip, Schedule(warmup, cosine), ema)
+    run = _Run(flow, data, context, augment, batch_size, lr, optimizer, clip, Schedule(warmup, cosine), ema)
     latest = None if folder is None else _latest(folder)
     if latest is None:
         run.start()
@@ -220,6 +223,7 @@ class _Run:
         flow: Flow,
         data: Tensor,
         context: Tensor | None,
+        augment: Callable[[Tensor], Tensor] | None,
         batch_size: int,
         lr: float,
         optimizer: Optimizer | None,
@@ -228,7 +232,7 @@ class _Run:
         ema: float | None,
     ) -> None:
         self.flow, self.data, self.context, self.batch_size = flow, data, context, batch_size
-        self.clip, self.schedule, self.ema = clip, schedule, ema
+        self.augment, self.clip, self.schedule, self.ema = augment, clip, schedule, ema
         self.device = next(flow.parameters()).device
         self.optimizer = optimizer or torch.optim.Adam(flow.parameters(), lr=lr, fused=True)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -389,6 +393,7 @@ class _Run:
         found = {
             "examples": len(self.data),
             "batch_size": self.batch_size,
+            "augment": self.augment and getattr(self.augment, "__name__", type(self.augment).__name__),
             "clip": self.clip,
             "warmup": self.schedule.warmup,
             "cosine": self.schedule.cosine,
@@ -411,7 +416,8 @@ class _Run:
         index = self.order[self.position : self.position + self.batch_size].to(self.data.device)
         self.position += self.batch_size
         context = None if self.context is None else self.context[index].to(self.device)
-        return self.data[index].to(self.device), context
+        batch = self.data[index].to(self.device)
+        return batch if self.augment is None else self.augment(batch), context
 
 
 @contextmanager

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+import pickle
 import struct
+from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.io
 import sklearn.datasets
 import torch
-from densities import assert_samples_follow, integral
+from densities import FIVE_SIGMA, assert_samples_follow, integral, midpoints
+from PIL import Image
+from scipy.stats import binomtest
 
 from nflows_lib import data
 
@@ -76,6 +82,31 @@ def test_mixture_by_hand():
     assert data.two_gaussians().log_prob(torch.tensor([[2.0, 0.0]])).item() == pytest.approx(expected)
 
 
+def test_moons_integrate_to_one():
+    assert integral(data.moons().log_prob, 2, -3, 3, points=300) == pytest.approx(1, abs=1e-6)
+
+
+def test_more_nodes_do_not_change_the_moons():
+    grid, _ = midpoints(-2.5, 2.5, 150, 2)
+    few, many = data.moons().log_prob(grid), data.moons(256).log_prob(grid)
+    torch.testing.assert_close(few.exp(), many.exp(), rtol=0, atol=1e-5)
+    near = many > many.max() - 10
+    torch.testing.assert_close(few[near], many[near], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("draw", [lambda n: data.toy("moons", n), data.moons().sample], ids=["scikit-learn", "mixture"])
+def test_moons_follow_their_density(draw):
+    torch.manual_seed(0)
+    assert_samples_follow(draw(20_000), data.moons().log_prob, -3, 3, cells=20)
+
+
+def test_log_prob_of_many_points_is_that_of_each():
+    x = torch.linspace(-2, 2, 10_000).reshape(-1, 2)
+    values = data.moons().log_prob(x)
+    assert values.shape == (5_000,)
+    torch.testing.assert_close(values[4090:4100], torch.cat([data.moons().log_prob(row) for row in x[4090:4100, None]]))
+
+
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
@@ -141,7 +172,7 @@ def test_missing_mnist_says_where_and_how(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError) as caught:
         data.mnist()
     message = str(caught.value)
-    for part in (str(tmp_path), "mnist(download=True)", str(tmp_path / "MNIST" / "raw"), "NFLOWS_DATA"):
+    for part in (str(tmp_path), 'mnist("train", download=True)', str(tmp_path / "MNIST" / "raw"), "NFLOWS_DATA"):
         assert part in message
     assert list(tmp_path.iterdir()) == []  # nothing fetched, nothing left behind
 
@@ -149,3 +180,215 @@ def test_missing_mnist_says_where_and_how(tmp_path, monkeypatch):
 def test_mnist_part_error(tmp_path):
     with pytest.raises(ValueError, match='part: expected "train" or "test", got \'all\''):
         data.mnist("all", tmp_path)
+
+
+# --- what torchvision reads besides, in small -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder whose files torchvision takes for the real ones."""
+    for module in ("cifar", "svhn", "celeba", "flowers102"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda path, md5: Path(path).exists())
+    return tmp_path
+
+
+def save_picture(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def plain(grey: int, width: int = 12, height: int = 9) -> np.ndarray:
+    return np.full((height, width, 3), grey, np.uint8)
+
+
+def assert_images(found: data.Images, shape: tuple[int, ...], labels: list[int]) -> None:
+    assert found.images.shape == (len(labels), *shape)
+    assert (found.images.dtype, found.labels.dtype, found.levels) == (torch.uint8, torch.int64, 256)
+    assert found.images.is_contiguous()
+    assert found.labels.tolist() == labels
+
+
+def test_cifar10_reads_its_batches(folder):
+    images = np.random.default_rng(0).integers(256, size=(12, 3, 32, 32), dtype=np.uint8)
+    batches = folder / "cifar-10-batches-py"
+    batches.mkdir()
+    for i, name in enumerate([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]):
+        batch = {"data": images[2 * i : 2 * i + 2].reshape(2, 3072), "labels": [i, 9 - i]}
+        (batches / name).write_bytes(pickle.dumps(batch))
+    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    train, test = data.cifar10("train", folder), data.cifar10("test", folder)
+    assert_images(train, (3, 32, 32), [0, 9, 1, 8, 2, 7, 3, 6, 4, 5])
+    assert_images(test, (3, 32, 32), [5, 4])
+    assert np.array_equal(torch.cat([train.images, test.images]), images)
+
+
+def test_svhn_reads_its_files(folder):
+    images = np.random.default_rng(0).integers(256, size=(3, 3, 32, 32), dtype=np.uint8)
+    for part in ("train", "test"):
+        y = np.array([[1], [10], [9]], np.uint8)  # 10 stands for the digit 0
+        scipy.io.savemat(folder / f"{part}_32x32.mat", {"X": images.transpose(2, 3, 1, 0), "y": y})
+        found = data.svhn(part, folder)
+        assert_images(found, (3, 32, 32), [1, 0, 9])
+        assert np.array_equal(found.images, images)
+
+
+def test_celeba_reads_its_parts(folder):
+    lists = folder / "celeba"
+    for i in range(5):
+        save_picture(lists / "img_align_celeba" / f"{i}.jpg", plain(50 * i, 178, 218))
+    for name, header in (("list_attr_celeba", "2\na b\n"), ("list_bbox_celeba", "2\na b\n"), ("identity_CelebA", "")):
+        (lists / f"{name}.txt").write_text(header + "".join(f"{i}.jpg 1 -1\n" for i in range(5)))
+    (lists / "list_landmarks_align_celeba.txt").write_text((lists / "list_bbox_celeba.txt").read_text())
+    (lists / "list_eval_partition.txt").write_text("0.jpg 0\n1.jpg 2\n2.jpg 1\n3.jpg 0\n4.jpg 2\n")
+    train = data.celeba("train", folder, size=8)
+    assert_images(train, (3, 8, 8), [0, 0])
+    assert train.images[:, 0, 0, 0].tolist() == [0, 150]
+    assert data.celeba("test", folder).images.unique().tolist() == [50, 200]
+
+
+def test_flowers102_reads_its_parts(folder):
+    place = folder / "flowers-102"
+    for i in range(1, 5):
+        save_picture(place / "jpg" / f"image_{i:05d}.jpg", plain(60 * i))
+    scipy.io.savemat(place / "imagelabels.mat", {"labels": np.array([[102, 7, 7, 1]])})
+    scipy.io.savemat(place / "setid.mat", {"trnid": [[1, 2]], "valid": [[4, 3]], "tstid": [[3, 1]]})
+    train = data.flowers102("train", folder, size=8)
+    assert_images(train, (3, 8, 8), [0, 6, 6, 101])
+    assert train.images[:, 0, 0, 0].tolist() == [240, 180, 180, 60]
+    assert_images(data.flowers102("test", folder), (3, 64, 64), [101, 6])
+    with pytest.raises(ValueError, match="size: expected at least 1, got 0"):
+        data.flowers102("test", folder, size=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "size"),
+    [
+        ("cifar10", "cifar-10-batches-py", "170 MB"),
+        ("svhn", "", "64 MB"),
+        ("celeba", "celeba", "1.4 GB"),
+        ("flowers102", "flowers-102", "345 MB"),
+    ],
+)
+def test_a_missing_set_says_where_and_how(tmp_path, name, place, size):
+    read = getattr(data, name)
+    with pytest.raises(FileNotFoundError) as caught:
+        read("test", tmp_path)
+    for part in (f'{name}("test", download=True)', f" {tmp_path / place},", size, "NFLOWS_DATA"):
+        assert part in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match='part: expected "train" or "test", got \'all\''):
+        read("all", tmp_path)
+
+
+def test_a_download_that_fails_says_why(tmp_path, monkeypatch):
+    def download(self) -> None:
+        raise RuntimeError("the connection broke")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", download)
+    with pytest.raises(RuntimeError, match="the connection broke"):
+        data.cifar10(folder=tmp_path, download=True)
+
+
+# --- a folder of images -----------------------------------------------------------------------------------------------
+
+
+def test_image_folder_numbers_its_classes_and_sorts(tmp_path):
+    for grey, name in enumerate(["b/2.png", "b/10.PNG", "a/x/1.webp", "a/1.bmp", "c/1.JPEG", "c/0.jpg"]):
+        save_picture(tmp_path / name, plain(40 * grey))
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "0").mkdir()  # holds none, so it is no class
+    found = data.image_folder(tmp_path, 8, "all")
+    assert_images(found, (3, 8, 8), [0, 0, 1, 1, 2, 2])
+    assert found.images[:, 0, 0, 0].tolist() == [120, 80, 40, 0, 200, 160]
+
+
+def test_image_folder_without_classes(tmp_path):
+    for i in range(13):
+        save_picture(tmp_path / f"{i:02d}.png", plain(i))
+    assert_images(data.image_folder(str(tmp_path), 4, "all"), (3, 4, 4), [0] * 13)
+    assert data.image_folder(tmp_path, 4, "test").images[:, 0, 0, 0].tolist() == [5, 11]
+    assert data.image_folder(tmp_path, 4).images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 12]
+
+
+@pytest.mark.parametrize("upright", [True, False])
+def test_images_keep_their_middle(tmp_path, upright):
+    """A ramp of 100 columns and 40 rows: of 30 columns to the left and to the right nothing is left."""
+    ramp = np.tile(np.arange(100, dtype=np.uint8), (40, 1))
+    save_picture(tmp_path / "1.png", ramp.T if upright else ramp)
+    image = data.image_folder(tmp_path, 4, "all").images[0].float()
+    image = image.mT if upright else image
+    assert (image - (34.5 + 10 * torch.arange(4))).abs().max() <= 0.5
+
+
+def test_images_are_averaged_as_they_shrink(tmp_path):
+    save_picture(tmp_path / "1.png", np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255)  # a fine chequerboard
+    image = data.image_folder(tmp_path, 8, "all").images.int()
+    assert ((image - 127).abs() < 10).all()
+
+
+def test_images_of_a_turned_camera_stand_upright(tmp_path):
+    pixels = plain(0, 8, 8)
+    pixels[:, :4] = 255  # left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: left becomes above
+    Image.fromarray(pixels).save(tmp_path / "1.png", exif=exif)
+    image = data.image_folder(tmp_path, 8, "all").images[0]
+    assert image[:, :4].eq(255).all() and image[:, 4:].eq(0).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_images_of_any_mode_become_rgb(tmp_path, mode):
+    Image.fromarray(plain(255)).convert(mode).save(tmp_path / ("1.jpg" if mode == "CMYK" else "1.png"))
+    found = data.image_folder(tmp_path, 4, "all")
+    assert_images(found, (3, 4, 4), [0])
+    assert (found.images > 250).all()
+
+
+def test_image_folder_errors(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"folder: expected one with images \(.jpg, .*nowhere, which is no folder"
+    ):
+        data.image_folder(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=f"got {tmp_path}, which holds none"):
+        data.image_folder(tmp_path)
+    save_picture(tmp_path / "1.png", plain(0))
+    with pytest.raises(ValueError, match="size: expected at least 1, got 0"):
+        data.image_folder(tmp_path, 0)
+    with pytest.raises(ValueError, match='part: expected "train", "test" or "all", got \'validation\''):
+        data.image_folder(tmp_path, 8, "validation")
+
+
+@pytest.mark.parametrize("broken", ["empty", "truncated", "garbled"])
+def test_an_image_that_cannot_be_read_is_named(tmp_path, broken):
+    save_picture(tmp_path / "1.png", plain(0))
+    path = tmp_path / "2.png"
+    save_picture(path, np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8))
+    whole = path.read_bytes()
+    garbled = whole.replace(b"IDAT", b"\0\0\0\0")
+    path.write_bytes({"empty": b"", "truncated": whole[:2000], "garbled": garbled}[broken])
+    with pytest.raises(ValueError, match=f"folder: expected images that can be read, got {path}: "):
+        data.image_folder(tmp_path, 8, "all")
+
+
+# --- augmentation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_random_flip_mirrors_half_of_the_images(dtype):
+    torch.manual_seed(0)
+    x = torch.randint(256, (1000, 3, 2, 5)).to(dtype)
+    before = x.clone()
+    flipped = data.random_flip(x)
+    assert flipped.dtype == dtype
+    assert torch.equal(x, before)
+    same = (flipped == x).flatten(1).all(1)
+    mirrored = (flipped == x.flip(3)).flatten(1).all(1)
+    assert (same ^ mirrored).all()
+    assert binomtest(int(mirrored.sum()), 1000).pvalue > FIVE_SIGMA
+    assert not torch.equal(data.random_flip(x), flipped)
+
+
+def test_random_flip_shape_error():
+    with pytest.raises(ValueError, match=r"x: expected shape \(B, C, H, W\), got \(2, 784\)"):
+        data.random_flip(torch.zeros(2, 784))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nflows_lib import checkpoint, training
 from nflows_lib.checkpoint import CheckpointError
+from nflows_lib.data import random_flip
 from nflows_lib.flow import Flow
 from nflows_lib.models import nice
 from nflows_lib.training import CHECKPOINT, PREVIOUS, History, Interrupted, NonFiniteLoss, Schedule, fit
@@ -129,6 +130,18 @@ def test_a_run_interrupted_again_and_again_goes_on_to_the_same_parameters(tmp_pa
     assert_same(nice_run(tmp_path, resume=True), uninterrupted)
 
 
+def test_an_augmented_run_goes_on_to_the_same_parameters(tmp_path, uninterrupted):
+    def flip(x: Tensor) -> Tensor:
+        """The examples taken for images of one row."""
+        return random_flip(x[:, None, None]).flatten(1)
+
+    with pytest.raises(Interrupted):
+        nice_run(tmp_path, 6, interrupt, augment=flip)
+    expected = nice_run(augment=flip)
+    assert_same(nice_run(tmp_path, resume=True, augment=flip), expected)
+    assert expected[1] != uninterrupted[1]
+
+
 @pytest.mark.parametrize("name", ["adam", "two groups", "momentum"])
 def test_a_given_optimizer_goes_on_too(tmp_path, name):
     makers = {
@@ -203,6 +216,7 @@ def wider(flow: Flow) -> Flow:
     [
         ({"batch_size": 8}, "another run's: expected batch_size 8, got 10"),
         ({"lr": 2e-2}, "another run's: expected optimizer .*0.02.*, got .*0.01"),
+        ({"augment": random_flip}, "another run's: expected augment random_flip, got None"),
         ({"clip": None}, "another run's: expected clip None, got 1.0"),
         ({"warmup": 3}, "another run's: expected warmup 3, got 8"),
         ({"cosine": False}, "another run's: expected cosine False, got True"),

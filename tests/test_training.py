@@ -219,6 +219,18 @@ def test_context_rows_stay_with_their_examples():
         assert torch.equal(context, 10 * x)
 
 
+def test_augmentation_changes_the_batches_and_not_the_held_out_data():
+    recorder = Recorder()
+    flow = scaling(1, recorder)
+    options = {"batch_size": 4, "lr": 1e-9, "held_out": ZEROS}
+    history = fit(flow, ZEROS, 3, augment=lambda x: x + torch.rand(len(x), 1) + 5, **options)
+    assert torch.equal(recorder.initialized_with[0], recorder.seen[0][0])
+    batches = torch.cat([x for x, _, _ in recorder.seen])
+    assert ((batches >= 5) & (batches < 6)).all()
+    assert len(batches.unique()) == 12  # drawn anew for every batch
+    assert history.held_out == [(3, pytest.approx(AT_ZERO), 0.0)]
+
+
 # --- held-out evaluation ----------------------------------------------------------------------------------------------
 
 
