@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from nflows_lib.bijection import Bijection, check_shape
+from nflows_lib.bijection import Bijection, Shape, check_shape, sum_per_example
 
 
 def alternating_mask(dims: int, parity: int) -> Tensor:
@@ -24,6 +22,22 @@ def alternating_mask(dims: int, parity: int) -> Tensor:
     if parity not in (0, 1):
         raise ValueError(f"parity: expected 0 or 1, got {parity}")
     return torch.arange(dims) % 2 == parity
+
+
+def checkerboard_mask(shape: Shape, parity: int) -> Tensor:
+    """Boolean mask of shape (C, H, W) like a chess board, the same in every channel (Dinh et al. 2016, section 3.4).
+
+    True, where row + column is even for parity 0, odd for parity 1, marks what passes unchanged.
+
+    >>> checkerboard_mask((1, 2, 3), 0).int().tolist()
+    [[[1, 0, 1], [0, 1, 0]]]
+    """
+    if len(shape) != 3 or min(shape) < 1 or shape[1] * shape[2] < 2:
+        raise ValueError(f"shape: expected (C, H, W) with at least two pixels, got {tuple(shape)}")
+    if parity not in (0, 1):
+        raise ValueError(f"parity: expected 0 or 1, got {parity}")
+    _, height, width = shape
+    return ((torch.arange(height)[:, None] + torch.arange(width)) % 2 == parity).repeat(shape[0], 1, 1)
 
 
 class AdditiveCoupling(Bijection):
@@ -60,10 +74,54 @@ class AdditiveCoupling(Bijection):
         check_shape("network's output", shift, self.mask.shape)
         return shift * ~self.mask
 
-    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        if tuple(shape) != tuple(self.mask.shape):
-            raise ValueError(f"mask: expected shape {tuple(shape)}, that of one example, got {tuple(self.mask.shape)}")
-        return tuple(shape)
+    def output_shape(self, shape: Shape) -> Shape:
+        return check_mask_fits(self.mask, shape)
+
+    def extra_repr(self) -> str:
+        return f"passes {int(self.mask.sum())} of {self.mask.numel()}"
+
+
+class AffineCoupling(Bijection):
+    """z = b x + (1 - b) (x exp(s) + t), where s and t are functions of b x (Dinh et al. 2016, eq. 9).
+
+    The log-determinant is the sum of s over what is changed. The network gives t as it is, and s as g tanh(.) with one
+    learned gain g for the layer, which starts at 1: s stays within [-g, g] whatever the network does, and g is free to
+    grow (section 4.1; chapter 3, F12 and F13).
+
+    Args:
+        mask: b, boolean, of the shape of one example, (D,) or (C, H, W); True passes unchanged.
+        network: called as ``network(x, context)``; maps (B, C, ...) to (B, 2 C, ...), first what becomes s, then t.
+
+    Raises:
+        ValueError: the mask is not boolean, or passes everything or nothing.
+    """
+
+    def __init__(self, mask: Tensor, network: nn.Module) -> None:
+        super().__init__()
+        check_mask(mask)
+        self.register_buffer("mask", mask)
+        self.network = network
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_shape("x", x, self.mask.shape)
+        log_scale, shift = self._log_scale_and_shift(x, context)
+        return x * log_scale.exp() + shift, sum_per_example(log_scale)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        check_shape("z", z, self.mask.shape)
+        log_scale, shift = self._log_scale_and_shift(z, context)
+        return (z - shift) * (-log_scale).exp()
+
+    def _log_scale_and_shift(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        # b x is the same before and after the coupling; where it passes, both are 0.
+        output = self.network(x * self.mask, context)
+        check_shape("network's output", output, (2 * self.mask.shape[0], *self.mask.shape[1:]))
+        raw, shift = output.chunk(2, dim=1)
+        return self.gain * raw.tanh() * ~self.mask, shift * ~self.mask
+
+    def output_shape(self, shape: Shape) -> Shape:
+        return check_mask_fits(self.mask, shape)
 
     def extra_repr(self) -> str:
         return f"passes {int(self.mask.sum())} of {self.mask.numel()}"
@@ -75,3 +133,10 @@ def check_mask(mask: Tensor) -> None:
         raise ValueError(f"mask: expected a boolean tensor, got {mask.dtype}")
     if mask.all() or not mask.any():
         raise ValueError(f"mask: expected both True and False, got only {bool(mask.all())}")
+
+
+def check_mask_fits(mask: Tensor, shape: Shape) -> Shape:
+    """Return the shape of one example; raise a ValueError unless it is the mask's."""
+    if tuple(shape) != tuple(mask.shape):
+        raise ValueError(f"mask: expected shape {tuple(shape)}, that of one example, got {tuple(mask.shape)}")
+    return tuple(shape)

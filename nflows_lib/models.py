@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
-from nflows_lib.bijection import Layer
-from nflows_lib.coupling import AdditiveCoupling, alternating_mask
-from nflows_lib.dequantization import Rescale, UniformDequantize
-from nflows_lib.distributions import Base, StandardLogistic
+from nflows_lib.bijection import Layer, Shape
+from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, alternating_mask, checkerboard_mask
+from nflows_lib.dequantization import Logit, Rescale, UniformDequantize
+from nflows_lib.distributions import Base, StandardLogistic, StandardNormal
 from nflows_lib.flow import Flow
-from nflows_lib.networks import MLP
-from nflows_lib.normalization import DiagonalScaling
+from nflows_lib.networks import MLP, ResNet
+from nflows_lib.normalization import DiagonalScaling, FlowBatchNorm
 
 
 def nice(
@@ -39,10 +40,61 @@ def nice(
         activation: builds the networks' nonlinearity.
         base: prior of the latent; standard logistic where None.
     """
-    if couplings < 2:
-        raise ValueError(f"couplings: expected at least 2, so that each half is changed, got {couplings}")
+    _check_couplings(couplings)
     layers: list[Layer] = [] if levels is None else [UniformDequantize(levels), Rescale(1 / levels)]
     for i in range(couplings):
         layers.append(AdditiveCoupling(alternating_mask(dims, i % 2), MLP(dims, dims, hidden, depth, activation)))
     layers.append(DiagonalScaling(dims))
     return Flow(layers, base or StandardLogistic(), (dims,))
+
+
+def realnvp_points(dims: int, *, couplings: int = 6, hidden: int = 64, depth: int = 2) -> Flow:
+    """RealNVP (Dinh et al. 2016) on points: affine couplings with alternating halves, normal prior.
+
+    Args:
+        dims: D, the size of one example, a vector of real numbers.
+        couplings: number of affine couplings, at least two.
+        hidden: width of the networks' hidden layers.
+        depth: number of hidden layers in each network.
+    """
+    _check_couplings(couplings)
+    layers = [
+        AffineCoupling(alternating_mask(dims, i % 2), MLP(dims, 2 * dims, hidden, depth)) for i in range(couplings)
+    ]
+    return Flow(layers, StandardNormal(), (dims,))
+
+
+def realnvp(
+    shape: Shape,
+    *,
+    levels: int = 256,
+    alpha: float = 0.05,
+    couplings: int = 6,
+    hidden: int = 64,
+    blocks: int = 8,
+    precision: torch.dtype = torch.float32,
+) -> Flow:
+    """RealNVP (Dinh et al. 2016) on images, at one scale: checkerboard couplings on logits, a batch norm after each.
+
+    hidden and blocks are the paper's for CIFAR-10 by default.
+
+    Args:
+        shape: (C, H, W) of one image of integers.
+        levels: number of levels n; the integers are from 0 to n - 1.
+        alpha: of the logit.
+        couplings: number of affine couplings, at least two.
+        hidden: channels inside the residual networks.
+        blocks: number of residual blocks in each network.
+        precision: what the networks' convolutions compute in.
+    """
+    _check_couplings(couplings)
+    layers: list[Layer] = [UniformDequantize(levels), Rescale(1 / levels), Logit(alpha)]
+    for i in range(couplings):
+        network = ResNet(shape[0], 2 * shape[0], hidden, blocks, precision=precision)
+        layers += [AffineCoupling(checkerboard_mask(shape, i % 2), network), FlowBatchNorm(shape[0])]
+    return Flow(layers, StandardNormal(), shape)
+
+
+def _check_couplings(couplings: int) -> None:
+    if couplings < 2:
+        raise ValueError(f"couplings: expected at least 2, so that each half is changed, got {couplings}")

@@ -1,6 +1,8 @@
-"""Layers that scale and shift each dimension by itself."""
+"""Layers that scale and shift each dimension, or each channel, by itself."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -33,3 +35,61 @@ class DiagonalScaling(Bijection):
         if tuple(shape) != tuple(self.log_scale.shape):
             raise ValueError(f"dims: expected {shape}, that of one example, got {tuple(self.log_scale.shape)}")
         return shape
+
+
+class FlowBatchNorm(Bijection):
+    """z = (x - mean) / sqrt(variance + eps), for each dimension or channel (Dinh et al. 2016, section 3.7).
+
+    The log-determinant is -1/2 H W sum_c log(variance_c + eps); H W is 1 for vectors. In training mode mean and
+    variance are the batch's, and the running averages follow them; in evaluation mode, and in the inverse, they are the
+    running averages. Only then is the layer a bijection of each example: in training mode one example's z depends on
+    the others, and the round trip does not close (chapter 3, F15 and F16).
+
+    Args:
+        channels: C, of vectors (B, C) or images (B, C, H, W).
+        eps: added to the variance.
+        momentum: weight of the newest batch in the running averages.
+
+    Raises:
+        ValueError: in training mode, a batch has a single value a channel: its variance says nothing.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-4, momentum: float = 0.1) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels: expected at least 1, got {channels}")
+        self.eps, self.momentum = eps, momentum
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_variance", torch.ones(channels))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check("x", x)
+        mean, variance = self.running_mean, self.running_variance
+        if self.training:
+            if x[:, 0].numel() < 2:
+                raise ValueError(f"x: expected several values a channel in training mode, got shape {tuple(x.shape)}")
+            variance, mean = torch.var_mean(x.transpose(0, 1).flatten(1), dim=1, correction=0)
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_variance.lerp_(variance.detach(), self.momentum)
+        log_det = -0.5 * math.prod(x.shape[2:]) * (variance + self.eps).log().sum()
+        return (x - _per_channel(mean, x)) * _per_channel((variance + self.eps).rsqrt(), x), log_det.expand(len(x))
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        self._check("z", z)
+        return z * _per_channel((self.running_variance + self.eps).sqrt(), z) + _per_channel(self.running_mean, z)
+
+    def _check(self, name: str, x: Tensor) -> None:
+        channels = len(self.running_mean)
+        if x.dim() not in (2, 4) or x.shape[1] != channels:
+            raise ValueError(f"{name}: expected shape (B, {channels}) or (B, {channels}, H, W), got {tuple(x.shape)}")
+
+    def output_shape(self, shape: Shape) -> Shape:
+        channels = len(self.running_mean)
+        if len(shape) not in (1, 3) or shape[0] != channels:
+            raise ValueError(f"channels: expected {channels}, as in ({channels},) or ({channels}, H, W), got {shape}")
+        return shape
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """(C,) shaped so that it broadcasts against (B, C, ...)."""
+    return values.view(-1, *[1] * (x.dim() - 2))
