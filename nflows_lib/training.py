@@ -459,7 +459,7 @@ def _random_state_kept(device: torch.device) -> Iterator[None]:
 
 @torch.no_grad()
 def log_likelihoods(
-    flow: Flow, data: Tensor, context: Tensor | None = None, draws: int = 1, batch_size: int = 1000
+    flow: Flow, data: Tensor, context: Tensor | None = None, draws: int = 1, batch_size: int = 250
 ) -> Tensor:
     """log p of every example in nats, (N,), on the CPU, in evaluation mode, averaged over draws of the noise.
 
