@@ -60,8 +60,8 @@ class ResNet(nn.Module):
 
     The input enters as [h, -h] and a ReLU, which keeps both signs. A 3x3 convolution, residual blocks of two, and a
     1x1 skip connection from the first layer and from each block to a sum; from that, through a ReLU, a 1x1 convolution
-    makes the output. It starts at zero, so that a coupling starts as the identity. Weights are normalised (Salimans and
-    Kingma 2016), except the last. There is no batch norm inside, so the output for one image depends on no other.
+    makes the output. All weights are normalised (Salimans and Kingma 2016). There is no batch norm inside, so the
+    output for one image depends on no other.
 
     Args:
         inputs: channels that come in.
@@ -92,9 +92,7 @@ class ResNet(nn.Module):
             for _ in range(blocks)
         )
         self.skips = nn.ModuleList(_conv(hidden, hidden, 1) for _ in range(blocks + 1))
-        self.last = nn.Conv2d(hidden, outputs, 1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        self.last = _conv(hidden, outputs, 1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, inputs, H, W) and, where the network has one, a context (B, context, H, W) to (B, outputs, H, W)."""
