@@ -45,8 +45,8 @@ class VariationalDequantize(UniformDequantize):
 
     Logistic noise v passes the layers *forward*, with k as their context, and then a sigmoid: eps = sigmoid(f(v; k)).
     Going through it once gives the noise and its log-density, and the contribution is -log q(eps | k). With it log p(x)
-    is a one-draw lower bound of log P(k), tight where q is the model's own density within the cell. While the layers
-    are the identity, as couplings are at first, the noise is uniform and the contribution 0.
+    is a one-draw lower bound of log P(k), tight where q is the model's own density within the cell. Layers that
+    are the identity give uniform noise and a contribution of 0.
 
     Args:
         layers: conditional bijections from (B, C, ...) to the same shape. Their context is k brought to [-1, 1].

@@ -85,6 +85,8 @@ class ResNet(nn.Module):
         super().__init__()
         if blocks < 0:
             raise ValueError(f"blocks: expected at least 0, got {blocks}")
+        if precision not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"precision: expected torch.float32 or torch.bfloat16, got {precision}")
         self.context, self.precision = context, precision
         self.first = _conv(2 * inputs + context, hidden, 3)
         self.blocks = nn.ModuleList(

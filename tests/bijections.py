@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from nflows_lib.bijection import Bijection, Shape
-from nflows_lib.coupling import AdditiveCoupling, alternating_mask
-from nflows_lib.dequantization import Rescale
+from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, alternating_mask, checkerboard_mask
+from nflows_lib.dequantization import Logit, Rescale
 from nflows_lib.networks import MLP
-from nflows_lib.normalization import DiagonalScaling
+from nflows_lib.normalization import DiagonalScaling, FlowBatchNorm
 
 BATCH = 4
 
@@ -23,25 +23,25 @@ BATCH = 4
 class ConvNet(nn.Module):
     """The least network that can stand inside a coupling of images."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, channels, 3, padding=1)
-        )
+        self.layers = nn.Sequential(nn.Conv2d(inputs, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, outputs, 3, padding=1))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.layers(x)
 
 
-def mlp(shape: Shape, depth: int, context: int = 0) -> MLP:
+def mlp(shape: Shape, depth: int, context: int = 0, outputs: int = 1) -> MLP:
     """Tanh rather than ReLU: smooth for finite differences, and never dead for a whole example."""
-    return MLP(*shape, *shape, hidden=8, depth=depth, activation=nn.Tanh, context=context)
+    return MLP(shape[0], outputs * shape[0], hidden=8, depth=depth, activation=nn.Tanh, context=context)
 
 
-def checkerboard(shape: Shape) -> Tensor:
-    """True on one colour of a chess board, the same in every channel; for shapes (C, H, W)."""
-    _, height, width = shape
-    return ((torch.arange(height)[:, None] + torch.arange(width)) % 2 == 0).expand(shape).clone()
+def used_batch_norm(shape: Shape) -> FlowBatchNorm:
+    """One whose running averages are no longer the identity's."""
+    layer = FlowBatchNorm(shape[0])
+    layer.running_mean.normal_()
+    layer.running_variance.uniform_(0.2, 3.0)
+    return layer
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,20 @@ class Example:
     """How to make a bijection for one example's shape, and the shapes to try.
 
     context: the shape of one example's context, where the layer needs one.
-    any_shape: the layer takes whatever comes, so no shape is wrong.
+    any_shape: the layer takes more shapes than one; which are wrong, if any, is tested elsewhere.
+    to_domain: takes normal draws to where the layer is defined.
     """
 
     make: Callable[[Shape], Bijection]
     shapes: tuple[Shape, ...]
     context: Shape | None = None
     any_shape: bool = False
+    to_domain: Callable[[Tensor], Tensor] = lambda x: x
 
 
 VECTORS: tuple[Shape, ...] = ((2,), (5,), (8,))
 IMAGES: tuple[Shape, ...] = ((1, 4, 4), (2, 3, 3))
+RECTANGLES: tuple[Shape, ...] = ((1, 3, 4), (3, 2, 3))
 
 BIJECTIONS: dict[str, Example] = {
     "rescale": Example(lambda shape: Rescale(1 / 17), ((1,), (5,), (2, 3, 4)), any_shape=True),
@@ -72,14 +75,33 @@ BIJECTIONS: dict[str, Example] = {
         lambda shape: AdditiveCoupling(alternating_mask(*shape, 1), mlp(shape, depth=1)), VECTORS
     ),
     "additive_coupling_image": Example(
-        lambda shape: AdditiveCoupling(checkerboard(shape), ConvNet(shape[0])),
-        IMAGES,
+        lambda shape: AdditiveCoupling(checkerboard_mask(shape, 0), ConvNet(shape[0], shape[0])), IMAGES
     ),
     "additive_coupling_conditional": Example(
         lambda shape: AdditiveCoupling(alternating_mask(*shape, 0), mlp(shape, depth=2, context=3)),
         VECTORS,
         context=(3,),
     ),
+    "affine_coupling_even": Example(
+        lambda shape: AffineCoupling(alternating_mask(*shape, 0), mlp(shape, depth=2, outputs=2)), VECTORS
+    ),
+    "affine_coupling_odd": Example(
+        lambda shape: AffineCoupling(alternating_mask(*shape, 1), mlp(shape, depth=1, outputs=2)), VECTORS
+    ),
+    "affine_coupling_image_even": Example(
+        lambda shape: AffineCoupling(checkerboard_mask(shape, 0), ConvNet(shape[0], 2 * shape[0])), RECTANGLES
+    ),
+    "affine_coupling_image_odd": Example(
+        lambda shape: AffineCoupling(checkerboard_mask(shape, 1), ConvNet(shape[0], 2 * shape[0])), RECTANGLES
+    ),
+    "affine_coupling_conditional": Example(
+        lambda shape: AffineCoupling(alternating_mask(*shape, 0), mlp(shape, depth=2, context=3, outputs=2)),
+        VECTORS,
+        context=(3,),
+    ),
+    "batch_norm": Example(used_batch_norm, ((1,), (5,), (1, 3, 4), (3, 2, 2)), any_shape=True),
+    "logit": Example(lambda shape: Logit(), ((1,), (5,), (3, 2, 4)), any_shape=True, to_domain=torch.sigmoid),
+    "logit_narrow": Example(lambda shape: Logit(0.3), ((2,), (1, 2, 2)), any_shape=True, to_domain=torch.sigmoid),
 }
 
 
@@ -97,7 +119,7 @@ def build(
     example = BIJECTIONS[name]
     torch.manual_seed(seed)
     layer = example.make(shape).to(dtype)
-    x = torch.randn(BATCH, *shape, dtype=dtype)
+    x = example.to_domain(torch.randn(BATCH, *shape, dtype=dtype))
     context = None if example.context is None else torch.randn(BATCH, *example.context, dtype=dtype)
     with torch.no_grad():
         layer.initialize(x, context)

@@ -11,14 +11,15 @@ import re
 
 import pytest
 import torch
-from bijections import BIJECTIONS, build, checkerboard
+from bijections import BIJECTIONS, build, randomize, used_batch_norm
 from torch import Tensor, nn
 
 import nflows_lib
 from nflows_lib.bijection import Bijection, Shape
-from nflows_lib.coupling import AdditiveCoupling, alternating_mask
-from nflows_lib.dequantization import Rescale
-from nflows_lib.networks import MLP
+from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, alternating_mask, checkerboard_mask
+from nflows_lib.dequantization import Logit, Rescale
+from nflows_lib.networks import MLP, ResNet
+from nflows_lib.normalization import FlowBatchNorm
 
 CASES = [
     pytest.param(name, shape, id=f"{name}-{'x'.join(map(str, shape))}")
@@ -99,7 +100,7 @@ def test_contribution_is_one_number_an_example(name, shape):
     z, contribution = layer(x, context)
     assert contribution.shape == (len(x),)
     assert contribution.dtype == x.dtype
-    others = 3 * torch.randn_like(x)
+    others = BIJECTIONS[name].to_domain(3 * torch.randn_like(x))
     others[1] = x[1]
     z_others, contribution_others = layer(others, context)
     torch.testing.assert_close(z_others[1], z[1], rtol=0, atol=1e-12)
@@ -143,7 +144,7 @@ def test_gradients_are_right_and_reach_every_parameter(name, shape):
 def test_state_dict_round_trip(name, shape):
     layer, x, context = build(name, shape)
     other, _, _ = build(name, shape, seed=1)
-    if layer.state_dict() and any(True for _ in layer.parameters()):
+    if layer.state_dict():
         assert not torch.equal(other(x, context)[0], layer(x, context)[0])
     other.load_state_dict(layer.state_dict())
     for ours, theirs in zip(layer(x, context), other(x, context), strict=True):
@@ -247,6 +248,7 @@ def test_true_passes_and_only_that_feeds_the_network(name):
     assert (off_diagonal[changed][:, changed] == 0).all()
 
 
+@pytest.mark.parametrize("coupling", [AdditiveCoupling, AffineCoupling])
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
@@ -255,26 +257,387 @@ def test_true_passes_and_only_that_feeds_the_network(name):
         (torch.zeros(4, dtype=torch.bool), "mask: expected both True and False, got only False"),
     ],
 )
-def test_coupling_refuses_a_mask_that_does_not_split(mask, message):
+def test_coupling_refuses_a_mask_that_does_not_split(coupling, mask, message):
     with pytest.raises(ValueError, match=message):
-        AdditiveCoupling(mask, nn.Identity())
+        coupling(mask, nn.Identity())
 
 
-def test_coupling_refuses_a_network_of_another_shape():
-    """An output of shape (B, 1) would broadcast: a coupling, but not the one that was meant."""
-    layer = AdditiveCoupling(alternating_mask(4, 0), MLP(4, 1, hidden=3, depth=1))
-    with pytest.raises(ValueError, match=r"network's output: expected shape \(B, 4\), got \(2, 1\)"):
-        layer(torch.zeros(2, 4))
+@pytest.mark.parametrize(("coupling", "expected", "wrong"), [(AdditiveCoupling, 4, 1), (AffineCoupling, 8, 2)])
+def test_coupling_refuses_a_network_of_another_shape(coupling, expected, wrong):
+    """An output of shape (B, 1), or (B, 2) for two halves, would broadcast: a coupling, but not the one meant."""
+    layer = coupling(alternating_mask(4, 0), MLP(4, wrong, hidden=3, depth=1))
+    for direction in (layer, layer.inverse):
+        with pytest.raises(
+            ValueError, match=rf"network's output: expected shape \(B, {expected}\), got \(2, {wrong}\)"
+        ):
+            direction(torch.zeros(2, 4))
 
 
-def test_coupling_moves_its_mask_with_the_module():
+@pytest.mark.parametrize(("coupling", "own"), [(AdditiveCoupling, []), (AffineCoupling, ["gain"])])
+def test_coupling_moves_its_mask_with_the_module(coupling, own):
     """The mask is a buffer: a checkpoint holds it, and it follows the module to another device."""
-    layer = AdditiveCoupling(checkerboard((1, 2, 2)), nn.Identity())
-    assert list(layer.state_dict()) == ["mask"]
+    layer = coupling(checkerboard_mask((1, 2, 2), 0), nn.Identity())
+    assert list(layer.state_dict()) == [*own, "mask"]
     assert layer.to("meta").mask.device.type == "meta"
+
+
+def test_checkerboard_mask():
+    mask = checkerboard_mask((3, 2, 5), 0)
+    assert mask.dtype == torch.bool
+    assert mask.shape == (3, 2, 5)
+    for channel in mask:
+        assert channel.int().tolist() == [[1, 0, 1, 0, 1], [0, 1, 0, 1, 0]]
+    assert torch.equal(checkerboard_mask((3, 2, 5), 1), ~mask)
+    assert checkerboard_mask((1, 1, 2), 1).tolist() == [[[False, True]]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((1, 1, 1), 0), "shape: expected (C, H, W) with at least two pixels, got (1, 1, 1)"),
+        (((0, 2, 2), 0), "shape: expected (C, H, W) with at least two pixels, got (0, 2, 2)"),
+        (((4, 4), 0), "shape: expected (C, H, W) with at least two pixels, got (4, 4)"),
+        (((1, 4, 4), 2), "parity: expected 0 or 1, got 2"),
+    ],
+)
+def test_checkerboard_mask_errors(arguments, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        checkerboard_mask(*arguments)
+
+
+# --- affine couplings -------------------------------------------------------------------------------------------------
+
+
+class Fixed(nn.Module):
+    """A network that gives these numbers for every example, and keeps what it was given."""
+
+    def __init__(self, *output: float) -> None:
+        super().__init__()
+        self.output = torch.tensor(output)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        self.seen = (x, context)
+        return self.output.to(x.dtype).expand(len(x), -1)
+
+
+@pytest.mark.parametrize("name", [name for name in BIJECTIONS if name.startswith("affine_coupling")])
+def test_affine_coupling_is_its_formula(name):
+    """z = b x + (1 - b) (x e^s + t); the Jacobian's diagonal is 1 where it passes and e^s where it does not."""
+    layer, x, context = build(name, BIJECTIONS[name].shapes[-1])
+    z, contribution = layer(x, context)
+    passes = layer.mask
+    raw, shift = layer.network(passes * x, context).split(len(passes), dim=1)
+    log_scale = layer.gain * raw.tanh()
+    assert torch.equal(z[:, passes], x[:, passes])
+    torch.testing.assert_close(z[:, ~passes], (x * log_scale.exp() + shift)[:, ~passes])
+    torch.testing.assert_close(contribution, log_scale[:, ~passes].sum(1))
+    assert torch.equal(layer.inverse(x, context)[:, passes], x[:, passes])
+
+    matrix = jacobian(layer, x[:1], None if context is None else context[:1])
+    changed = ~passes.flatten()
+    diagonal = matrix.diagonal()
+    assert torch.equal(diagonal[~changed], torch.ones_like(diagonal[~changed]))
+    torch.testing.assert_close(diagonal[changed], log_scale[0, ~passes].exp())
+    off_diagonal = matrix - diagonal.diag()
+    assert (off_diagonal[changed][:, ~changed] != 0).any()
+    assert (off_diagonal[~changed] == 0).all()
+    assert (off_diagonal[changed][:, changed] == 0).all()
+
+
+def test_affine_coupling_by_hand():
+    """The first half of the output becomes s, the second t: x = (1, 2), s = 2 tanh(ln 2) = 1.2, t = -5."""
+    network = Fixed(7.0, torch.tensor(2.0).log().item(), 7.0, -5.0)
+    layer = AffineCoupling(alternating_mask(2, 0), network)
+    nn.init.constant_(layer.gain, 2.0)
+    x, context = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 9)
+    z, contribution = layer(x, context)
+    assert torch.equal(network.seen[0], torch.tensor([[1.0, 0.0]]))
+    assert network.seen[1] is context
+    torch.testing.assert_close(z, torch.tensor([[1.0, 2 * 3.3201169 - 5]]))
+    torch.testing.assert_close(contribution, torch.tensor([1.2]))
+    torch.testing.assert_close(layer.inverse(z, context), x)
+
+
+@pytest.mark.parametrize("gain", [1.0, 3.0, 0.5])
+@pytest.mark.parametrize("sign", [-1, 1])
+@torch.no_grad()
+def test_log_scale_stays_within_the_gain(gain, sign):
+    """A network that explodes reaches [-g, g] and no further, so that the layer can still be undone."""
+    layer = AffineCoupling(alternating_mask(4, 0), Fixed(*[sign * 1e30] * 4, *[0.25] * 4))
+    assert layer.gain.item() == 1
+    layer.gain.fill_(gain)
+    x = torch.tensor([[0.5, -1.0, 2.0, 3.0]])
+    z, contribution = layer(x)
+    assert contribution.item() == pytest.approx(2 * sign * gain)
+    torch.testing.assert_close(z[0, 1::2], x[0, 1::2] * torch.tensor(sign * gain).exp() + 0.25)
+    torch.testing.assert_close(layer.inverse(z), x)
+
+
+def steps_of(layer: AffineCoupling, steps: int) -> list[set[str]]:
+    """Which parameters each step of gradient descent moves; the loss needs scales and shifts."""
+    x = torch.randn(16, *layer.mask.shape)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    moved = []
+    for _ in range(steps):
+        before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+        optimizer.zero_grad()
+        z, contribution = layer(x)
+        weight = 1 + x.flatten(1)[:, 0].square()
+        (weight * (0.5 * z.square().flatten(1).sum(1) - contribution)).mean().backward()
+        optimizer.step()
+        moved.append({name for name, parameter in layer.named_parameters() if not torch.equal(parameter, before[name])})
+    return moved
+
+
+def test_affine_coupling_with_an_mlp_starts_as_the_identity_and_leaves_it():
+    """The first step moves the last layer, what becomes s and what becomes t, since the gain starts at 1.
+
+    The second moves everything: the identity is no saddle from which a part of the layer cannot get away.
+    """
+    torch.manual_seed(0)
+    mask = alternating_mask(4, 1)
+    layer = AffineCoupling(mask, MLP(4, 8, hidden=16, depth=2))
+    x = torch.randn(16, 4)
+    z, contribution = layer(x)
+    assert torch.equal(z, x)
+    assert torch.equal(contribution, torch.zeros(16))
+    assert steps_of(layer, 1) == [{"network.layers.4.weight", "network.layers.4.bias"}]
+    last = layer.network.layers[-1]
+    for parameter in (last.weight, last.bias[:, None]):
+        rows = (parameter != 0).any(1).unflatten(0, (2, 4))  # those that stand for what the layer changes
+        assert torch.equal(rows, (~mask).expand(2, 4))
+    assert steps_of(layer, 1) == [{name for name, _ in layer.named_parameters()}]
+
+
+def test_every_parameter_of_an_affine_coupling_with_a_resnet_moves_at_once():
+    torch.manual_seed(0)
+    layer = AffineCoupling(checkerboard_mask((2, 3, 5), 0), ResNet(2, 4, hidden=8, blocks=1))
+    assert steps_of(layer, 1) == [{name for name, _ in layer.named_parameters()}]
+
+
+def test_affine_coupling_with_a_resnet_inside():
+    """Weight norm keeps it out of the dictionary, since it cannot be pickled; the contract is the same."""
+    torch.manual_seed(0)
+    shape = (2, 3, 4)
+    layer = AffineCoupling(checkerboard_mask(shape, 1), ResNet(2, 4, hidden=5, blocks=2, context=3)).double()
+    randomize(layer, 0.3)
+    x, context = torch.randn(2, *shape, dtype=torch.float64), torch.randn(2, 3, 3, 4, dtype=torch.float64)
+    z, contribution = layer(x, context)
+    for i in range(2):
+        matrix = jacobian(layer, x[i : i + 1], context[i : i + 1])
+        torch.testing.assert_close(contribution[i], torch.linalg.slogdet(matrix).logabsdet, rtol=1e-10, atol=1e-10)
+    assert contribution.abs().min() > 0.01
+    torch.testing.assert_close(layer.inverse(z, context), x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer(layer.inverse(x, context), context)[0], x, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(layer(x, context + 1)[0], z)
+    assert not torch.allclose(layer.inverse(z, context + 1), x)
+    for direction in (layer, layer.inverse):
+        with pytest.raises(ValueError, match=re.escape("context: expected shape (B, 3, 3, 4), got None")):
+            direction(x)
+
+
+# --- batch norm -------------------------------------------------------------------------------------------------------
+
+batch_norm_shapes = pytest.mark.parametrize("shape", [(16, 3), (5, 3, 4, 2)], ids=["vectors", "images"])
+
+
+def batch_of(shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random, with a mean and a standard deviation of its own in every channel."""
+    torch.manual_seed(0)
+    scale, shift = torch.tensor([0.02, 1.0, 3.0]), torch.tensor([0.5, -2.0, 1.0])
+    x = torch.randn(shape) * scale.view(1, 3, *[1] * (len(shape) - 2)) + shift.view(1, 3, *[1] * (len(shape) - 2))
+    return x.to(dtype)
+
+
+def per_channel(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel."""
+    values = x.movedim(1, 0).reshape(x.shape[1], -1)
+    return values.mean(1), (values - values.mean(1, keepdim=True)).square().mean(1)
+
+
+@batch_norm_shapes
+def test_batch_norm_in_training_mode(shape):
+    """Mean 0 and variance v / (v + eps) in every channel, and -1/2 H W log(v + eps) summed over the channels."""
+    x = batch_of(shape)
+    layer = FlowBatchNorm(3, eps=1e-3).double()
+    z, contribution = layer(x)
+    _, variance = per_channel(x)
+    new_mean, new_variance = per_channel(z)
+    torch.testing.assert_close(new_mean, torch.zeros_like(new_mean), rtol=0, atol=1e-12)
+    torch.testing.assert_close(new_variance, variance / (variance + 1e-3))
+    assert new_variance[0] < 0.5  # an eps that counts
+    torch.testing.assert_close(z, nn.functional.batch_norm(x, None, None, training=True, eps=1e-3))
+    positions = x[0, 0].numel()
+    expected = -0.5 * positions * (variance + 1e-3).log().sum()
+    torch.testing.assert_close(contribution, expected.expand(len(x)))
+
+
+@batch_norm_shapes
+@pytest.mark.parametrize("momentum", [0.1, 0.75])
+@torch.no_grad()
+def test_batch_norm_keeps_running_averages(shape, momentum):
+    """running = (1 - momentum) running + momentum batch, from 0 and 1; evaluation and the inverse read, never write."""
+    x = batch_of(shape)
+    layer = FlowBatchNorm(3, momentum=momentum).double()
+    mean, variance = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    for batch in (x, 2 * x + 1, x):
+        layer.train()
+        z, _ = layer(batch)
+        batch_mean, batch_variance = per_channel(batch)
+        mean = (1 - momentum) * mean + momentum * batch_mean
+        variance = (1 - momentum) * variance + momentum * batch_variance
+        layer.inverse(z)
+        layer.eval()
+        layer(z)
+        layer.inverse(z)
+        torch.testing.assert_close(layer.running_mean, mean)
+        torch.testing.assert_close(layer.running_variance, variance)
+    assert set(layer.state_dict()) == {"running_mean", "running_variance"}
+    assert (FlowBatchNorm(3).momentum, FlowBatchNorm(3).eps) == (0.1, 1e-4)
+
+
+def test_batch_norm_learns_through_the_statistics_of_the_batch():
+    """The batch's mean and variance carry gradients, as they do in any batch norm; the running averages carry none."""
+    x = batch_of((6, 3)).requires_grad_()
+    layer = FlowBatchNorm(3).double()
+    on_z = torch.randn(6, 3, dtype=torch.float64)
+
+    def loss(x: Tensor) -> Tensor:
+        z, contribution = layer(x)
+        return (on_z * z).sum() + contribution.sum()
+
+    assert torch.autograd.gradcheck(loss, x)
+    assert not layer.running_mean.requires_grad
+    assert not layer.running_variance.requires_grad
+    assert list(layer.parameters()) == []
+
+
+@torch.no_grad()
+def test_batch_norm_is_a_bijection_in_evaluation_mode_only():
+    """The lesson (F15, F16): in training mode nothing of the contract holds, in evaluation mode everything does."""
+    x = batch_of((4, 3))
+    layer = used_batch_norm((3,)).double()
+
+    # In training mode a shift of the whole batch changes nothing: the map of the batch cannot be undone, and the
+    # log-determinant of its Jacobian is -infinity, whatever the contribution says.
+    z, contribution = layer.train()(x)
+    matrix = torch.autograd.functional.jacobian(lambda v: layer(v)[0], x).reshape(12, 12)
+    torch.testing.assert_close(matrix.sum(1), torch.zeros(12, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert torch.linalg.slogdet(matrix).logabsdet < -50
+    assert contribution.sum().abs() < 50
+    # Nor is it the log-determinant of one example's part of it.
+    own = torch.linalg.slogdet(matrix[:3, :3]).logabsdet
+    assert (own - contribution[0]).abs() > 0.5
+    # One example's z depends on the others, and the inverse, with the running averages, does not lead back.
+    others = torch.cat([x[:1], 2 * x[1:]])
+    assert (layer(others)[0][0] - z[0]).abs().max() > 0.1
+    assert (layer.inverse(z) - x).abs().max() > 0.1
+
+    z, contribution = layer.eval()(x)
+    matrix = torch.autograd.functional.jacobian(lambda v: layer(v)[0], x).reshape(12, 12)
+    torch.testing.assert_close(torch.linalg.slogdet(matrix).logabsdet, contribution.sum())
+    torch.testing.assert_close(torch.linalg.slogdet(matrix[:3, :3]).logabsdet, contribution[0])
+    assert torch.equal(layer(others)[0][0], z[0])
+    torch.testing.assert_close(layer.inverse(z), x)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1, 1), (0, 3), (0, 3, 2, 2)])
+@torch.no_grad()
+def test_batch_norm_needs_several_values_a_channel_to_train(shape):
+    layer = FlowBatchNorm(3)
+    x = torch.zeros(shape)
+    before = copy.deepcopy(layer.state_dict())
+    message = f"x: expected several values a channel in training mode, got shape {shape}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layer(x)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name])
+    z, contribution = layer.eval()(x)
+    assert z.shape == layer.inverse(z).shape == x.shape
+    assert contribution.shape == (len(x),)
+
+
+def test_batch_norm_trains_on_one_image():
+    z, _ = FlowBatchNorm(3)(torch.randn(1, 3, 2, 2))
+    assert z.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 4, 3, 3), (2, 2, 3, 3), (2, 3, 5), (3,)])
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_norm_names_wrong_channels(shape, training):
+    layer = FlowBatchNorm(3).train(training)
+    expected = re.escape(f"expected shape (B, 3) or (B, 3, H, W), got {shape}")
+    with pytest.raises(ValueError, match=f"^x: {expected}$"):
+        layer(torch.zeros(shape))
+    with pytest.raises(ValueError, match=f"^z: {expected}$"):
+        layer.inverse(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 2, 2), (3, 2), ()])
+def test_batch_norm_names_wrong_channels_of_a_flow(shape):
+    expected = re.escape(f"channels: expected 3, as in (3,) or (3, H, W), got {shape}")
+    with pytest.raises(ValueError, match=f"^{expected}$"):
+        FlowBatchNorm(3).output_shape(shape)
+
+
+def test_batch_norm_refuses_no_channel():
+    with pytest.raises(ValueError, match="channels: expected at least 1, got 0"):
+        FlowBatchNorm(0)
+
+
+# --- scales and the logit ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale", [0.0, float("nan"), float("inf")])
 def test_rescale_refuses(scale):
     with pytest.raises(ValueError, match=f"scale: expected a finite number other than 0, got {scale}"):
         Rescale(scale)
+
+
+ALPHAS = [1e-6, 1e-3, 0.05, 0.25, 0.45]
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_logit_against_autograd(alpha):
+    """log((1 - 2 alpha) / (p (1 - p))) of p = alpha + (1 - 2 alpha) u, and what autograd says of the formula."""
+    u = torch.linspace(0, 1, 101, dtype=torch.float64)[:, None].requires_grad_()
+    y, contribution = Logit(alpha)(u)
+    p = alpha + (1 - 2 * alpha) * u
+    torch.testing.assert_close(y, p.log() - (1 - p).log(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(contribution, ((1 - 2 * alpha) / (p * (1 - p))).log()[:, 0], rtol=1e-9, atol=1e-9)
+    (slope,) = torch.autograd.grad(y.sum(), u)
+    torch.testing.assert_close(contribution, slope[:, 0].log(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(Logit(alpha).inverse(y), u, rtol=0, atol=1e-9)
+
+
+def test_logit_has_the_alpha_of_the_paper():
+    y, _ = Logit()(torch.tensor([[0.0, 0.5, 1.0]]))
+    torch.testing.assert_close(y, torch.tensor([[-1.0, 0.0, 1.0]]) * torch.tensor(19.0).log())
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_logit_is_finite_at_both_ends(alpha):
+    u = torch.tensor([[0.0], [1.0], [1 - 2**-24]], requires_grad=True)
+    y, contribution = Logit(alpha)(u)
+    assert y.dtype == contribution.dtype == torch.float32
+    assert y.isfinite().all()
+    assert contribution.isfinite().all()
+    (y.sum() + contribution.sum()).backward()
+    assert u.grad.isfinite().all()
+    torch.testing.assert_close(Logit(alpha).inverse(y), u, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_inverse_logit_is_bounded(alpha):
+    """From alpha / (1 - 2 alpha) below 0 to as much above 1, which it reaches at the ends of the real line."""
+    z = torch.tensor([[-1e30, -30.0, 0.0, 30.0, 1e30]], dtype=torch.float64)
+    u = Logit(alpha).inverse(z)[0]
+    beyond = alpha / (1 - 2 * alpha)
+    torch.testing.assert_close(u[[0, 2, 4]], torch.tensor([-beyond, 0.5, 1 + beyond], dtype=torch.float64))
+    assert (u.diff() >= 0).all()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, -1.0, 0.7, float("nan")])
+def test_logit_refuses(alpha):
+    with pytest.raises(ValueError, match=f"^alpha: expected a number between 0 and 1/2, got {alpha}$"):
+        Logit(alpha)

@@ -12,11 +12,13 @@ from bijections import randomize
 from densities import assert_follows_cdf, midpoints
 from torch import Tensor, nn
 
-from nflows_lib.bijection import sum_per_example
-from nflows_lib.dequantization import Rescale, UniformDequantize
-from nflows_lib.distributions import StandardLogistic
+from nflows_lib.bijection import Bijection, sum_per_example
+from nflows_lib.coupling import AffineCoupling, alternating_mask, checkerboard_mask
+from nflows_lib.dequantization import Logit, Rescale, UniformDequantize, VariationalDequantize
+from nflows_lib.distributions import StandardLogistic, StandardNormal
 from nflows_lib.flow import Flow
 from nflows_lib.models import nice
+from nflows_lib.networks import MLP, ResNet
 
 # --- the noise --------------------------------------------------------------------------------------------------------
 
@@ -90,6 +92,43 @@ def test_no_example_is_no_error():
     z, contribution = Rescale(0.5)(UniformDequantize(4)(torch.zeros(0, 3, dtype=torch.long))[0])
     assert z.shape == (0, 3)
     assert contribution.shape == (0,)
+
+
+# --- levels through the logit -----------------------------------------------------------------------------------------
+
+
+every_level = pytest.mark.parametrize(
+    ("levels", "alpha"), [(levels, alpha) for levels in (2, 17, 256) for alpha in (1e-6, 0.05, 0.4)]
+)
+
+
+def through_the_logit(levels: int, alpha: float) -> tuple[Flow, Tensor]:
+    """A flow on single values, and all the values there are."""
+    flow = Flow([UniformDequantize(levels), Rescale(1 / levels), Logit(alpha)], StandardNormal(), (1,))
+    return flow, torch.arange(levels)[:, None]
+
+
+@every_level
+@pytest.mark.parametrize("noise", [1e-3, 0.5, 1 - 1e-3], ids=["low", "middle", "high"])
+@torch.no_grad()
+def test_every_level_goes_through_the_logit_and_back(monkeypatch, levels, alpha, noise):
+    flow, k = through_the_logit(levels, alpha)
+    monkeypatch.setattr(torch, "rand_like", lambda like: torch.full_like(like, noise))
+    z = flow.encode(k)
+    assert torch.equal(flow.decode(z), k)
+    torch.testing.assert_close(z, torch.logit(alpha + (1 - 2 * alpha) * (k + noise) / levels), rtol=1e-3, atol=1e-3)
+    assert flow.decode(torch.tensor([[-1e4], [1e4]])).flatten().tolist() == [0, levels - 1]  # where no level is
+
+
+@every_level
+@pytest.mark.parametrize("noise", [0.0, 1 - 2**-24], ids=["lowest", "highest"])
+@torch.no_grad()
+def test_extreme_noise_is_finite_behind_the_logit(monkeypatch, levels, alpha, noise):
+    """On the very edge of a level the way back may round into the next one, no further: float32 is as fine as that."""
+    flow, k = through_the_logit(levels, alpha)
+    monkeypatch.setattr(torch, "rand_like", lambda like: torch.full_like(like, noise))
+    assert flow(k).isfinite().all()
+    assert (flow.decode(flow.encode(k)) - k).abs().max() <= 1
 
 
 # --- exact enumeration ------------------------------------------------------------------------------------------------
@@ -174,3 +213,205 @@ def assert_mean(draws: Tensor, expected: Tensor) -> None:
     error = draws.std(0) / math.sqrt(len(draws))
     assert ((draws.mean(0) - expected).abs() < 5 * error).all()
     assert (error < 0.05).all()  # sharp enough to notice a missing log n
+
+
+# --- variational dequantization ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_float64():
+    """The noise has the default type, and so have the networks built in here."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def noise_layers(dims: int = 2, scale: float = 0.0) -> list[Bijection]:
+    """Two affine couplings that see k; random unless the scale is 0."""
+    couplings = [
+        AffineCoupling(alternating_mask(dims, i), MLP(dims, 2 * dims, 8, 1, nn.Tanh, context=dims)) for i in (0, 1)
+    ]
+    for coupling in couplings:
+        randomize(coupling, scale)
+    return couplings
+
+
+def fix_noise(monkeypatch, v: Tensor) -> None:
+    monkeypatch.setattr(StandardLogistic, "sample", lambda self, like: v)
+
+
+class Shift(Bijection):
+    """Noise in one dimension: v scaled by a and shifted by the context."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.context = context
+        return self.scale * x + context, x.new_full((len(x),), x[0].numel() * math.log(self.scale))
+
+
+@torch.no_grad()
+def test_untrained_variational_noise_is_uniform():
+    torch.manual_seed(0)
+    k = torch.randint(4, (5_000, 2))
+    y, contribution = VariationalDequantize(noise_layers(), 4)(k)
+    torch.testing.assert_close(contribution, torch.zeros(5_000), rtol=0, atol=1e-5)
+    noise = (y - k).double()
+    assert_follows_cdf(noise.flatten(), scipy.stats.uniform.cdf)
+    assert abs(torch.corrcoef(noise.T)[0, 1]) < 5 / math.sqrt(5_000)
+
+
+def test_variational_noise_in_one_dimension_by_hand():
+    """eps = sigmoid(a v + c) of a logistic v: P(eps < e) = F((logit e - c) / a), and minus the log of its slope."""
+    torch.manual_seed(0)
+    layer = Shift(0.6)
+    k = torch.tensor([0, 1, 2, 4]).repeat(2_000)[:, None]
+    y, contribution = VariationalDequantize([layer], 5)(k)
+    assert torch.equal(layer.context, k / 2 - 1)  # 0 to 4 brought to [-1, 1]
+    noise = (y - k).double()
+    w = (noise.logit() - layer.context) / 0.6
+    assert_follows_cdf(w.flatten(), scipy.stats.logistic.cdf)
+    density = w.sigmoid() * (1 - w.sigmoid()) / 0.6 / (noise * (1 - noise))
+    torch.testing.assert_close(contribution.double(), -density.log().sum(1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("k", [[0, 0], [3, 1]])
+def test_log_q_is_the_density_of_the_noise(monkeypatch, in_float64, k):
+    """By autograd's Jacobian of eps with respect to v, and by its integral over the cell."""
+    torch.manual_seed(0)
+    layer = VariationalDequantize(noise_layers(scale=0.4), 4)
+    k = torch.tensor([k])
+    v = StandardLogistic().sample(torch.empty(1, 2))
+
+    def eps(v: Tensor) -> Tensor:
+        fix_noise(monkeypatch, v)
+        return layer(k)[0] - k
+
+    matrix = torch.autograd.functional.jacobian(eps, v).reshape(2, 2)
+    contribution = layer(k)[1].item()
+    log_base = scipy.stats.logistic.logpdf(v).sum()
+    assert contribution == pytest.approx(torch.linalg.slogdet(matrix).logabsdet.item() - log_base)
+    assert abs(contribution) > 0.01
+
+    # Over a grid of w = logit(eps), which is dense where eps is near 0 and 1: d eps = eps (1 - eps) dw.
+    w, volume = midpoints(-60, 60, 400, 2)
+    many = k.expand(len(w), 2)
+    with torch.no_grad():
+        fix_noise(monkeypatch, layer.noise.inverse(w, 2 * many / 3 - 1))
+        y, contribution = layer(many)
+    near = w.abs().amax(1) < 20
+    torch.testing.assert_close((y - many)[near], w[near].sigmoid())
+    log_measure = (nn.functional.logsigmoid(w) + nn.functional.logsigmoid(-w)).sum(1)
+    assert (log_measure - contribution).exp().sum().item() * volume == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("levels", [3, 4])
+@torch.no_grad()
+def test_variational_noise_against_exact_enumeration(monkeypatch, in_float64, levels):
+    """E p(k + eps) / q(eps | k) = P(k), the density integrated over the cell; E log of it stays below log P(k)."""
+    torch.manual_seed(0)
+    dims = 2
+    couplings = [AffineCoupling(alternating_mask(dims, i), MLP(dims, 2 * dims, 8, 1, nn.Tanh)) for i in (0, 1)]
+    noise = VariationalDequantize(noise_layers(scale=0.3), levels)
+    flow = Flow([noise, Rescale(1 / levels), Logit(), *couplings], StandardNormal(), (dims,))
+    for coupling in couplings:
+        randomize(coupling, 0.15)
+    assert flow.levels == levels
+    k = every_value(levels, dims)
+    continuous = Flow(list(flow.chain)[1:], flow.base, (dims,))
+    within, volume = midpoints(0, 1, 100, dims)
+    density = continuous((k[:, None, :] + within).flatten(0, 1)).exp().reshape(len(k), -1)
+    probability = density.sum(1) * volume
+    assert 0.5 < probability.sum() < 1  # the rest lies beyond the unit square
+
+    # The mean over the noise by a sum over v, each weighted by its own logistic density.
+    v, volume = midpoints(-40, 40, 200, dims)
+    weight = torch.from_numpy(scipy.stats.logistic.pdf(v)).prod(1) * volume
+    with monkeypatch.context() as patch:
+        fix_noise(patch, v.repeat(len(k), 1))
+        log_prob = flow(k.repeat_interleave(len(v), 0)).reshape(len(k), -1)
+    torch.testing.assert_close(log_prob.exp() @ weight, probability, rtol=1e-3, atol=0)
+    bound = log_prob @ weight
+    assert (bound < probability.log()).all()
+    assert (probability.log() - bound).max() > 0.01
+    assert_mean(flow(k.repeat(4_000, 1)).reshape(4_000, len(k)), bound)
+
+
+def test_the_variational_bound_is_tight_where_q_is_the_posterior(in_float64):
+    """A logistic base on v = logit(eps) and the same noise: then one draw of log p(k) is log P(k), whichever it is."""
+
+    class WithinLevel(Bijection):
+        """k + eps to logit(eps): the density of the data is that of eps, the same in every cell."""
+
+        def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            eps = x.frac()
+            return (eps.logit() + 1) / 0.6, -(0.6 * eps * (1 - eps)).log().sum(1)
+
+    torch.manual_seed(0)
+    flow = Flow([VariationalDequantize([Shift(0.6)], 3), WithinLevel()], StandardLogistic(), (2,))
+    log_prob = flow(torch.zeros(100, 2, dtype=torch.long))  # 2 k / 2 - 1 = -1 is the shift of the noise
+    torch.testing.assert_close(log_prob, torch.zeros(100), rtol=0, atol=1e-8)
+
+
+def test_inverse_of_the_variational_layer_floors_and_clamps():
+    layer = VariationalDequantize(noise_layers(), 17)
+    z = torch.tensor([[-300.0, -0.001, 0.0, 0.999, 1.0, 15.5, 16.0, 16.999, 17.0, 1e9]])
+    k = layer.inverse(z)
+    assert k.dtype == torch.long
+    assert k.tolist() == [[0, 0, 0, 0, 1, 15, 16, 16, 16, 16]]
+    with pytest.raises(ValueError, match="levels: expected at least 2, got 1"):
+        VariationalDequantize([], 1)
+    with pytest.raises(ValueError, match="layers: expected Layer objects, got Linear at position 0"):
+        VariationalDequantize([nn.Linear(1, 1)], 2)
+
+
+@pytest.mark.parametrize("extreme", [-1e4, -17.0, 17.0, 1e4])
+@torch.no_grad()
+def test_extreme_variational_noise_stays_on_its_level(monkeypatch, extreme):
+    layer = VariationalDequantize([Shift(2.0)], 256)
+    fix_noise(monkeypatch, torch.full((1, 256), extreme))
+    k = torch.arange(256)[None]
+    y, contribution = layer(k)
+    assert contribution.isfinite().all()
+    assert torch.equal(y.floor(), k.float())
+    assert torch.equal(layer.inverse(y), k)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5), (3, 4, 2)])
+def test_variational_noise_of_images(shape):
+    """Bytes, a residual network that sees the image, checkerboards; the gradients reach all of it."""
+    torch.manual_seed(0)
+    channels = shape[0]
+    layers = [
+        AffineCoupling(checkerboard_mask(shape, i), ResNet(channels, 2 * channels, 6, 1, context=channels))
+        for i in (0, 1)
+    ]
+    dequantize = VariationalDequantize(layers)
+    randomize(dequantize, 0.3)
+    flow = Flow([dequantize, Rescale(1 / 256), Logit()], StandardNormal(), shape)
+    assert flow.levels == 256
+    k = torch.randint(256, (6, *shape), dtype=torch.uint8)
+    y, contribution = dequantize(k)
+    assert y.dtype == contribution.dtype == torch.float32
+    assert contribution.shape == (6,)
+    assert torch.equal(dequantize.inverse(y), k.long())
+    assert torch.equal(flow.decode(flow.encode(k)), k.long())
+
+    # The same noise for another image is other noise: the network sees k.
+    torch.manual_seed(1)
+    there = dequantize(k)[0] - k.float()
+    torch.manual_seed(1)
+    elsewhere = dequantize(255 - k)[0] - (255 - k).float()
+    assert (there - elsewhere).abs().max() > 0.01
+
+    flow.bits_per_dim(k).mean().backward()
+    for name, parameter in flow.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_no_example_is_no_variational_error():
+    z, contribution = VariationalDequantize(noise_layers(), 4)(torch.zeros(0, 2, dtype=torch.long))
+    assert z.shape == (0, 2)
+    assert contribution.shape == (0,)

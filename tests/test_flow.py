@@ -8,12 +8,12 @@ import re
 import pytest
 import scipy.stats
 import torch
-from bijections import ConvNet, checkerboard, randomize
+from bijections import ConvNet, randomize
 from densities import assert_follows_cdf, assert_samples_follow, integral
 from torch import Tensor, nn
 
 from nflows_lib.bijection import Bijection, Chain, Layer
-from nflows_lib.coupling import AdditiveCoupling, alternating_mask
+from nflows_lib.coupling import AdditiveCoupling, alternating_mask, checkerboard_mask
 from nflows_lib.dequantization import Rescale, UniformDequantize
 from nflows_lib.distributions import StandardLogistic, StandardNormal
 from nflows_lib.flow import Flow
@@ -34,8 +34,9 @@ def small_nice(dims: int = 2, base=None, levels: int | None = None, scale: float
 
 def image_flow() -> Flow:
     """Two couplings of (2, 4, 4) images that change one colour of the chess board each."""
-    mask = checkerboard((2, 4, 4))
-    flow = Flow([AdditiveCoupling(m, ConvNet(2)) for m in (mask, ~mask)], StandardNormal(), (2, 4, 4))
+    shape = (2, 4, 4)
+    couplings = [AdditiveCoupling(checkerboard_mask(shape, parity), ConvNet(2, 2)) for parity in (0, 1)]
+    flow = Flow(couplings, StandardNormal(), shape)
     randomize(flow)
     return flow
 

@@ -1,0 +1,284 @@
+"""RealNVP on images and on points: the list of layers, the likelihood at the start, copies, round trips, samples."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+
+import pytest
+import torch
+from bijections import randomize
+from densities import assert_samples_follow, integral
+from torch import Tensor, nn
+
+from nflows_lib.coupling import AffineCoupling, alternating_mask, checkerboard_mask
+from nflows_lib.distributions import StandardNormal
+from nflows_lib.flow import Flow
+from nflows_lib.models import realnvp, realnvp_points
+from nflows_lib.networks import MLP, ResNet
+from nflows_lib.normalization import FlowBatchNorm
+
+SHAPES = [(1, 5, 3), (3, 4, 6), (1, 1, 2)]
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+
+
+def small(shape=(1, 5, 3), levels: int = 256, seed: int = 0, random: bool = True) -> Flow:
+    """A small RealNVP in evaluation mode, with random parameters and running averages."""
+    torch.manual_seed(seed)
+    flow = realnvp(shape, levels=levels, couplings=4, hidden=6, blocks=1)
+    if random:
+        randomize(flow, 0.2)
+        for layer in flow.chain:
+            if isinstance(layer, FlowBatchNorm):
+                layer.running_mean.normal_()
+                layer.running_variance.uniform_(0.5, 2.0)
+    return flow.eval()
+
+
+def levels_of(shape, levels: int = 256) -> Tensor:
+    """Images in which every level occurs at every place, (levels, *shape), bytes."""
+    k = torch.arange(levels).view(-1, 1) + torch.randperm(levels)[torch.arange(math.prod(shape)) % levels]
+    return (k % levels).to(torch.uint8).reshape(-1, *shape)
+
+
+def nats_of(flow: Flow, k: Tensor, seed: int = 0) -> Tensor:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return flow(k)
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def test_realnvp_is_its_list_of_layers():
+    flow = realnvp((3, 4, 5), couplings=3, hidden=8, blocks=2, levels=32, alpha=0.1)
+    names = [type(layer).__name__ for layer in flow.chain]
+    assert names == ["UniformDequantize", "Rescale", "Logit", *["AffineCoupling", "FlowBatchNorm"] * 3]
+    assert (flow.levels, flow.chain[1].scale, flow.chain[2].alpha) == (32, 1 / 32, 0.1)
+    for i in range(3):
+        coupling, norm = flow.chain[3 + 2 * i], flow.chain[4 + 2 * i]
+        assert torch.equal(coupling.mask, checkerboard_mask((3, 4, 5), i % 2))
+        assert isinstance(coupling.network, ResNet)
+        assert len(coupling.network.blocks) == 2
+        assert coupling.network.first.out_channels == 8
+        assert coupling.network.precision == torch.float32
+        assert len(norm.running_mean) == 3
+    assert isinstance(flow.base, StandardNormal)
+    assert flow.shape == flow.latent_shape == (3, 4, 5)
+    half = realnvp((1, 2, 2), hidden=4, blocks=0, precision=torch.bfloat16)
+    assert {layer.network.precision for layer in half.chain if isinstance(layer, AffineCoupling)} == {torch.bfloat16}
+
+
+def test_realnvp_has_the_defaults_of_the_paper():
+    flow = realnvp((3, 32, 32))
+    couplings = [layer for layer in flow.chain if isinstance(layer, AffineCoupling)]
+    assert len(couplings) == 6
+    assert all(len(layer.network.blocks) == 8 for layer in couplings)
+    assert all(layer.network.first.out_channels == 64 for layer in couplings)
+    assert (flow.levels, flow.chain[2].alpha) == (256, 0.05)
+
+
+def test_summary():
+    # The network: 3x3 from 2 to 4, 1x1 from 4 to 4 and 1x1 from 4 to 2, each with a bias and a length for an output.
+    parameters = (4 * 2 * 9 + 4 + 4) + (4 * 4 + 4 + 4) + (2 * 4 + 2 + 2)
+    coupling = f"AffineCoupling(passes 3 of 6)  (1, 2, 3)              {parameters + 1}"  # the gain
+    assert realnvp((1, 2, 3), couplings=2, hidden=4, blocks=0).summary() == "\n".join(
+        [
+            "data                           (1, 2, 3)",
+            "UniformDequantize(levels=256)  (1, 2, 3)                0",
+            "Rescale(0.003906)              (1, 2, 3)                0",
+            "Logit(0.05)                    (1, 2, 3)                0",
+            coupling,
+            "FlowBatchNorm()                (1, 2, 3)                0",
+            coupling,
+            "FlowBatchNorm()                (1, 2, 3)                0",
+            f"StandardNormal                 (6,)            {2 * parameters + 2} in all",
+        ]
+    )
+
+
+@pytest.mark.parametrize("levels", [32, 256])
+@every_shape
+@torch.no_grad()
+def test_likelihood_at_the_start(shape, levels):
+    """Near log2 n bits a value, in either mode."""
+    flow = small(shape, levels, random=False)
+    k = levels_of(shape, levels)
+    for training in (True, False):
+        bits = flow.train(training).bits_per_dim(k)
+        assert bits.shape == (levels,)
+        assert bits.isfinite().all()
+        assert abs(bits.mean().item() - math.log2(levels)) < 2
+
+
+@pytest.mark.parametrize("levels", [32, 256])
+@every_shape
+@torch.no_grad()
+def test_likelihood_while_the_couplings_do_nothing(shape, levels):
+    """Uniform levels cost log2 n plus what a logit-normal density wastes on a uniform number."""
+    flow = small(shape, levels, random=False)
+    for layer in flow.chain:
+        if isinstance(layer, AffineCoupling):
+            nn.init.zeros_(layer.network.last.parametrizations.weight.original0)
+            nn.init.zeros_(layer.network.last.bias)
+    bits = flow.bits_per_dim(levels_of(shape, levels), draws=40)
+    u = (torch.arange(1_000, dtype=torch.float64) + 0.5) / 1_000
+    p = 0.05 + 0.9 * u
+    nats = 0.5 * (p.logit().square() + math.log(2 * math.pi)) - (0.9 / (p * (1 - p))).log()
+    assert bits.mean().item() == pytest.approx(math.log2(levels) + nats.mean().item() / math.log(2), abs=0.02)
+
+
+@every_shape
+@torch.no_grad()
+def test_encode_and_decode_every_level(monkeypatch, shape):
+    """With noise off the very edges of a level, where one in 10^5 would round into the next."""
+    rand_like = torch.rand_like
+    monkeypatch.setattr(torch, "rand_like", lambda like: 0.01 + 0.98 * rand_like(like))
+    flow = small(shape)
+    k = levels_of(shape)
+    z = flow.encode(k)
+    assert z.shape == (256, math.prod(shape))
+    assert torch.equal(flow.decode(z), k.long())
+    assert flow(k).isfinite().all()
+
+
+@every_shape
+@torch.no_grad()
+def test_samples_are_levels(shape):
+    flow = small(shape, levels=8)
+    x = flow.sample(50)
+    assert x.shape == (50, *shape)
+    assert x.dtype == torch.long
+    assert x.min() >= 0
+    assert x.max() <= 7
+    assert len(x.unique()) > 4
+    assert flow(x).isfinite().all()
+
+
+@torch.no_grad()
+def test_log_prob_of_an_image_does_not_depend_on_the_others_in_evaluation_mode():
+    flow = small((3, 4, 6))
+    k = torch.randint(256, (4, 3, 4, 6))
+    layers = list(flow.chain)[1:]
+    continuous = Flow(layers, flow.base, (3, 4, 6))
+    x = k + 0.5
+    torch.testing.assert_close(continuous(x)[:1], continuous(x[:1]))
+    continuous.train()
+    assert abs(continuous(x)[0] - continuous(torch.cat([x[:1], x[:1], x[:1] + 0.1]))[0]) > 0.1
+
+
+@torch.no_grad()
+def test_realnvp_integrates_to_one():
+    """Two pixels in evaluation mode, from behind the logit on."""
+    flow = small((1, 1, 2)).double()
+    continuous = Flow(list(flow.chain)[3:], flow.base, (1, 1, 2))
+    assert integral(lambda x: continuous(x.view(-1, 1, 1, 2)), 2, -20, 20, points=250) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_copy_has_the_same_likelihood(training):
+    flow = small().train(training)
+    k = torch.randint(256, (5, 1, 5, 3))
+    other = copy.deepcopy(flow)
+    before = nats_of(other, k)
+    assert torch.equal(nats_of(flow, k), before)
+    with torch.no_grad():
+        randomize(flow)
+    flow.chain[-1].running_mean.add_(1)
+    assert not torch.equal(nats_of(flow.eval(), k), nats_of(copy.deepcopy(other).eval(), k))
+    other.load_state_dict(flow.state_dict())
+    assert torch.equal(nats_of(flow, k), nats_of(other.eval(), k))
+
+
+def test_state_dict_round_trip():
+    """Masks, lengths and directions of the weights, gains, running averages: all of it is in the state dict."""
+    flow, other = small(seed=0), small(seed=1)
+    k = torch.randint(256, (5, 1, 5, 3))
+    assert not torch.allclose(nats_of(other, k), nats_of(flow, k))
+    state = {name: value.clone() for name, value in flow.state_dict().items()}
+    other.load_state_dict(state)
+    assert torch.equal(nats_of(other, k), nats_of(flow, k))
+    fresh = realnvp((1, 5, 3), couplings=4, hidden=6, blocks=1).eval()
+    fresh.load_state_dict(state)
+    assert torch.equal(nats_of(fresh, k), nats_of(flow, k))
+
+
+def test_a_few_steps_of_training_lower_the_loss():
+    """And the running averages follow, so that evaluation mode agrees."""
+    torch.manual_seed(0)
+    flow = realnvp((1, 4, 4), levels=8, couplings=2, hidden=8, blocks=1)
+    k = torch.randint(3, (64, 1, 4, 4)) + 2
+    optimizer = torch.optim.Adam(flow.parameters(), lr=0.01)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = flow.bits_per_dim(k).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+    with torch.no_grad():
+        assert flow.eval().bits_per_dim(k).mean().item() == pytest.approx(losses[-1], abs=0.1)
+
+
+@pytest.mark.parametrize("couplings", [0, 1])
+def test_two_couplings_at_least(couplings):
+    message = re.escape(f"couplings: expected at least 2, so that each half is changed, got {couplings}")
+    with pytest.raises(ValueError, match=message):
+        realnvp((1, 2, 2), hidden=2, blocks=0, couplings=couplings)
+    with pytest.raises(ValueError, match=message):
+        realnvp_points(2, couplings=couplings)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (1, 1, 1)])
+def test_realnvp_refuses_what_is_no_image(shape):
+    message = f"shape: expected (C, H, W) with at least two pixels, got {shape}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        realnvp(shape, hidden=2, blocks=0)
+
+
+# --- points -----------------------------------------------------------------------------------------------------------
+
+
+def small_points(scale: float = 0.4) -> Flow:
+    torch.manual_seed(0)
+    flow = realnvp_points(2, couplings=4, hidden=8, depth=1)
+    randomize(flow, scale)
+    return flow
+
+
+def test_realnvp_points_is_its_list_of_layers():
+    flow = realnvp_points(5)
+    assert [type(layer) for layer in flow.chain] == [AffineCoupling] * 6
+    for i, layer in enumerate(flow.chain):
+        assert torch.equal(layer.mask, alternating_mask(5, i % 2))
+        assert isinstance(layer.network, MLP)
+        widths = [linear.out_features for linear in layer.network.layers if isinstance(linear, nn.Linear)]
+        assert widths == [64, 64, 10]
+    assert isinstance(flow.base, StandardNormal)
+    assert flow.levels is None
+    x = torch.randn(3, 5)
+    assert torch.equal(flow.encode(x), x)
+
+
+def test_realnvp_points_integrates_to_one():
+    flow = small_points().double()
+    assert integral(flow, 2, -20, 20) == pytest.approx(1, abs=1e-3)
+    grid = torch.randn(50, 2, dtype=torch.float64)
+    assert (flow(grid) - flow.base.log_prob(grid)).abs().max() > 0.5
+
+
+def test_realnvp_points_samples_follow_log_prob():
+    flow = small_points()
+    x = flow.sample(20_000)
+    assert x.shape == (20_000, 2)
+    assert x.dtype == torch.float32
+    assert_samples_follow(x, lambda x: flow(x.float()).double(), -4, 4)
+
+
+@torch.no_grad()
+def test_realnvp_points_encode_and_decode():
+    flow = small_points().double()
+    x = torch.randn(20, 2, dtype=torch.float64)
+    torch.testing.assert_close(flow.decode(flow.encode(x)), x)
