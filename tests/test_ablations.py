@@ -46,6 +46,41 @@ def test_the_table_of_q1_on_the_page_follows_from_the_file():
         assert line in page
 
 
+@pytest.mark.parametrize("name", [name for name in ablations.ABLATIONS if name.startswith("realnvp-")])
+def test_the_tables_of_chapter_3_follow_from_the_files(name):
+    record = json.loads((runs.ROOT / "data" / "ablations" / f"{name}.json").read_text())
+    page = printed("03_realnvp.ipynb")
+    width = max(map(len, record["results"]))
+    for arm, results in record["results"].items():
+        bits = [result["test"] for result in results]
+        assert len(bits) == 3
+        assert f"{arm:>{width}}  {statistics.mean(bits):.3f} ± {statistics.stdev(bits):.3f} bits/dim\n" in page
+
+
+def test_weights_lose_their_norm_and_nothing_else():
+    torch.manual_seed(0)
+    network, x = ablations.resnet(), torch.randn(2, 1, 8, 8)
+    before = network(x)
+    ordinary = ablations.without_weight_norm(network)
+    assert not [name for name, _ in ordinary.named_parameters() if "original" in name]
+    torch.testing.assert_close(ordinary(x), before)
+
+
+@pytest.mark.parametrize("steps", [{}, *ablations.REFERENCE_STEPS.values(), {"batch_norm": False}], ids=str)
+def test_the_source_s_first_network_and_each_step_from_it(steps):
+    torch.manual_seed(0)
+    network = ablations.PlainResNet(4, 2, **steps)
+    kinds = [type(module) for module in network.modules()]
+    convolutions = steps.get("convolutions", 3) * 2 + 2 + (3 if steps.get("skips") else 0)
+    assert kinds.count(torch.nn.Conv2d) + sum("Parametrized" in kind.__name__ for kind in kinds) == convolutions
+    assert kinds.count(torch.nn.BatchNorm2d) == (4 if steps.get("batch_norm", True) else 0)
+    assert any("Parametrized" in kind.__name__ for kind in kinds) == steps.get("weight_norm", False)
+    output = network(torch.randn(3, 1, 8, 8))
+    assert output.shape == (3, 2, 8, 8)
+    output.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
 def test_the_long_run_of_f6_on_the_page_is_that_of_the_file():
     record = json.loads((runs.ROOT / "data" / "ablations" / "no-dequantization.json").read_text())
     left_out = record["results"]["left out"][0]
