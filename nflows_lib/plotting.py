@@ -107,24 +107,25 @@ def warp(axes: Sequence[Axes], flow: Flow, points: Tensor, *, extent: float = 3.
 
 @torch.no_grad()
 def filmstrip(
-    figure: Figure, flow: Flow, points: Tensor, *, columns: int = 6, between: int = 2, extent: float = 3.5
+    figure: Figure, flow: Flow, points: Tensor, *, columns: int = 4, between: int = 1, extent: float = 3.5
 ) -> int:
     """The warp of :func:`warp` as a sheet of equal frames, in reading order: the data, then the way through each layer.
 
-    Between one layer's output and the next, points and grid go straight, in ``between`` steps. The last frame has
-    circles around the origin at 1, 2 and 3. In a cell tagged ``frames-6x3`` (columns x rows) the page turns the sheet
-    into one frame with a slider. Returns the number of frames. The figure's size should be that of columns x rows
-    squares.
+    Between one layer's output and the next, points and grid go straight, in ``between`` steps. The last frame has the
+    latents alone, and circles around the origin at 1, 2 and 3. In a cell tagged ``frames-4x3`` (columns x rows) the
+    page turns the sheet into one frame with a slider. Returns the number of frames. The figure's size should be that
+    of columns x rows squares.
     """
-    smooth, ticks = torch.linspace(-extent, extent, 80), torch.linspace(-extent, extent, 15)
+    smooth, ticks = torch.linspace(-extent, extent, 80), torch.linspace(-extent, extent, 13)
     rows = torch.stack([torch.stack([smooth, torch.full_like(smooth, t)], -1) for t in ticks])
-    mesh = torch.cat([rows, rows.flip(-1)])  # (30, 80, 2)
+    mesh = torch.cat([rows, rows.flip(-1)])  # (26, 80, 2)
     hue, frames = points[:, 0], [("data", points, mesh)]
     for i, layer in enumerate(flow.chain):
         moved = layer(points)[0], layer(mesh.flatten(0, 1))[0].unflatten(0, mesh.shape[:2])
         for part in torch.linspace(0, 1, between + 1)[1:].tolist():
             frames.append((f"layer {i + 1}", torch.lerp(points, moved[0], part), torch.lerp(mesh, moved[1], part)))
         points, mesh = moved
+    frames.append(("latent $z$", points, mesh[:0]))
     height = -(-len(frames) // columns)
     figure.set_layout_engine("none")
     figure.add_axes((0, 0, 1, 1)).set_axis_off()  # so that a figure cut to its content keeps its size
@@ -133,7 +134,8 @@ def filmstrip(
         box = (i % columns / columns, 1 - (i // columns + 1) / height, 1 / columns, 1 / height)
         ax = figure.add_axes(box, xlim=(-extent, extent), ylim=(-extent, extent))
         ax.set_axis_off()
-        ax.add_collection(LineCollection(lines.numpy(), colors="0.75", linewidths=0.4, zorder=1))
+        # Lines without half tones: a sheet then takes half the space.
+        ax.add_collection(LineCollection(lines.numpy(), colors="0.8", linewidths=0.4, antialiaseds=False, zorder=1))
         ax.scatter(*dots.T, s=2, c=hue, cmap="coolwarm", linewidths=0, zorder=2)
         ax.text(0.04, 0.96, title, transform=ax.transAxes, va="top", fontsize="small")
         if i == len(frames) - 1:

@@ -155,15 +155,29 @@ def test_pages_are_light(pages: list[Page]) -> None:
     assert not {name: size for name, size in sizes.items() if size > MAX_PAGE_BYTES}
 
 
+def rendered(page: Path, profile: Path) -> str:
+    """The page's document after its scripts have run."""
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --virtual-time-budget=10000 --dump-dom"
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={profile}", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 def test_mathematics_is_typeset_from_the_files_alone(book: Path, tmp_path: Path) -> None:
     page = next(path for path in sorted((book / "chapters").glob("*.html")) if 'class="math' in path.read_text("utf-8"))
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --virtual-time-budget=10000 --dump-dom"
-    dom = subprocess.run(
-        [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path}", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    ).stdout
-    assert "<mjx-container" in dom, f"{page.name}: expected typeset mathematics, came none"
+    assert "<mjx-container" in rendered(page, tmp_path), f"{page.name}: expected typeset mathematics, came none"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_a_sheet_of_frames_becomes_one_frame_with_a_slider(book: Path, tmp_path: Path) -> None:
+    """The script has found columns, rows and the picture's size, and the frame's alt text is still there."""
+    page = book / "chapters" / "03_realnvp.html"
+    dom = rendered(page, tmp_path)
+    view = re.search(r'<div class="frames-view" style="aspect-ratio: (\d+\.?\d*) / (\d+\.?\d*);">(<img[^>]+>)', dom)
+    assert view, "expected a frame with its proportions, came none"
+    assert float(view[1]) == pytest.approx(float(view[2]), rel=0.01)
+    assert 'alt="' in view[3]
+    assert "width: 400%" in view[3]
+    assert re.search(r'<input type="range" min="1" max="12"[^>]* aria-label="frame"', dom)
+    assert re.search(r"<output[^>]*>1 of 12</output>", dom)

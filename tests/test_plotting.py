@@ -89,15 +89,22 @@ def test_filmstrip_has_equal_frames_in_reading_order():
     """Data, then two frames a layer; halfway through a doubling the points are at 1.5."""
     flow = Flow([Rescale(2.0), Rescale(0.5)], StandardNormal(), (2,))
     figure = plt.figure(figsize=(3, 2))
-    assert plotting.filmstrip(figure, flow, torch.ones(4, 2), columns=3, between=2) == 5
+    assert plotting.filmstrip(figure, flow, torch.ones(4, 2), columns=3, between=2) == 6
     frames = figure.axes[1:]
     boxes = [ax.get_position().bounds for ax in frames]
     assert all(box[2:] == pytest.approx((1 / 3, 1 / 2)) for box in boxes)
-    assert [(round(3 * x), round(2 * y)) for x, y, _, _ in boxes] == [(0, 1), (1, 1), (2, 1), (0, 0), (1, 0)]
-    assert [ax.texts[0].get_text() for ax in frames] == ["data", "layer 1", "layer 1", "layer 2", "layer 2"]
+    assert [(round(3 * x), round(2 * y)) for x, y, _, _ in boxes] == [(0, 1), (1, 1), (2, 1), (0, 0), (1, 0), (2, 0)]
+    assert [ax.texts[0].get_text() for ax in frames] == [
+        "data",
+        "layer 1",
+        "layer 1",
+        "layer 2",
+        "layer 2",
+        "latent $z$",
+    ]
     places = [ax.collections[1].get_offsets().max() for ax in frames]
-    assert places == pytest.approx([1, 1.5, 2, 1.5, 1])
-    assert [len(ax.patches) for ax in frames] == [0, 0, 0, 0, 3]
+    assert places == pytest.approx([1, 1.5, 2, 1.5, 1, 1])
+    assert [len(ax.patches) for ax in frames] == [0, 0, 0, 0, 0, 3]
 
 
 def test_a_filmstrip_cut_to_its_content_keeps_its_size(tmp_path):
