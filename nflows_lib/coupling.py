@@ -40,6 +40,20 @@ def checkerboard_mask(shape: Shape, parity: int) -> Tensor:
     return ((torch.arange(height)[:, None] + torch.arange(width)) % 2 == parity).repeat(shape[0], 1, 1)
 
 
+def channel_mask(shape: Shape, parity: int) -> Tensor:
+    """Boolean mask of shape (C, H, W), True (passes) in the first half of the channels for parity 0, else the second.
+
+    >>> channel_mask((2, 1, 2), 0).int().tolist()
+    [[[1, 1]], [[0, 0]]]
+    """
+    if len(shape) != 3 or shape[0] < 2:
+        raise ValueError(f"shape: expected (C, H, W) with at least two channels, got {tuple(shape)}")
+    if parity not in (0, 1):
+        raise ValueError(f"parity: expected 0 or 1, got {parity}")
+    first = torch.arange(shape[0]) < shape[0] // 2
+    return (first == (parity == 0))[:, None, None].repeat(1, *shape[1:])
+
+
 class AdditiveCoupling(Bijection):
     """z = x + (1 - b) t(b x): shift one half by a function of the other (Dinh et al. 2014, section 3.2).
 

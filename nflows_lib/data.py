@@ -141,6 +141,34 @@ def digits(part: str = "train") -> Images:
     return Images(images, torch.tensor(bunch.target[keep]), levels=17)
 
 
+def patches(part: str = "train", size: int = 16) -> Images:
+    """Square colour patches of the two photographs that scikit-learn ships, a temple and a flower; 256 levels.
+
+    The left five sixths of each photograph are for training, a patch at every fourth pixel; the rest is for testing,
+    cut into patches that do not overlap. At size 16: 26,780 and 312. labels: which photograph.
+
+    Args:
+        part: "train" or "test".
+        size: height and width of a patch, from 4 to 64.
+
+    Raises:
+        ValueError: another part, or a size out of range.
+    """
+    if part not in ("train", "test"):
+        raise ValueError(f'part: expected "train" or "test", got {part!r}')
+    if not 4 <= size <= 64:
+        raise ValueError(f"size: expected 4 to 64, got {size}")
+    images, labels = [], []
+    for label, photograph in enumerate(sklearn.datasets.load_sample_images().images):
+        pixels = torch.tensor(photograph).permute(2, 0, 1)  # (3, 427, 640)
+        border = 5 * pixels.shape[2] // 6
+        pixels, step = (pixels[..., :border], 4) if part == "train" else (pixels[..., border:], size)
+        cut = pixels.unfold(1, size, step).unfold(2, size, step)  # (3, rows, columns, size, size)
+        images.append(cut.permute(1, 2, 0, 3, 4).reshape(-1, 3, size, size))
+        labels.append(torch.full((len(images[-1]),), label))
+    return Images(torch.cat(images).contiguous(), torch.cat(labels), levels=256)
+
+
 def mnist(part: str = "train", folder: Path | str | None = None, download: bool = False) -> Images:
     """MNIST through torchvision: 28x28 handwritten digits, 256 grey levels, 60,000 to train on and 10,000 to test.
 

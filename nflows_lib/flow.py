@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from nflows_lib.bijection import Chain, Layer, check_shape
+from nflows_lib.bijection import Chain, Layer, Shape, check_shape
 from nflows_lib.distributions import Base
+from nflows_lib.multiscale import FactorOut
 
 
 class Flow(nn.Module):
@@ -100,12 +101,11 @@ class Flow(nn.Module):
         self.chain.initialize(x, context)
 
     def summary(self) -> str:
-        """A table of the layers: what each is, the shape of one example after it, its number of parameters."""
-        rows, shape = [("data", self.shape, "")], self.shape
-        for layer in self.chain:
-            shape = layer.output_shape(shape)
-            title = f"{type(layer).__name__}({layer.extra_repr()})"
-            rows.append((title, shape, f"{sum(p.numel() for p in layer.parameters()):,}"))
+        """A table of the layers: what each is, the shape of one example after it, its number of parameters.
+
+        Layers inside another are indented; its own line counts what is not theirs.
+        """
+        rows = [("data", self.shape, ""), *_rows(self.chain, self.shape)]
         rows.append((type(self.base).__name__, (self.dims,), f"{sum(p.numel() for p in self.parameters()):,} in all"))
         width = max(len(title) for title, _, _ in rows)
         lines = (f"{title:{width}}  {shape!s:13} {parameters:>12}" for title, shape, parameters in rows)
@@ -128,3 +128,15 @@ class Flow(nn.Module):
             low, high = (int(x.min()), int(x.max())) if x.numel() else (0, 0)
             if low < 0 or high >= levels:
                 raise ValueError(f"x: expected integers from 0 to {levels - 1}, got values from {low} to {high}")
+
+
+def _rows(layers: Chain, shape: Shape, indent: str = "") -> list[tuple[str, Shape, str]]:
+    """The lines of a summary: title, shape of one example afterwards, number of parameters."""
+    rows = []
+    for layer in layers:
+        shape = layer.output_shape(shape)
+        inside = layer.inner if isinstance(layer, FactorOut) else Chain([])
+        own = sum(p.numel() for p in layer.parameters()) - sum(p.numel() for p in inside.parameters())
+        rows.append((f"{indent}{type(layer).__name__}({layer.extra_repr()})", shape, f"{own:,}"))
+        rows += _rows(inside, getattr(layer, "half", shape), indent + "  ")
+    return rows

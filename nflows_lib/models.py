@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nflows_lib.bijection import Layer, Shape
-from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, alternating_mask, checkerboard_mask
+from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, alternating_mask, channel_mask, checkerboard_mask
 from nflows_lib.dequantization import Logit, Rescale, UniformDequantize
 from nflows_lib.distributions import Base, StandardLogistic, StandardNormal
 from nflows_lib.flow import Flow
+from nflows_lib.multiscale import FactorOut, PhaseOrder, Squeeze
 from nflows_lib.networks import MLP, ResNet
 from nflows_lib.normalization import DiagonalScaling, FlowBatchNorm
 
@@ -69,30 +70,52 @@ def realnvp(
     *,
     levels: int = 256,
     alpha: float = 0.05,
+    scales: int = 1,
     couplings: int = 6,
     hidden: int = 64,
     blocks: int = 8,
     precision: torch.dtype = torch.float32,
 ) -> Flow:
-    """RealNVP (Dinh et al. 2016) on images, at one scale: checkerboard couplings on logits, a batch norm after each.
+    """RealNVP (Dinh et al. 2016) on images: affine couplings on logits, a batch norm after each.
 
-    hidden and blocks are the paper's for CIFAR-10 by default.
+    At each scale but the last: three couplings with checkerboards, a squeeze, three with halves of the channels; then
+    half of the channels is finished, and the other half goes on to the next scale, whose networks are twice as wide.
+    hidden and blocks are the paper's for CIFAR-10 by default; it has two scales.
 
     Args:
         shape: (C, H, W) of one image of integers.
         levels: number of levels n; the integers are from 0 to n - 1.
         alpha: of the logit.
-        couplings: number of affine couplings, at least two.
-        hidden: channels inside the residual networks.
+        scales: number of scales; the image is halved scales - 1 times.
+        couplings: number of couplings at the last scale, at least two.
+        hidden: channels inside the residual networks of the first scale.
         blocks: number of residual blocks in each network.
         precision: what the networks' convolutions compute in.
     """
     _check_couplings(couplings)
-    layers: list[Layer] = [UniformDequantize(levels), Rescale(1 / levels), Logit(alpha)]
-    for i in range(couplings):
-        network = ResNet(shape[0], 2 * shape[0], hidden, blocks, precision=precision)
-        layers += [AffineCoupling(checkerboard_mask(shape, i % 2), network), FlowBatchNorm(shape[0])]
-    return Flow(layers, StandardNormal(), shape)
+    if scales < 1:
+        raise ValueError(f"scales: expected at least 1, got {scales}")
+
+    def coupled(masks: Iterable[Tensor], width: int) -> list[Layer]:
+        layers: list[Layer] = []
+        for mask in masks:
+            channels = len(mask)
+            network = ResNet(channels, 2 * channels, width, blocks, precision=precision)
+            layers += [AffineCoupling(mask, network), FlowBatchNorm(channels)]
+        return layers
+
+    def from_scale_on(shape: Shape, left: int, width: int) -> list[Layer]:
+        if left == 1:
+            return coupled((checkerboard_mask(shape, i % 2) for i in range(couplings)), width)
+        layers = coupled((checkerboard_mask(shape, i % 2) for i in range(3)), width)
+        layers.append(Squeeze())
+        shape = layers[-1].output_shape(shape)
+        layers += coupled((channel_mask(shape, i % 2) for i in range(3)), width)
+        half = (shape[0] // 2, *shape[1:])
+        return [*layers, PhaseOrder(shape[0]), FactorOut(shape, from_scale_on(half, left - 1, 2 * width))]
+
+    start: list[Layer] = [UniformDequantize(levels), Rescale(1 / levels), Logit(alpha)]
+    return Flow(start + from_scale_on(shape, scales, hidden), StandardNormal(), shape)
 
 
 def _check_couplings(couplings: int) -> None:
