@@ -94,7 +94,7 @@ class FactorOut(Bijection):
 
     def __init__(self, shape: Shape, layers: Iterable[Layer], prior: nn.Module | None = None) -> None:
         super().__init__()
-        if len(shape) != 3 or shape[0] % 2:
+        if len(shape) != 3 or shape[0] < 2 or shape[0] % 2:
             raise ValueError(f"shape: expected (C, H, W) with an even number of channels, got {tuple(shape)}")
         self.shape = tuple(shape)
         self.half = (shape[0] // 2, *shape[1:])
@@ -140,7 +140,7 @@ def split_latent(layers: Chain, z: Tensor) -> list[Tensor]:
     """The latent's pieces, finest scale first, coarsest last: (B, D) to images (B, C_i, H_i, W_i).
 
     ``torch.cat([piece.flatten(1) for piece in pieces], 1)`` puts them together again. A flow without a
-    :class:`FactorOut` has one piece, of the last layer's shape.
+    :class:`FactorOut` has one piece, z itself.
 
     Args:
         layers: the flow's ``chain``.

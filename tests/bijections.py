@@ -12,23 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from nflows_lib.bijection import Bijection, Shape
-from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, alternating_mask, checkerboard_mask
+from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, alternating_mask, channel_mask, checkerboard_mask
 from nflows_lib.dequantization import Logit, Rescale
-from nflows_lib.networks import MLP
+from nflows_lib.multiscale import FactorOut, PhaseOrder, Squeeze
+from nflows_lib.networks import MLP, check_context
 from nflows_lib.normalization import DiagonalScaling, FlowBatchNorm
 
 BATCH = 4
 
 
 class ConvNet(nn.Module):
-    """The least network that can stand inside a coupling of images."""
+    """The least network that can stand inside a coupling of images; a context, a vector, shifts its output."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, context: int = 0) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Conv2d(inputs, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, outputs, 3, padding=1))
+        self.shift = nn.Linear(context, outputs) if context else None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.layers(x)
+        if self.shift is None:
+            return self.layers(x)
+        return self.layers(x) + self.shift(check_context(context, (self.shift.in_features,)))[..., None, None]
 
 
 def mlp(shape: Shape, depth: int, context: int = 0, outputs: int = 1) -> MLP:
@@ -44,6 +48,26 @@ def used_batch_norm(shape: Shape) -> FlowBatchNorm:
     return layer
 
 
+def channel_couplings(shape: Shape, context: int = 0) -> list[Bijection]:
+    """Two affine couplings that change one half of the channels each."""
+    return [AffineCoupling(channel_mask(shape, parity), ConvNet(shape[0], 2 * shape[0], context)) for parity in (0, 1)]
+
+
+def learned_prior(shape: Shape, context: int = 0) -> ConvNet:
+    """From the half of (C, H, W) that goes on to mean and log-scale of the half that is finished."""
+    return ConvNet(shape[0] // 2, shape[0], context)
+
+
+def nested_factor_out(shape: Shape) -> FactorOut:
+    """Two deep: (C, H, W) to (C/2, H, W), squeezed to (2 C, H/2, W/2), of which (C, H/2, W/2) goes on."""
+    channels, height, width = shape
+    half, squeezed = (channels // 2, height, width), (2 * channels, height // 2, width // 2)
+    inner = FactorOut(squeezed, channel_couplings((channels, *squeezed[1:])), learned_prior(squeezed))
+    coupling = AffineCoupling(checkerboard_mask(half, 0), ConvNet(half[0], 2 * half[0]))
+    layers = [coupling, Squeeze(), *channel_couplings(squeezed), PhaseOrder(squeezed[0]), inner]
+    return FactorOut(shape, layers, learned_prior(shape))
+
+
 @dataclass(frozen=True)
 class Example:
     """How to make a bijection for one example's shape, and the shapes to try.
@@ -51,6 +75,7 @@ class Example:
     context: the shape of one example's context, where the layer needs one.
     any_shape: the layer takes more shapes than one; which are wrong, if any, is tested elsewhere.
     to_domain: takes normal draws to where the layer is defined.
+    only_moves: the layer changes places and no values, so all layers of its kind do the same.
     """
 
     make: Callable[[Shape], Bijection]
@@ -58,11 +83,13 @@ class Example:
     context: Shape | None = None
     any_shape: bool = False
     to_domain: Callable[[Tensor], Tensor] = lambda x: x
+    only_moves: bool = False
 
 
 VECTORS: tuple[Shape, ...] = ((2,), (5,), (8,))
 IMAGES: tuple[Shape, ...] = ((1, 4, 4), (2, 3, 3))
 RECTANGLES: tuple[Shape, ...] = ((1, 3, 4), (3, 2, 3))
+EVEN_CHANNELS: tuple[Shape, ...] = ((2, 2, 3), (6, 3, 1), (4, 1, 1))
 
 BIJECTIONS: dict[str, Example] = {
     "rescale": Example(lambda shape: Rescale(1 / 17), ((1,), (5,), (2, 3, 4)), any_shape=True),
@@ -102,6 +129,21 @@ BIJECTIONS: dict[str, Example] = {
     "batch_norm": Example(used_batch_norm, ((1,), (5,), (1, 3, 4), (3, 2, 2)), any_shape=True),
     "logit": Example(lambda shape: Logit(), ((1,), (5,), (3, 2, 4)), any_shape=True, to_domain=torch.sigmoid),
     "logit_narrow": Example(lambda shape: Logit(0.3), ((2,), (1, 2, 2)), any_shape=True, to_domain=torch.sigmoid),
+    "squeeze": Example(lambda shape: Squeeze(), ((1, 4, 6), (3, 2, 4), (2, 6, 2)), any_shape=True, only_moves=True),
+    "phase_order": Example(
+        lambda shape: PhaseOrder(shape[0]), ((4, 2, 3), (12, 1, 2)), any_shape=True, only_moves=True
+    ),
+    "channel_coupling": Example(lambda shape: channel_couplings(shape)[1], ((2, 1, 1), (3, 2, 3))),
+    "factor_out": Example(lambda shape: FactorOut(shape, []), EVEN_CHANNELS, only_moves=True),
+    "factor_out_prior": Example(lambda shape: FactorOut(shape, [Rescale(0.7)], learned_prior(shape)), EVEN_CHANNELS),
+    "factor_out_nested": Example(nested_factor_out, ((2, 2, 4), (6, 4, 2))),
+    "factor_out_conditional": Example(
+        lambda shape: FactorOut(
+            shape, channel_couplings((shape[0] // 2, *shape[1:]), context=3), learned_prior(shape, context=3)
+        ),
+        ((4, 1, 2), (6, 2, 1)),
+        context=(3,),
+    ),
 }
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import nflows_lib
 from nflows_lib.bijection import Bijection, Shape
-from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, alternating_mask, checkerboard_mask
+from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, alternating_mask, channel_mask, checkerboard_mask
 from nflows_lib.dequantization import Logit, Rescale
+from nflows_lib.multiscale import FactorOut
 from nflows_lib.networks import MLP, ResNet
 from nflows_lib.normalization import FlowBatchNorm
 
@@ -67,6 +68,11 @@ def jacobian(layer: Bijection, x: Tensor, context: Tensor | None) -> Tensor:
     return matrix.reshape(x.numel(), x.numel())
 
 
+def as_latent(layer: Bijection, x: Tensor) -> Tensor:
+    """The numbers of x in the shape of the layer's output: something to invert."""
+    return x.view(len(x), *layer.output_shape(tuple(x.shape[1:])))
+
+
 @every_case
 def test_contribution_is_the_log_determinant_of_the_jacobian(name, shape):
     layer, x, context = build(name, shape)
@@ -85,11 +91,12 @@ def test_round_trip_both_ways(name, shape, dtype, bound):
     layer, start, context = build(name, shape, dtype)
     z, _ = layer(start, context)
     back = layer.inverse(z, context)
-    x = layer.inverse(start, context)
+    start_z = as_latent(layer, start)
+    x = layer.inverse(start_z, context)
     forth, _ = layer(x, context)
     assert back.dtype == forth.dtype == dtype
     assert (back - start).abs().max() <= bound * max(1.0, start.abs().max(), z.abs().max())
-    assert (forth - start).abs().max() <= bound * max(1.0, start.abs().max(), x.abs().max())
+    assert (forth - start_z).abs().max() <= bound * max(1.0, start.abs().max(), x.abs().max())
 
 
 @every_case
@@ -144,7 +151,7 @@ def test_gradients_are_right_and_reach_every_parameter(name, shape):
 def test_state_dict_round_trip(name, shape):
     layer, x, context = build(name, shape)
     other, _, _ = build(name, shape, seed=1)
-    if layer.state_dict():
+    if layer.state_dict() and not BIJECTIONS[name].only_moves:
         assert not torch.equal(other(x, context)[0], layer(x, context)[0])
     other.load_state_dict(layer.state_dict())
     for ours, theirs in zip(layer(x, context), other(x, context), strict=True):
@@ -176,7 +183,7 @@ def test_input_is_not_changed_in_place(name, shape):
     layer, x, context = build(name, shape)
     before = x.clone()
     layer(x, context)
-    layer.inverse(x, context)
+    layer.inverse(as_latent(layer, x), context)
     assert torch.equal(x, before)
 
 
@@ -186,28 +193,34 @@ def test_context(name, shape):
     """An unconditional layer ignores it; a conditional one obeys it in both directions and misses it by name."""
     layer, x, context = build(name, shape)
     other = torch.randn(len(x), *(BIJECTIONS[name].context or (3,)), dtype=x.dtype)
-    pairs = [(layer(x, context)[0], layer(x, other)[0]), (layer.inverse(x, context), layer.inverse(x, other))]
+    z = as_latent(layer, x)
+    pairs = [(layer(x, context)[0], layer(x, other)[0]), (layer.inverse(z, context), layer.inverse(z, other))]
     for with_context, with_other in pairs:
         assert torch.equal(with_context, with_other) == (context is None)
     if context is not None:
-        for direction in (layer, layer.inverse):
+        for direction, batch in ((layer, x), (layer.inverse, z)):
             with pytest.raises(ValueError, match=r"^context: expected shape \(B, 3\), got None"):
-                direction(x, None)
+                direction(batch, None)
+
+
+def wrong_shapes(shape: Shape) -> list[Shape]:
+    return [(*shape[:-1], shape[-1] + 1), (*shape, 1), shape[:-1]]
 
 
 @pytest.mark.parametrize(("name", "shape"), [case for case in CASES if not BIJECTIONS[case.values[0]].any_shape])
 def test_wrong_shapes_are_named(name, shape: Shape):
     """The message names the argument, what was expected and what came."""
     layer, x, context = build(name, shape)
-    wrong_shapes = [(*shape[:-1], shape[-1] + 1), (*shape, 1), shape[:-1]]
-    for wrong in wrong_shapes:
-        bad = torch.zeros(len(x), *wrong, dtype=x.dtype)
-        expected = re.escape(f"expected shape ({', '.join(['B', *map(str, shape)])}), got {tuple(bad.shape)}")
-        with pytest.raises(ValueError, match=f"^x: {expected}$"):
-            layer(bad, context)
-        with pytest.raises(ValueError, match=f"^z: {expected}$"):
-            layer.inverse(bad, context)
-        with pytest.raises(ValueError, match=f"expected .*{re.escape(str(wrong))}.*, got {re.escape(str(shape))}"):
+    for argument, direction, right in (("x", layer, shape), ("z", layer.inverse, layer.output_shape(shape))):
+        for wrong in wrong_shapes(right):
+            bad = torch.zeros(len(x), *wrong, dtype=x.dtype)
+            expected = re.escape(f"expected shape ({', '.join(['B', *map(str, right)])}), got {tuple(bad.shape)}")
+            with pytest.raises(ValueError, match=f"^{argument}: {expected}$"):
+                direction(bad, context)
+    for wrong in wrong_shapes(shape):
+        # What comes is the layer's own argument; a factor-out's is the shape itself.
+        expected, got = (shape, wrong) if isinstance(layer, FactorOut) else (wrong, shape)
+        with pytest.raises(ValueError, match=f"expected .*{re.escape(str(expected))}.*, got {re.escape(str(got))}"):
             layer.output_shape(wrong)
 
 
@@ -305,6 +318,31 @@ def test_checkerboard_mask_errors(arguments, message):
         checkerboard_mask(*arguments)
 
 
+def test_channel_mask():
+    """The first half of the channels passes, or the second; of three, the half is one."""
+    mask = channel_mask((4, 2, 3), 0)
+    assert mask.dtype == torch.bool
+    assert mask.shape == (4, 2, 3)
+    assert mask[:2].all()
+    assert not mask[2:].any()
+    assert torch.equal(channel_mask((4, 2, 3), 1), ~mask)
+    assert channel_mask((3, 1, 2), 0).int().tolist() == [[[1, 1]], [[0, 0]], [[0, 0]]]
+    assert channel_mask((2, 1, 1), 1).flatten().tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((1, 4, 4), 0), "shape: expected (C, H, W) with at least two channels, got (1, 4, 4)"),
+        (((4, 4), 0), "shape: expected (C, H, W) with at least two channels, got (4, 4)"),
+        (((2, 4, 4), 2), "parity: expected 0 or 1, got 2"),
+    ],
+)
+def test_channel_mask_errors(arguments, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        channel_mask(*arguments)
+
+
 # --- affine couplings -------------------------------------------------------------------------------------------------
 
 
@@ -320,7 +358,7 @@ class Fixed(nn.Module):
         return self.output.to(x.dtype).expand(len(x), -1)
 
 
-@pytest.mark.parametrize("name", [name for name in BIJECTIONS if name.startswith("affine_coupling")])
+@pytest.mark.parametrize("name", [name for name in BIJECTIONS if name.startswith(("affine_", "channel_"))])
 def test_affine_coupling_is_its_formula(name):
     """z = b x + (1 - b) (x e^s + t); the Jacobian's diagonal is 1 where it passes and e^s where it does not."""
     layer, x, context = build(name, BIJECTIONS[name].shapes[-1])

@@ -140,6 +140,55 @@ def test_digits_part_error():
         data.digits("validation")
 
 
+BORDER = 533  # five sixths of 640 columns, rounded down
+
+
+@pytest.mark.parametrize(
+    ("part", "size", "n"),
+    [("train", 16, 26_780), ("test", 16, 312), ("train", 64, 2 * 91 * 118), ("test", 64, 2 * 6), ("test", 4, 2 * 2756)],
+)
+def test_patches(part, size, n):
+    patches = data.patches(part, size)
+    assert patches.images.shape == (n, 3, size, size)
+    assert patches.images.dtype == torch.uint8
+    assert patches.images.is_contiguous()
+    assert patches.labels.dtype == torch.int64
+    assert torch.equal(patches.labels, torch.arange(2).repeat_interleave(n // 2))
+    assert patches.levels == 256
+    assert patches.images.min() < 5
+    assert patches.images.max() > 250
+
+
+@pytest.mark.parametrize(("part", "size"), [("train", 16), ("test", 16), ("test", 31), ("train", 50)])
+def test_patches_are_the_photographs_at_their_places(part, size):
+    """Row by row; training patches end before the border, test patches begin at it: no pixel is in both parts."""
+    patches = data.patches(part, size).images
+    step, columns = (4, range(0, BORDER - size + 1, 4)) if part == "train" else (size, range(BORDER, 641 - size, size))
+    expected = [
+        photograph[row : row + size, column : column + size]
+        for photograph in sklearn.datasets.load_sample_images().images
+        for row in range(0, 427 - size + 1, step)
+        for column in columns
+    ]
+    assert torch.equal(patches, torch.from_numpy(np.stack(expected)).permute(0, 3, 1, 2))
+
+
+def test_patches_have_a_default_part_and_size():
+    assert data.patches().images.shape == (26_780, 3, 16, 16)
+
+
+@pytest.mark.parametrize("part", ["all", "validation"])
+def test_patches_part_error(part):
+    with pytest.raises(ValueError, match=f'^part: expected "train" or "test", got \'{part}\'$'):
+        data.patches(part)
+
+
+@pytest.mark.parametrize("size", [3, 65, 0, -16])
+def test_patches_size_error(size):
+    with pytest.raises(ValueError, match=f"^size: expected 4 to 64, got {size}$"):
+        data.patches("train", size)
+
+
 # --- MNIST, without the real files ------------------------------------------------------------------------------------
 
 

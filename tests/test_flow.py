@@ -13,11 +13,12 @@ from densities import assert_follows_cdf, assert_samples_follow, integral
 from torch import Tensor, nn
 
 from nflows_lib.bijection import Bijection, Chain, Layer
-from nflows_lib.coupling import AdditiveCoupling, alternating_mask, checkerboard_mask
+from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, alternating_mask, channel_mask, checkerboard_mask
 from nflows_lib.dequantization import Rescale, UniformDequantize
 from nflows_lib.distributions import StandardLogistic, StandardNormal
 from nflows_lib.flow import Flow
 from nflows_lib.models import nice
+from nflows_lib.multiscale import FactorOut, PhaseOrder, Squeeze
 from nflows_lib.networks import MLP
 from nflows_lib.normalization import DiagonalScaling
 
@@ -335,6 +336,39 @@ def test_summary():
             "AdditiveCoupling(passes 2 of 4)  (4,)                    94",
             "DiagonalScaling()                (4,)                     4",
             "StandardLogistic                 (4,)            192 in all",
+        ]
+    )
+
+
+def test_summary_indents_what_stands_inside_a_factor_out():
+    """Its own line counts the prior; the lines below go on from the half that comes in."""
+    layers = [Rescale(2.0), Squeeze(), FactorOut((8, 2, 4), [Squeeze(), PhaseOrder(16)], ConvNet(4, 8)), Rescale(1.0)]
+    flow = Flow(layers, StandardNormal(), (2, 4, 8))
+    prior = (4 * 4 * 9 + 4) + (4 * 8 * 9 + 8)
+    assert flow.summary() == "\n".join(
+        [
+            "data                          (2, 4, 8)",
+            "Rescale(2)                    (2, 4, 8)                0",
+            "Squeeze()                     (8, 2, 4)                0",
+            f"FactorOut(finishes 32 of 64)  (64,)                  {prior}",
+            "  Squeeze()                   (16, 1, 2)               0",
+            "  PhaseOrder()                (16, 1, 2)               0",
+            "Rescale(1)                    (64,)                    0",
+            f"StandardNormal                (64,)           {prior} in all",
+        ]
+    )
+    coupling = AffineCoupling(channel_mask((2, 1, 2), 0), ConvNet(2, 4))
+    inner = FactorOut((4, 1, 2), [coupling], ConvNet(2, 4))
+    flow = Flow([FactorOut((2, 2, 4), [Squeeze(), inner])], StandardNormal(), (2, 2, 4))
+    network = (4 * 2 * 9 + 4) + (4 * 4 * 9 + 4)
+    assert flow.summary() == "\n".join(
+        [
+            "data                               (2, 2, 4)",
+            "FactorOut(finishes 8 of 16)        (16,)                    0",
+            "  Squeeze()                        (4, 1, 2)                0",
+            f"  FactorOut(finishes 4 of 8)       (8,)                   {network}",
+            f"    AffineCoupling(passes 2 of 4)  (2, 1, 2)              {network + 1}",
+            f"StandardNormal                     (16,)           {2 * network + 1} in all",
         ]
     )
 

@@ -12,10 +12,11 @@ from bijections import randomize
 from densities import assert_samples_follow, integral
 from torch import Tensor, nn
 
-from nflows_lib.coupling import AffineCoupling, alternating_mask, checkerboard_mask
+from nflows_lib.coupling import AffineCoupling, alternating_mask, channel_mask, checkerboard_mask
 from nflows_lib.distributions import StandardNormal
 from nflows_lib.flow import Flow
 from nflows_lib.models import realnvp, realnvp_points
+from nflows_lib.multiscale import FactorOut, split_latent
 from nflows_lib.networks import MLP, ResNet
 from nflows_lib.normalization import FlowBatchNorm
 
@@ -236,6 +237,187 @@ def test_realnvp_refuses_what_is_no_image(shape):
     message = f"shape: expected (C, H, W) with at least two pixels, got {shape}"
     with pytest.raises(ValueError, match=re.escape(message)):
         realnvp(shape, hidden=2, blocks=0)
+
+
+# --- images at several scales -----------------------------------------------------------------------------------------
+
+SCALES = [((1, 4, 6), 2), ((3, 2, 4), 2), ((1, 4, 8), 3), ((3, 8, 4), 3)]
+several_scales = pytest.mark.parametrize(
+    ("shape", "scales"), SCALES, ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+)
+
+
+def multi_scale(shape, scales: int, levels: int = 256, seed: int = 0, random: bool = True) -> Flow:
+    """A small RealNVP of several scales in evaluation mode, with random parameters and running averages."""
+    torch.manual_seed(seed)
+    flow = realnvp(shape, levels=levels, scales=scales, couplings=2, hidden=4, blocks=1)
+    if random:
+        randomize(flow, 0.1)
+        for layer in flow.modules():
+            if isinstance(layer, FlowBatchNorm):
+                layer.running_mean.normal_(std=0.3)
+                layer.running_variance.uniform_(0.5, 2.0)
+    return flow.eval()
+
+
+@several_scales
+def test_realnvp_of_several_scales_is_its_list_of_layers(shape, scales):
+    """Three checkerboards, a squeeze, three halves of channels, their order, half goes on to networks twice as wide."""
+    flow = realnvp(shape, scales=scales, couplings=4, hidden=3, blocks=2, levels=32, precision=torch.bfloat16)
+    coupled = ["AffineCoupling", "FlowBatchNorm"]
+    layers, width = list(flow.chain), 3
+    assert [type(layer).__name__ for layer in layers[:3]] == ["UniformDequantize", "Rescale", "Logit"]
+    layers, here = layers[3:], shape
+    for _ in range(scales - 1):
+        names = [type(layer).__name__ for layer in layers]
+        assert names == [*coupled * 3, "Squeeze", *coupled * 3, "PhaseOrder", "FactorOut"]
+        squeezed = (4 * here[0], here[1] // 2, here[2] // 2)
+        for i in range(3):
+            assert torch.equal(layers[2 * i].mask, checkerboard_mask(here, i % 2))
+            assert torch.equal(layers[7 + 2 * i].mask, channel_mask(squeezed, i % 2))
+            assert_network(layers[2 * i].network, here[0], width)
+            assert_network(layers[7 + 2 * i].network, squeezed[0], width)
+            assert len(layers[8 + 2 * i].running_mean) == squeezed[0]
+        assert layers[-1].shape == squeezed
+        assert layers[-1].prior is None
+        layers, here, width = list(layers[-1].inner), (squeezed[0] // 2, *squeezed[1:]), 2 * width
+    assert [type(layer).__name__ for layer in layers] == coupled * 4
+    for i in range(4):
+        assert torch.equal(layers[2 * i].mask, checkerboard_mask(here, i % 2))
+        assert_network(layers[2 * i].network, here[0], width)
+    assert flow.latent_shape == (math.prod(shape),)
+    assert flow.dims == math.prod(shape)
+
+
+def assert_network(network: nn.Module, channels: int, width: int) -> None:
+    assert isinstance(network, ResNet)
+    assert (network.first.in_channels, network.last.out_channels) == (2 * channels, 2 * channels)
+    assert (network.first.out_channels, len(network.blocks), network.precision) == (width, 2, torch.bfloat16)
+
+
+def test_one_scale_is_what_it_was():
+    torch.manual_seed(0)
+    flow = realnvp((1, 3, 5), hidden=2, blocks=1)
+    torch.manual_seed(0)
+    one = realnvp((1, 3, 5), hidden=2, blocks=1, scales=1)
+    assert [type(layer) for layer in one.chain] == [type(layer) for layer in flow.chain]
+    assert len(one.chain) == 3 + 2 * 6
+    assert not any(isinstance(layer, FactorOut) for layer in one.modules())
+    assert one.latent_shape == (1, 3, 5)
+    assert one.state_dict().keys() == flow.state_dict().keys()
+    for ours, theirs in zip(one.state_dict().values(), flow.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@several_scales
+def test_summary_of_several_scales(shape, scales):
+    flow = multi_scale(shape, scales)
+    lines = flow.summary().splitlines()
+    rows = [re.fullmatch(r"( *)(\w+)\(.*\)  +(\(.*\)) +([\d,]+)", line).groups() for line in lines[1:-1]]
+    expected, here, indent = [("", name, shape) for name in ("UniformDequantize", "Rescale", "Logit")], shape, ""
+    for _ in range(scales - 1):
+        squeezed = (4 * here[0], here[1] // 2, here[2] // 2)
+        expected += [(indent, name, here) for name in ["AffineCoupling", "FlowBatchNorm"] * 3]
+        expected += [(indent, "Squeeze", squeezed)]
+        expected += [(indent, name, squeezed) for name in ["AffineCoupling", "FlowBatchNorm"] * 3]
+        expected += [(indent, "PhaseOrder", squeezed), (indent, "FactorOut", (math.prod(squeezed),))]
+        indent, here = indent + "  ", (squeezed[0] // 2, *squeezed[1:])
+    expected += [(indent, name, here) for name in ["AffineCoupling", "FlowBatchNorm"] * 2]
+    assert [row[:3] for row in rows] == [(indent, name, str(shape)) for indent, name, shape in expected]
+    total = sum(p.numel() for p in flow.parameters())
+    assert sum(int(row[3].replace(",", "")) for row in rows) == total
+    assert lines[-1].endswith(f"  {total:,} in all")
+    assert all(row[3] == "0" for row in rows if row[1] == "FactorOut")
+
+
+@several_scales
+@torch.no_grad()
+def test_several_scales_encode_and_decode_every_level(monkeypatch, shape, scales):
+    rand_like = torch.rand_like
+    monkeypatch.setattr(torch, "rand_like", lambda like: 0.01 + 0.98 * rand_like(like))
+    flow = multi_scale(shape, scales)
+    k = levels_of(shape)
+    z = flow.encode(k)
+    assert z.shape == (256, math.prod(shape))
+    assert torch.equal(flow.decode(z), k.long())
+    assert flow(k).isfinite().all()
+    pieces = split_latent(flow.chain, z)
+    assert [piece[0].numel() for piece in pieces] == [math.prod(shape) // n for n in ([2, 2], [2, 4, 4])[scales - 2]]
+    assert torch.equal(torch.cat([piece.flatten(1) for piece in pieces], 1), z)
+
+
+@several_scales
+@torch.no_grad()
+def test_likelihood_of_several_scales_at_the_start(shape, scales):
+    """Near log2 n bits a value, in either mode: D is that of the input."""
+    flow = multi_scale(shape, scales, random=False)
+    for training in (True, False):
+        bits = flow.train(training).bits_per_dim(levels_of(shape))
+        assert bits.isfinite().all()
+        assert abs(bits.mean().item() - 8) < 2
+    x = flow.sample(20)
+    assert x.shape == (20, *shape)
+    assert flow(x).isfinite().all()
+
+
+@torch.no_grad()
+def test_the_finest_piece_is_one_colour_of_the_chess_board():
+    """While the couplings do nothing: what is finished first are the pixels where row + column is odd."""
+    flow = multi_scale((3, 4, 8), 3, random=False)
+    for layer in flow.modules():
+        if isinstance(layer, AffineCoupling):
+            nn.init.zeros_(layer.network.last.parametrizations.weight.original0)
+            nn.init.zeros_(layer.network.last.bias)
+    mask = checkerboard_mask((3, 4, 8), 0)
+    k = torch.where(mask, 0, 255)[None]  # dark at even places, so its latent is below 0
+    pieces = split_latent(flow.chain, flow.encode(k))
+    assert [tuple(piece.shape[1:]) for piece in pieces] == [(6, 2, 4), (12, 1, 2), (12, 1, 2)]
+    assert (pieces[0] > 0).all()
+    assert (pieces[1] < 0).all()
+    assert (pieces[2] < 0).all()
+
+
+@several_scales
+def test_gradients_reach_every_parameter_of_several_scales(shape, scales):
+    flow = multi_scale(shape, scales).train()
+    flow.bits_per_dim(levels_of(shape)[::8]).mean().backward()
+    for name, parameter in flow.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@several_scales
+def test_state_dict_of_several_scales(shape, scales):
+    flow, other = multi_scale(shape, scales), multi_scale(shape, scales, seed=1)
+    k = levels_of(shape)[::16]
+    assert not torch.allclose(nats_of(other, k), nats_of(flow, k))
+    other.load_state_dict({name: value.clone() for name, value in flow.state_dict().items()})
+    assert torch.equal(nats_of(other, k), nats_of(flow, k))
+    assert torch.equal(nats_of(copy.deepcopy(flow), k), nats_of(flow, k))
+
+
+@pytest.mark.parametrize("scales", [0, -1])
+def test_one_scale_at_least(scales):
+    with pytest.raises(ValueError, match=f"^scales: expected at least 1, got {scales}$"):
+        realnvp((1, 4, 4), hidden=2, blocks=0, scales=scales)
+
+
+@pytest.mark.parametrize(
+    ("shape", "scales", "message"),
+    [
+        ((1, 5, 4), 2, "(C, H, W) with even height and width, got (1, 5, 4)"),
+        ((1, 6, 4), 3, "(C, H, W) with even height and width, got (2, 3, 2)"),
+        ((3, 4, 6), 3, "(C, H, W) with even height and width, got (6, 2, 3)"),
+        ((1, 2, 2), 2, "(C, H, W) with at least two pixels, got (2, 1, 1)"),
+        ((1, 4, 4), 3, "(C, H, W) with at least two pixels, got (4, 1, 1)"),
+        ((1, 1, 1), 2, "(C, H, W) with at least two pixels, got (1, 1, 1)"),
+        ((4, 4), 2, "(C, H, W) with at least two pixels, got (4, 4)"),
+    ],
+)
+def test_images_that_do_not_fit_the_scales_are_named(shape, scales, message):
+    with pytest.raises(ValueError, match=f"^shape: expected {re.escape(message)}$"):
+        realnvp(shape, hidden=2, blocks=0, scales=scales)
 
 
 # --- points -----------------------------------------------------------------------------------------------------------
