@@ -133,7 +133,7 @@ RUNS: dict[str, Run] = {
         settings=REALNVP_CIFAR | {"ema": 0.999},
     ),
     "realnvp-cifar10": Run(
-        title="RealNVP on CIFAR-10 at the paper's size",
+        title="RealNVP on CIFAR-10, two scales, networks of 64 channels and 8 blocks",
         model=partial(realnvp, (3, 32, 32), scales=2, couplings=4, precision=torch.bfloat16),
         data=data.cifar10,
         optimizer=partial(realnvp_optimizer, lr=1e-3),
