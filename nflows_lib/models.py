@@ -80,8 +80,8 @@ def realnvp(
 
     At each scale but the last: three couplings with checkerboards, a squeeze, three with halves of the channels; then
     half of the channels is finished, and the other half goes on to the next scale, whose networks are twice as wide (in
-    the reference code they are so from the squeeze on). hidden and blocks are the paper's for CIFAR-10 by default; there
-    it has two scales.
+    the reference code they are so from the squeeze on). hidden and blocks are the paper's for CIFAR-10 by default, with
+    two scales.
 
     Args:
         shape: (C, H, W) of one image of integers.
