@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import statistics
@@ -102,12 +101,12 @@ class PlainResNet(nn.Module):
         def conv(inputs: int, outputs: int, size: int) -> nn.Module:
             return normalised(nn.Conv2d(inputs, outputs, size, padding=size // 2))
 
+        def before() -> list[nn.Module]:
+            return [nn.BatchNorm2d(hidden), nn.ReLU()] if batch_norm else [nn.ReLU()]
+
         def block() -> nn.Module:
-            before = [nn.BatchNorm2d(hidden), nn.ReLU()] if batch_norm else [nn.ReLU()]
             last = [conv(hidden, hidden, 3) for _ in range(convolutions - 2)]
-            return nn.Sequential(
-                *before, conv(hidden, hidden, 3), *copy.deepcopy(before), conv(hidden, hidden, 3), *last
-            )
+            return nn.Sequential(*before(), conv(hidden, hidden, 3), *before(), conv(hidden, hidden, 3), *last)
 
         self.signs = signs
         self.first = conv(1 + signs, hidden, 3)

@@ -102,8 +102,8 @@ def sum_per_example(values: Tensor) -> Tensor:
     return values.flatten(1).sum(1)
 
 
-def check_shape(name: str, x: Tensor, shape: Shape) -> None:
-    """Raise a ValueError unless x is a batch of examples of this shape, (B, *shape)."""
-    if x.dim() == 0 or tuple(x.shape[1:]) != tuple(shape):
+def check_shape(name: str, x: Tensor | None, shape: Shape) -> None:
+    """Raise a ValueError unless x is there and a batch of examples of this shape, (B, *shape)."""
+    if x is None or x.dim() == 0 or tuple(x.shape[1:]) != tuple(shape):
         expected = ", ".join(["B", *map(str, shape)])
-        raise ValueError(f"{name}: expected shape ({expected}), got {tuple(x.shape)}")
+        raise ValueError(f"{name}: expected shape ({expected}), got {None if x is None else tuple(x.shape)}")

@@ -19,8 +19,7 @@ def alternating_mask(dims: int, parity: int) -> Tensor:
     """
     if dims < 2:
         raise ValueError(f"dims: expected at least 2, one for each half, got {dims}")
-    if parity not in (0, 1):
-        raise ValueError(f"parity: expected 0 or 1, got {parity}")
+    _check_parity(parity)
     return torch.arange(dims) % 2 == parity
 
 
@@ -34,8 +33,7 @@ def checkerboard_mask(shape: Shape, parity: int) -> Tensor:
     """
     if len(shape) != 3 or min(shape) < 1 or shape[1] * shape[2] < 2:
         raise ValueError(f"shape: expected (C, H, W) with at least two pixels, got {tuple(shape)}")
-    if parity not in (0, 1):
-        raise ValueError(f"parity: expected 0 or 1, got {parity}")
+    _check_parity(parity)
     _, height, width = shape
     return ((torch.arange(height)[:, None] + torch.arange(width)) % 2 == parity).repeat(shape[0], 1, 1)
 
@@ -48,13 +46,37 @@ def channel_mask(shape: Shape, parity: int) -> Tensor:
     """
     if len(shape) != 3 or shape[0] < 2:
         raise ValueError(f"shape: expected (C, H, W) with at least two channels, got {tuple(shape)}")
-    if parity not in (0, 1):
-        raise ValueError(f"parity: expected 0 or 1, got {parity}")
+    _check_parity(parity)
     first = torch.arange(shape[0]) < shape[0] // 2
     return (first == (parity == 0))[:, None, None].repeat(1, *shape[1:])
 
 
-class AdditiveCoupling(Bijection):
+class _Coupling(Bijection):
+    """The mask b and the network, and that the network sees b x alone, which both directions have."""
+
+    def __init__(self, mask: Tensor, network: nn.Module) -> None:
+        super().__init__()
+        check_mask(mask)
+        self.register_buffer("mask", mask)
+        self.network = network
+
+    def _network_output(self, name: str, x: Tensor, context: Tensor | None, outputs: int) -> Tensor:
+        """network(b x, context), with so many channels for each of x's; name is x's in an error."""
+        check_shape(name, x, self.mask.shape)
+        output = self.network(x * self.mask, context)
+        check_shape("network's output", output, (outputs * self.mask.shape[0], *self.mask.shape[1:]))
+        return output
+
+    def output_shape(self, shape: Shape) -> Shape:
+        if tuple(shape) != tuple(self.mask.shape):
+            raise ValueError(f"mask: expected shape {tuple(shape)}, that of one example, got {tuple(self.mask.shape)}")
+        return tuple(shape)
+
+    def extra_repr(self) -> str:
+        return f"passes {int(self.mask.sum())} of {self.mask.numel()}"
+
+
+class AdditiveCoupling(_Coupling):
     """z = x + (1 - b) t(b x): shift one half by a function of the other (Dinh et al. 2014, section 3.2).
 
     The Jacobian is triangular with ones on its diagonal, so the log-determinant is 0 whatever the network does, and
@@ -68,34 +90,17 @@ class AdditiveCoupling(Bijection):
         ValueError: the mask is not boolean, or passes everything or nothing.
     """
 
-    def __init__(self, mask: Tensor, network: nn.Module) -> None:
-        super().__init__()
-        check_mask(mask)
-        self.register_buffer("mask", mask)
-        self.network = network
-
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        check_shape("x", x, self.mask.shape)
-        return x + self._shift(x, context), x.new_zeros(len(x))
+        return x + self._shift("x", x, context), x.new_zeros(len(x))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        check_shape("z", z, self.mask.shape)
-        return z - self._shift(z, context)
+        return z - self._shift("z", z, context)
 
-    def _shift(self, x: Tensor, context: Tensor | None) -> Tensor:
-        # b x is the same before and after the coupling, so both directions compute the same shift.
-        shift = self.network(x * self.mask, context)
-        check_shape("network's output", shift, self.mask.shape)
-        return shift * ~self.mask
-
-    def output_shape(self, shape: Shape) -> Shape:
-        return check_mask_fits(self.mask, shape)
-
-    def extra_repr(self) -> str:
-        return f"passes {int(self.mask.sum())} of {self.mask.numel()}"
+    def _shift(self, name: str, x: Tensor, context: Tensor | None) -> Tensor:
+        return self._network_output(name, x, context, outputs=1) * ~self.mask
 
 
-class AffineCoupling(Bijection):
+class AffineCoupling(_Coupling):
     """z = b x + (1 - b) (x exp(s) + t), where s and t are functions of b x (Dinh et al. 2016, eq. 9).
 
     The log-determinant is the sum of s over what is changed. The network gives t as it is, and s as g tanh(.) with one
@@ -111,34 +116,20 @@ class AffineCoupling(Bijection):
     """
 
     def __init__(self, mask: Tensor, network: nn.Module) -> None:
-        super().__init__()
-        check_mask(mask)
-        self.register_buffer("mask", mask)
-        self.network = network
+        super().__init__(mask, network)
         self.gain = nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        check_shape("x", x, self.mask.shape)
-        log_scale, shift = self._log_scale_and_shift(x, context)
+        log_scale, shift = self._log_scale_and_shift("x", x, context)
         return x * log_scale.exp() + shift, sum_per_example(log_scale)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        check_shape("z", z, self.mask.shape)
-        log_scale, shift = self._log_scale_and_shift(z, context)
+        log_scale, shift = self._log_scale_and_shift("z", z, context)
         return (z - shift) * (-log_scale).exp()
 
-    def _log_scale_and_shift(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        # b x is the same before and after the coupling; where it passes, both are 0.
-        output = self.network(x * self.mask, context)
-        check_shape("network's output", output, (2 * self.mask.shape[0], *self.mask.shape[1:]))
-        raw, shift = output.chunk(2, dim=1)
+    def _log_scale_and_shift(self, name: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        raw, shift = self._network_output(name, x, context, outputs=2).chunk(2, dim=1)
         return self.gain * raw.tanh() * ~self.mask, shift * ~self.mask
-
-    def output_shape(self, shape: Shape) -> Shape:
-        return check_mask_fits(self.mask, shape)
-
-    def extra_repr(self) -> str:
-        return f"passes {int(self.mask.sum())} of {self.mask.numel()}"
 
 
 def check_mask(mask: Tensor) -> None:
@@ -149,8 +140,6 @@ def check_mask(mask: Tensor) -> None:
         raise ValueError(f"mask: expected both True and False, got only {bool(mask.all())}")
 
 
-def check_mask_fits(mask: Tensor, shape: Shape) -> Shape:
-    """Return the shape of one example; raise a ValueError unless it is the mask's."""
-    if tuple(shape) != tuple(mask.shape):
-        raise ValueError(f"mask: expected shape {tuple(shape)}, that of one example, got {tuple(mask.shape)}")
-    return tuple(shape)
+def _check_parity(parity: int) -> None:
+    if parity not in (0, 1):
+        raise ValueError(f"parity: expected 0 or 1, got {parity}")

@@ -154,8 +154,7 @@ def patches(part: str = "train", size: int = 16) -> Images:
     Raises:
         ValueError: another part, or a size out of range.
     """
-    if part not in ("train", "test"):
-        raise ValueError(f'part: expected "train" or "test", got {part!r}')
+    _check_part(part)
     if not 4 <= size <= 64:
         raise ValueError(f"size: expected 4 to 64, got {size}")
     images, labels = [], []
@@ -286,6 +285,11 @@ def random_flip(x: Tensor) -> Tensor:
     return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
 
 
+def _check_part(part: str) -> None:
+    if part not in ("train", "test"):
+        raise ValueError(f'part: expected "train" or "test", got {part!r}')
+
+
 def _every_sixth(n: int, part: str) -> Tensor:
     """Which of n examples a part holds, (n,), bool: every sixth one is for testing."""
     test = torch.arange(n) % 6 == 5
@@ -312,8 +316,7 @@ def _torchvision(
     name: str, size: str, files: str, place: str, part: str, folder: Path | str | None, download: bool, **options
 ) -> Any:
     """One of torchvision's data sets; where it is missing, an error that says how to get it and where it goes."""
-    if part not in ("train", "test"):
-        raise ValueError(f'part: expected "train" or "test", got {part!r}')
+    _check_part(part)
     from torchvision import datasets  # only full runs need torchvision
 
     folder = Path(folder or settings.data_folder())

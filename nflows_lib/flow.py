@@ -135,8 +135,9 @@ def _rows(layers: Chain, shape: Shape, indent: str = "") -> list[tuple[str, Shap
     rows = []
     for layer in layers:
         shape = layer.output_shape(shape)
-        inside = layer.inner if isinstance(layer, FactorOut) else Chain([])
-        own = sum(p.numel() for p in layer.parameters()) - sum(p.numel() for p in inside.parameters())
-        rows.append((f"{indent}{type(layer).__name__}({layer.extra_repr()})", shape, f"{own:,}"))
-        rows += _rows(inside, getattr(layer, "half", shape), indent + "  ")
+        own, inside = sum(p.numel() for p in layer.parameters()), []
+        if isinstance(layer, FactorOut):
+            own -= sum(p.numel() for p in layer.inner.parameters())
+            inside = _rows(layer.inner, layer.half, indent + "  ")
+        rows += [(f"{indent}{type(layer).__name__}({layer.extra_repr()})", shape, f"{own:,}"), *inside]
     return rows

@@ -146,13 +146,9 @@ def split_latent(layers: Chain, z: Tensor) -> list[Tensor]:
         layers: the flow's ``chain``.
         z: a latent, as :meth:`Flow.encode` gives it.
     """
-    pieces = []
-    last = layers[len(layers) - 1] if len(layers) else None
-    while isinstance(last, FactorOut):
-        check_shape("z", z, (math.prod(last.shape),))
-        piece, z = z.chunk(2, dim=1)
-        pieces.append(piece.unflatten(1, last.half))
-        shape, last = last.inner_shape, last.inner[len(last.inner) - 1] if len(last.inner) else None
-        if not isinstance(last, FactorOut):
-            z = z.unflatten(1, shape)
-    return [*pieces, z]
+    last = layers[-1] if len(layers) else None
+    if not isinstance(last, FactorOut):
+        return [z]
+    check_shape("z", z, (math.prod(last.shape),))
+    piece, rest = z.chunk(2, dim=1)
+    return [piece.unflatten(1, last.half), *split_latent(last.inner, rest.unflatten(1, last.inner_shape))]

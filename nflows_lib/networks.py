@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from nflows_lib.bijection import Shape, check_shape
+from nflows_lib.bijection import check_shape
 
 
 class MLP(nn.Module):
@@ -51,7 +51,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, inputs) and, where the network has one, a context (B, context) to (B, outputs)."""
         if self.context:
-            x = torch.cat([x, check_context(context, (self.context,))], dim=1)
+            check_shape("context", context, (self.context,))
+            x = torch.cat([x, context], dim=1)
         return self.layers(x)
 
 
@@ -100,7 +101,8 @@ class ResNet(nn.Module):
         """(B, inputs, H, W) and, where the network has one, a context (B, context, H, W) to (B, outputs, H, W)."""
         parts = [x.relu(), (-x).relu()]
         if self.context:
-            parts.append(check_context(context, (self.context, *x.shape[2:])))
+            check_shape("context", context, (self.context, *x.shape[2:]))
+            parts.append(context)
         reduced = self.precision != torch.float32
         with torch.autocast(x.device.type, self.precision, enabled=reduced):
             h = self.first(torch.cat(parts, dim=1).contiguous(memory_format=torch.channels_last))
@@ -114,11 +116,3 @@ class ResNet(nn.Module):
 
 def _conv(inputs: int, outputs: int, size: int) -> nn.Module:
     return weight_norm(nn.Conv2d(inputs, outputs, size, padding=size // 2))
-
-
-def check_context(context: Tensor | None, shape: Shape) -> Tensor:
-    """Return the context; raise a ValueError unless it is there and of this shape, (B, *shape)."""
-    if context is None:
-        raise ValueError(f"context: expected shape ({', '.join(['B', *map(str, shape)])}), got None")
-    check_shape("context", context, shape)
-    return context

@@ -87,9 +87,7 @@ def warp(axes: Sequence[Axes], flow: Flow, points: Tensor, *, extent: float = 3.
     """
     if len(axes) != len(flow.chain) + 1:
         raise ValueError(f"axes: expected {len(flow.chain) + 1}, one for the data and each layer, got {len(axes)}")
-    smooth, ticks = torch.linspace(-extent, extent, 200), torch.linspace(-extent, extent, lines)
-    rows = torch.stack([torch.stack([smooth, torch.full_like(smooth, t)], -1) for t in ticks])
-    mesh = torch.cat([rows, rows.flip(-1)])  # (2 * lines, 200, 2): horizontal lines, then vertical ones
+    mesh = _mesh(extent, lines, 200)
     hue = points[:, 0]
     titles = ["data $x$", *[f"after layer {i + 1}\n{type(layer).__name__}" for i, layer in enumerate(flow.chain)]]
     for i, (ax, title) in enumerate(zip(axes, titles, strict=True)):
@@ -105,6 +103,13 @@ def warp(axes: Sequence[Axes], flow: Flow, points: Tensor, *, extent: float = 3.
         ax.grid(False)
 
 
+def _mesh(extent: float, lines: int, n: int) -> Tensor:
+    """Horizontal lines, then vertical ones, over [-extent, extent] squared: n points each, (2 * lines, n, 2)."""
+    smooth, ticks = torch.linspace(-extent, extent, n), torch.linspace(-extent, extent, lines)
+    rows = torch.stack([torch.stack([smooth, torch.full_like(smooth, t)], -1) for t in ticks])
+    return torch.cat([rows, rows.flip(-1)])
+
+
 @torch.no_grad()
 def filmstrip(
     figure: Figure, flow: Flow, points: Tensor, *, columns: int = 4, between: int = 1, extent: float = 3.5
@@ -116,9 +121,7 @@ def filmstrip(
     page turns the sheet into one frame with a slider. Returns the number of frames. The figure's size should be that
     of columns x rows squares.
     """
-    smooth, ticks = torch.linspace(-extent, extent, 80), torch.linspace(-extent, extent, 13)
-    rows = torch.stack([torch.stack([smooth, torch.full_like(smooth, t)], -1) for t in ticks])
-    mesh = torch.cat([rows, rows.flip(-1)])  # (26, 80, 2)
+    mesh = _mesh(extent, 13, 80)
     hue, frames = points[:, 0], [("data", points, mesh)]
     for i, layer in enumerate(flow.chain):
         moved = layer(points)[0], layer(mesh.flatten(0, 1))[0].unflatten(0, mesh.shape[:2])

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nflows_lib.bijection import Bijection, Shape
+from nflows_lib.bijection import Bijection, Shape, check_shape
 from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, alternating_mask, channel_mask, checkerboard_mask
 from nflows_lib.dequantization import Logit, Rescale
 from nflows_lib.multiscale import FactorOut, PhaseOrder, Squeeze
-from nflows_lib.networks import MLP, check_context
+from nflows_lib.networks import MLP
 from nflows_lib.normalization import DiagonalScaling, FlowBatchNorm
 
 BATCH = 4
@@ -32,7 +32,8 @@ class ConvNet(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if self.shift is None:
             return self.layers(x)
-        return self.layers(x) + self.shift(check_context(context, (self.shift.in_features,)))[..., None, None]
+        check_shape("context", context, (self.shift.in_features,))
+        return self.layers(x) + self.shift(context)[..., None, None]
 
 
 def mlp(shape: Shape, depth: int, context: int = 0, outputs: int = 1) -> MLP:
