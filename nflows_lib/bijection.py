@@ -48,6 +48,28 @@ class Bijection(Layer):
     """
 
 
+class ChannelBijection(Bijection):
+    """Base of the bijections that know their number of channels, and take vectors (B, C) or images (B, C, H, W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels: expected at least 1, got {channels}")
+        self.channels = channels
+
+    def check_channels(self, name: str, x: Tensor) -> None:
+        """Raise a ValueError unless x is a batch of vectors or images with that many channels."""
+        if x.dim() not in (2, 4) or x.shape[1] != self.channels:
+            expected = f"(B, {self.channels}) or (B, {self.channels}, H, W)"
+            raise ValueError(f"{name}: expected shape {expected}, got {tuple(x.shape)}")
+
+    def output_shape(self, shape: Shape) -> Shape:
+        if len(shape) not in (1, 3) or shape[0] != self.channels:
+            expected = f"{self.channels}, as in ({self.channels},) or ({self.channels}, H, W)"
+            raise ValueError(f"channels: expected {expected}, got {shape}")
+        return shape
+
+
 class Chain(Layer):
     """Layers applied one after the other; their contributions add up.
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from nflows_lib.bijection import Bijection, Shape, check_shape, sum_per_example
+from nflows_lib.bijection import Bijection, ChannelBijection, Shape, check_shape, sum_per_example
 
 
 def alternating_mask(dims: int, parity: int) -> Tensor:
@@ -130,6 +131,46 @@ class AffineCoupling(_Coupling):
     def _log_scale_and_shift(self, name: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         raw, shift = self._network_output(name, x, context, outputs=2).chunk(2, dim=1)
         return self.gain * raw.tanh() * ~self.mask, shift * ~self.mask
+
+
+class GlowCoupling(ChannelBijection):
+    """z = (x1, (x2 + t) sigmoid(h + 2)), where h and t are functions of x1, the first half of the channels.
+
+    The log-determinant is the sum of log sigmoid(h + 2). Every scale is between 0 and 1: what must grow is left to the
+    other layers (the code of Kingma and Dhariwal 2018; the paper's table 1 has an exponential in general terms).
+
+    Args:
+        channels: C of what comes in, vectors (B, C) or images (B, C, H, W); at least 2. The first C // 2 pass.
+        network: called as ``network(x1, context)``; from C // 2 channels to 2 (C - C // 2), first h, then t.
+
+    Raises:
+        ValueError: channels is below 2.
+    """
+
+    def __init__(self, channels: int, network: nn.Module) -> None:
+        super().__init__(channels)
+        if channels < 2:
+            raise ValueError(f"channels: expected at least 2, one for each half, got {channels}")
+        self.network = network
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x1, x2, log_scale, shift = self._parts("x", x, context)
+        return torch.cat([x1, (x2 + shift) * log_scale.exp()], dim=1), sum_per_example(log_scale)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        z1, z2, log_scale, shift = self._parts("z", z, context)
+        return torch.cat([z1, z2 * (-log_scale).exp() - shift], dim=1)
+
+    def _parts(self, name: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The half that passes, the other one, and for that log-scale and shift; name is x's in an error."""
+        self.check_channels(name, x)
+        passes = self.channels // 2
+        changes = self.channels - passes
+        x1, x2 = x.split([passes, changes], dim=1)
+        output = self.network(x1, context)
+        check_shape("network's output", output, (2 * changes, *x.shape[2:]))
+        h, shift = output.chunk(2, dim=1)
+        return x1, x2, F.logsigmoid(h + 2), shift
 
 
 def check_mask(mask: Tensor) -> None:

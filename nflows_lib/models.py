@@ -8,13 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from nflows_lib.bijection import Layer, Shape
-from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, alternating_mask, channel_mask, checkerboard_mask
+from nflows_lib.convolution import Invertible1x1Conv
+from nflows_lib.coupling import (
+    AdditiveCoupling,
+    AffineCoupling,
+    GlowCoupling,
+    alternating_mask,
+    channel_mask,
+    checkerboard_mask,
+)
 from nflows_lib.dequantization import Logit, Rescale, UniformDequantize
 from nflows_lib.distributions import Base, StandardLogistic, StandardNormal
 from nflows_lib.flow import Flow
 from nflows_lib.multiscale import FactorOut, PhaseOrder, Squeeze
-from nflows_lib.networks import MLP, ResNet
-from nflows_lib.normalization import DiagonalScaling, FlowBatchNorm
+from nflows_lib.networks import MLP, GlowNet, ResNet, ZeroConv
+from nflows_lib.normalization import ActNorm, DiagonalScaling, FlowBatchNorm
 
 
 def nice(
@@ -94,8 +102,7 @@ def realnvp(
         precision: what the networks' convolutions compute in.
     """
     _check_couplings(couplings)
-    if scales < 1:
-        raise ValueError(f"scales: expected at least 1, got {scales}")
+    _check_positive("scales", scales)
 
     def coupled(masks: Iterable[Tensor], width: int) -> list[Layer]:
         layers: list[Layer] = []
@@ -117,6 +124,62 @@ def realnvp(
 
     start: list[Layer] = [UniformDequantize(levels), Rescale(1 / levels), Logit(alpha)]
     return Flow(start + from_scale_on(shape, scales, hidden), StandardNormal(), shape)
+
+
+def glow(
+    shape: Shape,
+    *,
+    levels: int = 256,
+    scales: int = 3,
+    steps: int = 32,
+    hidden: int = 512,
+    classes: int = 0,
+    lu: bool = True,
+    precision: torch.dtype = torch.float32,
+) -> Flow:
+    """Glow (Kingma and Dhariwal 2018) on images: steps of ActNorm, 1x1 convolution and coupling, at several scales.
+
+    Each scale: a squeeze, then the steps; then half of the channels is finished, under a prior learned from the other
+    half, which goes on to the next scale. The defaults are the paper's for CIFAR-10.
+
+    Args:
+        shape: (C, H, W) of one image of integers; height and width can be halved as often as there are scales.
+        levels: number of levels n; the integers are from 0 to n - 1.
+        scales: L, the number of scales.
+        steps: K, the number of steps at each scale.
+        hidden: channels inside the couplings' networks.
+        classes: number of classes where the flow is conditional on a label, given as context, one-hot, (B, classes): it
+            joins the input of every network, those of the priors, too. 0: unconditional.
+        lu: how the 1x1 convolutions are parametrised.
+        precision: what the couplings' networks compute in.
+
+    Raises:
+        ValueError: scales, steps or hidden is below 1, classes is 1 or negative, or a scale meets an odd size.
+    """
+    for name, value in (("scales", scales), ("steps", steps), ("hidden", hidden)):
+        _check_positive(name, value)
+    if classes < 0 or classes == 1:
+        raise ValueError(f"classes: expected 0 or at least 2, got {classes}")
+
+    def from_scale_on(shape: Shape, left: int) -> list[Layer]:
+        layers: list[Layer] = [Squeeze()]
+        channels, *size = layers[0].output_shape(shape)
+        for _ in range(steps):
+            network = GlowNet(channels // 2, channels, hidden, classes, precision)
+            layers += [ActNorm(channels), Invertible1x1Conv(channels, lu), GlowCoupling(channels, network)]
+        if left == 1:
+            return layers
+        half = (channels // 2, *size)
+        prior = ZeroConv(channels // 2, channels, classes)
+        return [*layers, FactorOut((channels, *size), from_scale_on(half, left - 1), prior)]
+
+    start: list[Layer] = [UniformDequantize(levels), Rescale(1 / levels)]
+    return Flow(start + from_scale_on(shape, scales), StandardNormal(), shape)
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 def _check_couplings(couplings: int) -> None:

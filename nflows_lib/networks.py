@@ -43,10 +43,7 @@ class MLP(nn.Module):
         layers: list[nn.Module] = []
         for a, b in itertools.pairwise(widths):
             layers += [nn.Linear(a, b), activation()]
-        last = nn.Linear(hidden, outputs)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.layers = nn.Sequential(*layers, last)
+        self.layers = nn.Sequential(*layers, _zeroed(nn.Linear(hidden, outputs)))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, inputs) and, where the network has one, a context (B, context) to (B, outputs)."""
@@ -69,7 +66,7 @@ class ResNet(nn.Module):
         outputs: channels that go out.
         hidden: channels of every hidden layer.
         blocks: number of residual blocks.
-        context: channels of the context image, which joins the input; 0 where there is none.
+        context: channels of the context, an image or a vector, which joins the input; 0 where there is none.
         precision: what the convolutions compute in; the output is float32 all the same. bfloat16 is several times
             faster on a GPU, and on a processor that has instructions for it.
     """
@@ -86,8 +83,7 @@ class ResNet(nn.Module):
         super().__init__()
         if blocks < 0:
             raise ValueError(f"blocks: expected at least 0, got {blocks}")
-        if precision not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"precision: expected torch.float32 or torch.bfloat16, got {precision}")
+        _check_precision(precision)
         self.context, self.precision = context, precision
         self.first = _conv(2 * inputs + context, hidden, 3)
         self.blocks = nn.ModuleList(
@@ -98,20 +94,96 @@ class ResNet(nn.Module):
         self.last = _conv(hidden, outputs, 1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """(B, inputs, H, W) and, where the network has one, a context (B, context, H, W) to (B, outputs, H, W)."""
-        parts = [x.relu(), (-x).relu()]
-        if self.context:
-            check_shape("context", context, (self.context, *x.shape[2:]))
-            parts.append(context)
-        reduced = self.precision != torch.float32
-        with torch.autocast(x.device.type, self.precision, enabled=reduced):
-            h = self.first(torch.cat(parts, dim=1).contiguous(memory_format=torch.channels_last))
+        """(B, inputs, H, W) and, if there is one, a context, (B, context, ...), to (B, outputs, H, W)."""
+        with _computing_in(self.precision, x):
+            h = self.first(_joined([x.relu(), (-x).relu()], context, self.context))
             total = self.skips[0](h)
             for block, skip in zip(self.blocks, self.skips[1:], strict=True):
                 h = h + block(h)
                 total = total + skip(h)
-            h = self.last(total.relu())
-        return h.float() if reduced else h
+            return self.last(total.relu()).to(x.dtype)
+
+
+class GlowNet(nn.Module):
+    """The network of Glow's couplings, from images to images of the same height and width (Kingma and Dhariwal 2018).
+
+    A 3x3 convolution, a 1x1 and a 3x3, ReLUs between; the last one starts at zero, so that a coupling starts with
+    the same scale everywhere (section 3.3).
+
+    Args:
+        inputs: channels that come in.
+        outputs: channels that go out.
+        hidden: channels of both hidden layers.
+        context: channels of the context, an image or a vector, which joins the input; 0 where there is none.
+        precision: as of :class:`ResNet`.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, hidden: int, context: int = 0, precision: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        _check_precision(precision)
+        self.context, self.precision = context, precision
+        self.layers = nn.Sequential(
+            nn.Conv2d(inputs + context, hidden, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(hidden, hidden, 1),
+            nn.ReLU(),
+            _zeroed(nn.Conv2d(hidden, outputs, 3, padding=1)),
+        )
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, inputs, H, W) and, if there is one, a context, (B, context, ...), to (B, outputs, H, W)."""
+        with _computing_in(self.precision, x):
+            return self.layers(_joined([x], context, self.context)).to(x.dtype)
+
+
+class ZeroConv(nn.Module):
+    """A 3x3 convolution that starts at zero: a learned prior that starts as the standard normal (Glow's code).
+
+    Args:
+        inputs: channels that come in.
+        outputs: channels that go out.
+        context: channels of the context, an image or a vector, which joins the input; 0 where there is none.
+    """
+
+    def __init__(self, inputs: int, outputs: int, context: int = 0) -> None:
+        super().__init__()
+        self.context = context
+        self.conv = _zeroed(nn.Conv2d(inputs + context, outputs, 3, padding=1))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """As :meth:`GlowNet.forward`."""
+        return self.conv(_joined([x], context, self.context))
+
+
+def _check_precision(precision: torch.dtype) -> None:
+    if precision not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"precision: expected torch.float32 or torch.bfloat16, got {precision}")
+
+
+def _computing_in(precision: torch.dtype, x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, precision, enabled=precision != torch.float32)
+
+
+def _joined(parts: list[Tensor], context: Tensor | None, channels: int) -> Tensor:
+    """Images, and a context with so many channels, side by side, in the layout that convolutions are fastest in.
+
+    A context that is a vector is the same at every pixel.
+    """
+    size = parts[0].shape[2:]
+    if channels:
+        if context is not None and context.dim() == 2:
+            context = context[..., None, None].expand(-1, -1, *size)
+        check_shape("context", context, (channels, *size))
+        parts = [*parts, context]
+    return torch.cat(parts, dim=1).contiguous(memory_format=torch.channels_last)
+
+
+def _zeroed(layer: nn.Conv2d | nn.Linear) -> nn.Module:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def _conv(inputs: int, outputs: int, size: int) -> nn.Module:

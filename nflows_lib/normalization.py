@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nflows_lib.bijection import Bijection, Shape, check_shape
+from nflows_lib.bijection import Bijection, ChannelBijection, Shape, check_shape
 
 
 class DiagonalScaling(Bijection):
@@ -37,7 +37,7 @@ class DiagonalScaling(Bijection):
         return shape
 
 
-class FlowBatchNorm(Bijection):
+class FlowBatchNorm(ChannelBijection):
     """z = (x - mean) / sqrt(variance + eps), for each dimension or channel (Dinh et al. 2016, section 3.7).
 
     The log-determinant is -1/2 H W sum_c log(variance_c + eps); H W is 1 for vectors. In training mode mean and
@@ -55,15 +55,13 @@ class FlowBatchNorm(Bijection):
     """
 
     def __init__(self, channels: int, eps: float = 1e-4, momentum: float = 0.1) -> None:
-        super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels: expected at least 1, got {channels}")
+        super().__init__(channels)
         self.eps, self.momentum = eps, momentum
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_variance", torch.ones(channels))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self._check("x", x)
+        self.check_channels("x", x)
         mean, variance = self.running_mean, self.running_variance
         if self.training:
             if x[:, 0].numel() < 2:
@@ -75,19 +73,59 @@ class FlowBatchNorm(Bijection):
         return (x - _per_channel(mean, x)) * _per_channel((variance + self.eps).rsqrt(), x), log_det.expand(len(x))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        self._check("z", z)
+        self.check_channels("z", z)
         return z * _per_channel((self.running_variance + self.eps).sqrt(), z) + _per_channel(self.running_mean, z)
 
-    def _check(self, name: str, x: Tensor) -> None:
-        channels = len(self.running_mean)
-        if x.dim() not in (2, 4) or x.shape[1] != channels:
-            raise ValueError(f"{name}: expected shape (B, {channels}) or (B, {channels}, H, W), got {tuple(x.shape)}")
 
-    def output_shape(self, shape: Shape) -> Shape:
-        channels = len(self.running_mean)
-        if len(shape) not in (1, 3) or shape[0] != channels:
-            raise ValueError(f"channels: expected {channels}, as in ({channels},) or ({channels}, H, W), got {shape}")
-        return shape
+class ActNorm(ChannelBijection):
+    """z = exp(s) x + b, with one learned log-scale s and shift b a channel (Kingma and Dhariwal 2018, section 3.1).
+
+    The log-determinant is H W sum_c s_c; H W is 1 for vectors. :meth:`initialize` sets s and b so that a first batch
+    leaves with mean 0 and variance 1 in every channel; from then on they are ordinary parameters, and one example's z
+    depends on no other. Whether that has been done is part of the state (a buffer): a layer that was trained, saved and
+    loaded is not initialised anew.
+
+    Args:
+        channels: C, of vectors (B, C) or images (B, C, H, W).
+
+    Raises:
+        ValueError: it is used before it was initialised, or initialised from a batch in which a channel is constant.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.log_scale = nn.Parameter(torch.zeros(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("initialized", torch.tensor(False))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check("x", x)
+        log_det = math.prod(x.shape[2:]) * self.log_scale.sum()
+        return x * _per_channel(self.log_scale.exp(), x) + _per_channel(self.bias, x), log_det.expand(len(x))
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        self._check("z", z)
+        return (z - _per_channel(self.bias, z)) * _per_channel((-self.log_scale).exp(), z)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Standardise this batch, unless an earlier call has done so with another."""
+        if self.initialized:
+            return
+        self.check_channels("x", x)
+        values = x.transpose(0, 1).flatten(1)
+        constant = (values.amin(1) == values.amax(1)).nonzero().flatten().tolist()
+        if constant:
+            raise ValueError(f"x: expected a first batch whose channels vary, got constant channels {constant}")
+        std, mean = torch.std_mean(values, dim=1, correction=0)
+        self.log_scale.copy_(-std.log())
+        self.bias.copy_(-mean / std)
+        self.initialized.fill_(True)
+
+    def _check(self, name: str, x: Tensor) -> None:
+        self.check_channels(name, x)
+        if not self.initialized:
+            raise ValueError("ActNorm: expected one call of Flow.initialize with a batch of data first, got none")
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:

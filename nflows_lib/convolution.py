@@ -1,0 +1,67 @@
+"""The invertible 1x1 convolution: a learned mix of the channels at every pixel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nflows_lib.bijection import ChannelBijection
+
+
+class Invertible1x1Conv(ChannelBijection):
+    """z = W x at every pixel, W a learned C x C matrix (Kingma and Dhariwal 2018, section 3.2).
+
+    The log-determinant is H W log|det W|; H W is 1 for vectors. W starts as a random orthogonal matrix.
+
+    Args:
+        channels: C, of vectors (B, C) or images (B, C, H, W).
+        lu: learn W = P L (U + diag(s)), P a fixed permutation, L lower triangular with ones on its diagonal, U strictly
+            upper triangular, the signs of s fixed: log|det W| is then the sum of log|s|, in O(C), and W cannot become
+            singular. Without, W itself is learned, and its log-determinant costs O(C^3).
+    """
+
+    def __init__(self, channels: int, lu: bool = True) -> None:
+        super().__init__(channels)
+        self.lu = lu
+        weight = torch.linalg.qr(torch.randn(channels, channels)).Q
+        if lu:
+            permutation, lower, upper = torch.linalg.lu(weight)
+            scale = upper.diagonal()
+            self.register_buffer("permutation", permutation)
+            self.register_buffer("sign", scale.sign())
+            # C^2 numbers, as many as W has: L below the diagonal, U above it, log|s| on it.
+            self.factors = nn.Parameter(lower.tril(-1) + upper.triu(1) + scale.abs().log().diag())
+        else:
+            self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.check_channels("x", x)
+        if self.lu:
+            lower, upper = self._lower_and_upper()
+            weight, log_det = self.permutation @ lower @ upper, self.factors.diagonal().sum()
+        else:
+            weight, log_det = self.weight, torch.linalg.slogdet(self.weight).logabsdet
+        return _mix(weight, x), (math.prod(x.shape[2:]) * log_det).expand(len(x))
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        self.check_channels("z", z)
+        if self.lu:
+            lower, upper = self._lower_and_upper()
+            solved = torch.linalg.solve_triangular(lower, self.permutation.T, upper=False, unitriangular=True)
+            return _mix(torch.linalg.solve_triangular(upper, solved, upper=True), z)
+        return _mix(torch.linalg.inv(self.weight), z)
+
+    def _lower_and_upper(self) -> tuple[Tensor, Tensor]:
+        ones = torch.ones_like(self.sign)
+        scale = self.sign * self.factors.diagonal().exp()
+        return self.factors.tril(-1) + ones.diag(), self.factors.triu(1) + scale.diag()
+
+    def extra_repr(self) -> str:
+        return "LU" if self.lu else "plain"
+
+
+def _mix(weight: Tensor, x: Tensor) -> Tensor:
+    return x @ weight.T if x.dim() == 2 else F.conv2d(x, weight[:, :, None, None])
