@@ -124,6 +124,12 @@ def sum_per_example(values: Tensor) -> Tensor:
     return values.flatten(1).sum(1)
 
 
+def initialize_network(network: nn.Module | None, x: Tensor, context: Tensor | None) -> None:
+    """Let the network inside a layer set parameters from what it sees of a first batch, where it has such."""
+    if hasattr(network, "initialize"):
+        network.initialize(x, context)
+
+
 def check_shape(name: str, x: Tensor | None, shape: Shape) -> None:
     """Raise a ValueError unless x is there and a batch of examples of this shape, (B, *shape)."""
     if x is None or x.dim() == 0 or tuple(x.shape[1:]) != tuple(shape):

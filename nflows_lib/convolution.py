@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nflows_lib.bijection import ChannelBijection
 
@@ -64,4 +63,8 @@ class Invertible1x1Conv(ChannelBijection):
 
 
 def _mix(weight: Tensor, x: Tensor) -> Tensor:
-    return x @ weight.T if x.dim() == 2 else F.conv2d(x, weight[:, :, None, None])
+    """W times the C channels at every pixel. On a CPU matrix products are several times as fast as a convolution."""
+    channels, pixels = len(weight), math.prod(x.shape[2:])
+    if pixels >= channels:  # one product an example; its gradient has a C x C matrix for each, which must be no burden
+        return torch.bmm(weight.expand(len(x), -1, -1), x.reshape(len(x), channels, pixels)).view(x.shape)
+    return (weight @ x.transpose(0, 1).reshape(channels, -1)).view(channels, len(x), *x.shape[2:]).transpose(0, 1)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from nflows_lib.bijection import Bijection, ChannelBijection, Shape, check_shape, sum_per_example
+from nflows_lib.bijection import (
+    Bijection,
+    ChannelBijection,
+    Shape,
+    check_shape,
+    initialize_network,
+    sum_per_example,
+)
 
 
 def alternating_mask(dims: int, parity: int) -> Tensor:
@@ -60,6 +66,9 @@ class _Coupling(Bijection):
         check_mask(mask)
         self.register_buffer("mask", mask)
         self.network = network
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        initialize_network(self.network, x * self.mask, context)
 
     def _network_output(self, name: str, x: Tensor, context: Tensor | None, outputs: int) -> Tensor:
         """network(b x, context), with so many channels for each of x's; name is x's in an error."""
@@ -154,15 +163,18 @@ class GlowCoupling(ChannelBijection):
         self.network = network
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x1, x2, log_scale, shift = self._parts("x", x, context)
-        return torch.cat([x1, (x2 + shift) * log_scale.exp()], dim=1), sum_per_example(log_scale)
+        x1, x2, scale, shift = self._parts("x", x, context)
+        return torch.cat([x1, (x2 + shift) * scale], dim=1), sum_per_example(scale.log())
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        z1, z2, log_scale, shift = self._parts("z", z, context)
-        return torch.cat([z1, z2 * (-log_scale).exp() - shift], dim=1)
+        z1, z2, scale, shift = self._parts("z", z, context)
+        return torch.cat([z1, z2 / scale - shift], dim=1)
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        initialize_network(self.network, x[:, : self.channels // 2], context)
 
     def _parts(self, name: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The half that passes, the other one, and for that log-scale and shift; name is x's in an error."""
+        """The half that passes, the other one, and for that scale and shift; name is x's in an error."""
         self.check_channels(name, x)
         passes = self.channels // 2
         changes = self.channels - passes
@@ -170,7 +182,7 @@ class GlowCoupling(ChannelBijection):
         output = self.network(x1, context)
         check_shape("network's output", output, (2 * changes, *x.shape[2:]))
         h, shift = output.chunk(2, dim=1)
-        return x1, x2, F.logsigmoid(h + 2), shift
+        return x1, x2, torch.sigmoid(h + 2), shift
 
 
 def check_mask(mask: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflows_lib.bijection import Bijection, Chain, Layer, Shape, check_shape, sum_per_example
+from nflows_lib.bijection import Bijection, Chain, Layer, Shape, check_shape, initialize_network, sum_per_example
 
 
 class Squeeze(Bijection):
@@ -117,7 +117,9 @@ class FactorOut(Bijection):
         return torch.cat([x1, mean + eps.unflatten(1, self.half) * log_scale.exp()], dim=1)
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        self.inner.initialize(x.chunk(2, dim=1)[0], context)
+        x1, _ = x.chunk(2, dim=1)
+        initialize_network(self.prior, x1, context)
+        self.inner.initialize(x1, context)
 
     def output_shape(self, shape: Shape) -> Shape:
         if tuple(shape) != self.shape:

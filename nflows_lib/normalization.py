@@ -113,11 +113,7 @@ class ActNorm(ChannelBijection):
         if self.initialized:
             return
         self.check_channels("x", x)
-        values = x.transpose(0, 1).flatten(1)
-        constant = (values.amin(1) == values.amax(1)).nonzero().flatten().tolist()
-        if constant:
-            raise ValueError(f"x: expected a first batch whose channels vary, got constant channels {constant}")
-        std, mean = torch.std_mean(values, dim=1, correction=0)
+        std, mean = first_statistics(x)
         self.log_scale.copy_(-std.log())
         self.bias.copy_(-mean / std)
         self.initialized.fill_(True)
@@ -126,6 +122,19 @@ class ActNorm(ChannelBijection):
         self.check_channels(name, x)
         if not self.initialized:
             raise ValueError("ActNorm: expected one call of Flow.initialize with a batch of data first, got none")
+
+
+def first_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard deviation and mean of each channel of a first batch, (C,) each, to initialise an ActNorm from.
+
+    Raises:
+        ValueError: a channel is constant: no scale would give it a variance of 1.
+    """
+    values = x.transpose(0, 1).flatten(1)
+    constant = (values.amin(1) == values.amax(1)).nonzero().flatten().tolist()
+    if constant:
+        raise ValueError(f"x: expected a first batch whose channels vary, got constant channels {constant}")
+    return torch.std_mean(values, dim=1, correction=0)
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
