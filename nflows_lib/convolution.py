@@ -1,4 +1,4 @@
-"""The invertible 1x1 convolution: a learned mix of the channels at every pixel."""
+"""Mixing the channels at every pixel: a fixed permutation of them, or a learned invertible matrix."""
 
 from __future__ import annotations
 
@@ -8,6 +8,31 @@ import torch
 from torch import Tensor, nn
 
 from nflows_lib.bijection import ChannelBijection
+
+
+class ChannelPermutation(ChannelBijection):
+    """The channels in another order: z's channel i is x's channel order[i]. The log-determinant is 0.
+
+    Args:
+        order: a permutation of 0 to C - 1, (C,), integers.
+
+    Raises:
+        ValueError: order is none.
+    """
+
+    def __init__(self, order: Tensor) -> None:
+        super().__init__(len(order))
+        if not torch.equal(order.sort().values, torch.arange(len(order))):
+            raise ValueError(f"order: expected a permutation of 0 to {len(order) - 1}, got {order.tolist()}")
+        self.register_buffer("order", order)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.check_channels("x", x)
+        return x[:, self.order], x.new_zeros(len(x))
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        self.check_channels("z", z)
+        return z[:, self.order.argsort()]
 
 
 class Invertible1x1Conv(ChannelBijection):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nflows_lib.bijection import Bijection, Chain, Layer, Shape, check_shape, initialize_network, sum_per_example
+from nflows_lib.convolution import ChannelPermutation
 
 
 class Squeeze(Bijection):
@@ -37,12 +38,11 @@ class Squeeze(Bijection):
         return 4 * shape[0], shape[1] // 2, shape[2] // 2
 
 
-class PhaseOrder(Bijection):
+class PhaseOrder(ChannelPermutation):
     """Sort the channels of a :class:`Squeeze` by their place in the square: channel 4 c + phase to C k + c.
 
     The places come in the order top left, bottom right, top right, bottom left, as in RealNVP's reference code: so the
-    first half of the channels is a checkerboard of the pixels, and the second half the other colour. The
-    log-determinant is 0.
+    first half of the channels is a checkerboard of the pixels, and the second half the other colour.
 
     Args:
         channels: 4 C, of the squeezed image.
@@ -52,24 +52,10 @@ class PhaseOrder(Bijection):
     """
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
         if channels < 4 or channels % 4:
             raise ValueError(f"channels: expected a multiple of 4, got {channels}")
         phases = torch.tensor([0, 3, 1, 2])  # 2 dy + dx
-        self.register_buffer("order", (4 * torch.arange(channels // 4) + phases[:, None]).flatten())
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.output_shape(tuple(x.shape[1:]))
-        return x[:, self.order], x.new_zeros(len(x))
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        self.output_shape(tuple(z.shape[1:]))
-        return z[:, self.order.argsort()]
-
-    def output_shape(self, shape: Shape) -> Shape:
-        if len(shape) != 3 or shape[0] != len(self.order):
-            raise ValueError(f"channels: expected {len(self.order)}, as in ({len(self.order)}, H, W), got {shape}")
-        return shape
+        super().__init__((4 * torch.arange(channels // 4) + phases[:, None]).flatten())
 
 
 class FactorOut(Bijection):
