@@ -182,7 +182,11 @@ class GlowCoupling(ChannelBijection):
         output = self.network(x1, context)
         check_shape("network's output", output, (2 * changes, *x.shape[2:]))
         h, shift = output.chunk(2, dim=1)
-        return x1, x2, torch.sigmoid(h + 2), shift
+        return x1, x2, self.scale(h), shift
+
+    def scale(self, h: Tensor) -> Tensor:
+        """The positive factor that the network's output h stands for."""
+        return torch.sigmoid(h + 2)
 
 
 def check_mask(mask: Tensor) -> None:
