@@ -9,13 +9,16 @@ CHAPTER ?= $(sort $(wildcard chapters/*.ipynb))
 # How many processes the tests use, each on one thread.
 JOBS ?= 2
 
+# Options of the benchmark: make bench BENCH=--compile
+BENCH ?=
+
 # The values of NFLOWS_SEED under which every check must hold as well.
 SEEDS ?= 1 2 3 4
 
 # nbval runs a chapter and compares every output; only a number after ≈ may differ (tests/sanitize.cfg).
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
 
-.PHONY: help book test seeds notebooks ablations lab lock clean
+.PHONY: help book test seeds notebooks ablations bench lab lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -53,13 +56,22 @@ ablations: export NFLOWS_PROGRESS := 0
 ablations: $(READY)  ## run the open questions' experiments anew and store their results
 	$(BIN)/python -m nflows_lib.ablations
 
+# The other libraries are not part of the environment: they are installed the first time.
+bench: $(READY)  ## time the library against normflows and nflows, store benchmarks/cpu.json
+	@$(BIN)/python -c "import nflows, normflows" 2>/dev/null || bash benchmarks/environment.sh
+	$(BIN)/python -m benchmarks.run $(BENCH)
+
 lab: $(READY)  ## JupyterLab in the course's environment
 	$(BIN)/jupyter lab chapters
 
-# The markers in the file cover every Python and system that pyproject.toml allows.
-lock:  ## resolve requirements.lock anew (needs uv)
-	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
-	    --no-header --no-annotate --upgrade --quiet --output-file requirements.lock
+# The markers in the file cover every Python and system that pyproject.toml allows. The benchmark's own file names the
+# other libraries alone: all that they import is in the first one.
+lock:  ## resolve both requirements.lock anew (needs uv)
+	uv pip compile pyproject.toml --extra data --extra book --extra dev --universal --python-version 3.11 \
+	    --generate-hashes --no-header --no-annotate --upgrade --quiet --output-file requirements.lock
+	awk -F '"' '/^bench = / { for (i = 2; i < NF; i += 2) print $$i }' pyproject.toml | \
+	    uv pip compile - --no-deps --universal --python-version 3.11 \
+	    --generate-hashes --no-header --no-annotate --upgrade --quiet --output-file benchmarks/requirements.lock
 
 clean:  ## remove what was built, keep .venv
 	rm -rf _build .pytest_cache .ruff_cache figures

@@ -22,7 +22,7 @@ class ChannelPermutation(ChannelBijection):
 
     def __init__(self, order: Tensor) -> None:
         super().__init__(len(order))
-        if not torch.equal(order.sort().values, torch.arange(len(order))):
+        if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
             raise ValueError(f"order: expected a permutation of 0 to {len(order) - 1}, got {order.tolist()}")
         self.register_buffer("order", order)
 

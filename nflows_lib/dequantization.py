@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -16,8 +17,9 @@ from nflows_lib.distributions import StandardLogistic
 class UniformDequantize(Layer):
     """k -> k + eps with eps ~ U[0, 1), drawn afresh for every value at every call (Theis et al. 2016, section 3.1).
 
-    Integers in, floats in [k, k + 1) out; the inverse takes the floor and clamps it to the levels. The noise has
-    density 1, so the contribution is 0, and log p(x) becomes a one-draw lower bound of log P(k).
+    Integers in, floats in [k, k + 1) out; the inverse takes the floor and clamps it to the levels (NaN becomes 0, with
+    a warning). The noise has density 1, so the contribution is 0, and log p(x) becomes a one-draw lower bound of
+    log P(k).
 
     Args:
         levels: number of levels n; the data are integers from 0 to n - 1.
@@ -34,7 +36,9 @@ class UniformDequantize(Layer):
         return _add_within_level(k, torch.rand_like(k)), k.new_zeros(len(k))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        return z.floor().clamp(0, self.levels - 1).long()
+        if z.isnan().any():
+            warnings.warn(f"{int(z.isnan().sum())} of {z.numel()} values are NaN and become level 0", stacklevel=2)
+        return z.nan_to_num(nan=0.0).floor().clamp(0, self.levels - 1).long()
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}"
@@ -61,10 +65,17 @@ class VariationalDequantize(UniformDequantize):
         k = x.to(torch.get_default_dtype())
         base = StandardLogistic()
         v = base.sample(k)
-        y, log_det = self.noise(v, 2 * k / (self.levels - 1) - 1)
+        y, log_det = self.noise(v, self._as_context(k))
         # The sigmoid's own log-determinant is the logistic log-density of where it is taken.
         log_q = base.log_prob(v) - log_det - base.log_prob(y)
         return _add_within_level(k, y.sigmoid()), -log_q
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        k = x.to(torch.get_default_dtype())
+        self.noise.initialize(StandardLogistic().sample(k), self._as_context(k))
+
+    def _as_context(self, k: Tensor) -> Tensor:
+        return 2 * k / (self.levels - 1) - 1
 
 
 def _add_within_level(k: Tensor, eps: Tensor) -> Tensor:

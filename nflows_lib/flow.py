@@ -51,7 +51,7 @@ class Flow(nn.Module):
         Raises:
             ValueError: x has another shape or type than the flow's data, or values that are not finite or out of range.
         """
-        self._check_data(x)
+        self._check_data(x, context)
         z, contribution = self.chain(x, context)
         return self.base.log_prob(z.flatten(1)) + contribution
 
@@ -72,12 +72,13 @@ class Flow(nn.Module):
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The latent of x: (B, *shape) to (B, D)."""
-        self._check_data(x)
+        self._check_data(x, context)
         return self.chain(x, context)[0].flatten(1)
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The data whose latent is z: (B, D) to (B, *shape)."""
         check_shape("z", z, (self.dims,))
+        _check_rows(context, len(z))
         return self.chain.inverse(z.unflatten(1, self.latent_shape), context)
 
     @torch.no_grad()
@@ -97,7 +98,9 @@ class Flow(nn.Module):
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Run every layer's data-dependent initialisation on a first batch. Call it once, before the optimizer."""
-        self._check_data(x)
+        self._check_data(x, context)
+        if len(x) == 0:
+            raise ValueError("x: expected a first batch of at least one example, got none")
         self.chain.initialize(x, context)
 
     def summary(self) -> str:
@@ -111,8 +114,11 @@ class Flow(nn.Module):
         lines = (f"{title:{width}}  {shape!s:13} {parameters:>12}" for title, shape, parameters in rows)
         return "\n".join(line.rstrip() for line in lines)
 
-    def _check_data(self, x: Tensor) -> None:
+    def _check_data(self, x: Tensor, context: Tensor | None) -> None:
         check_shape("x", x, self.shape)
+        _check_rows(context, len(x))
+        if torch.compiler.is_compiling():
+            return  # a compiled graph cannot look at values
         levels = self.levels
         if levels is None:
             if not x.is_floating_point():
@@ -128,6 +134,11 @@ class Flow(nn.Module):
             low, high = (int(x.min()), int(x.max())) if x.numel() else (0, 0)
             if low < 0 or high >= levels:
                 raise ValueError(f"x: expected integers from 0 to {levels - 1}, got values from {low} to {high}")
+
+
+def _check_rows(context: Tensor | None, n: int) -> None:
+    if context is not None and len(context) != n:
+        raise ValueError(f"context: expected {n} rows, one for each example, got {len(context)}")
 
 
 def _rows(layers: Chain, shape: Shape, indent: str = "") -> list[tuple[str, Shape, str]]:

@@ -215,6 +215,7 @@ def _joined(parts: list[Tensor], context: Tensor | None, channels: int) -> Tenso
     size = parts[0].shape[2:]
     if channels:
         if context is not None and context.dim() == 2:
+            check_shape("context", context, (channels,))
             context = context[..., None, None].expand(-1, -1, *size)
         check_shape("context", context, (channels, *size))
         parts = [*parts, context]

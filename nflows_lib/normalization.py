@@ -97,6 +97,7 @@ class ActNorm(ChannelBijection):
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("initialized", torch.tensor(False))
+        self._ready = False  # the buffer's yes, remembered: on a GPU, asking it waits for all that was queued
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._check("x", x)
@@ -120,7 +121,10 @@ class ActNorm(ChannelBijection):
 
     def _check(self, name: str, x: Tensor) -> None:
         self.check_channels(name, x)
-        if not self.initialized:
+        if self._ready or torch.compiler.is_compiling():
+            return
+        self._ready = bool(self.initialized)
+        if not self._ready:
             raise ValueError("ActNorm: expected one call of Flow.initialize with a batch of data first, got none")
 
 
@@ -128,9 +132,12 @@ def first_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Standard deviation and mean of each channel of a first batch, (C,) each, to initialise an ActNorm from.
 
     Raises:
-        ValueError: a channel is constant: no scale would give it a variance of 1.
+        ValueError: a channel is constant, so that no scale would give it a variance of 1, or not finite.
     """
     values = x.transpose(0, 1).flatten(1)
+    broken = (~values.isfinite().all(1)).nonzero().flatten().tolist()
+    if broken:
+        raise ValueError(f"x: expected a first batch of finite values, got NaN or infinity in channels {broken}")
     constant = (values.amin(1) == values.amax(1)).nonzero().flatten().tolist()
     if constant:
         raise ValueError(f"x: expected a first batch whose channels vary, got constant channels {constant}")

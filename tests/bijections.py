@@ -1,6 +1,7 @@
 """One dictionary of all bijections, each by a named constructor: what tests/test_bijections.py holds to the contract.
 
-A new public ``Bijection`` in nflows_lib needs an entry here; without one the suite fails.
+A new public ``Bijection`` in nflows_lib needs an entry here; without one the suite fails. A base class, which has no
+``forward`` of its own, is none.
 """
 
 from __future__ import annotations
@@ -11,12 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nflows_lib.ablations import BoundedGlowCoupling
 from nflows_lib.bijection import Bijection, Shape, check_shape
-from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, alternating_mask, channel_mask, checkerboard_mask
+from nflows_lib.convolution import ChannelPermutation, Invertible1x1Conv
+from nflows_lib.coupling import (
+    AdditiveCoupling,
+    AffineCoupling,
+    GlowCoupling,
+    alternating_mask,
+    channel_mask,
+    checkerboard_mask,
+)
 from nflows_lib.dequantization import Logit, Rescale
 from nflows_lib.multiscale import FactorOut, PhaseOrder, Squeeze
 from nflows_lib.networks import MLP
-from nflows_lib.normalization import DiagonalScaling, FlowBatchNorm
+from nflows_lib.normalization import ActNorm, DiagonalScaling, FlowBatchNorm
 
 BATCH = 4
 
@@ -52,6 +62,14 @@ def used_batch_norm(shape: Shape) -> FlowBatchNorm:
 def channel_couplings(shape: Shape, context: int = 0) -> list[Bijection]:
     """Two affine couplings that change one half of the channels each."""
     return [AffineCoupling(channel_mask(shape, parity), ConvNet(shape[0], 2 * shape[0], context)) for parity in (0, 1)]
+
+
+def glow_coupling(shape: Shape, context: int = 0, kind: type[GlowCoupling] = GlowCoupling) -> GlowCoupling:
+    """On images, or on vectors; of an odd number of channels the larger half changes."""
+    passes, outputs = shape[0] // 2, 2 * (shape[0] - shape[0] // 2)
+    if len(shape) == 3:
+        return kind(shape[0], ConvNet(passes, outputs, context))
+    return kind(shape[0], MLP(passes, outputs, hidden=8, depth=2, activation=nn.Tanh, context=context))
 
 
 def learned_prior(shape: Shape, context: int = 0) -> ConvNet:
@@ -91,6 +109,7 @@ VECTORS: tuple[Shape, ...] = ((2,), (5,), (8,))
 IMAGES: tuple[Shape, ...] = ((1, 4, 4), (2, 3, 3))
 RECTANGLES: tuple[Shape, ...] = ((1, 3, 4), (3, 2, 3))
 EVEN_CHANNELS: tuple[Shape, ...] = ((2, 2, 3), (6, 3, 1), (4, 1, 1))
+CHANNELS: tuple[Shape, ...] = ((1,), (2,), (5,), (1, 3, 4), (2, 3, 1), (3, 2, 4), (4, 1, 1))
 
 BIJECTIONS: dict[str, Example] = {
     "rescale": Example(lambda shape: Rescale(1 / 17), ((1,), (5,), (2, 3, 4)), any_shape=True),
@@ -128,6 +147,22 @@ BIJECTIONS: dict[str, Example] = {
         context=(3,),
     ),
     "batch_norm": Example(used_batch_norm, ((1,), (5,), (1, 3, 4), (3, 2, 2)), any_shape=True),
+    "act_norm": Example(lambda shape: ActNorm(shape[0]), CHANNELS, any_shape=True),
+    "permutation_of_channels": Example(
+        lambda shape: ChannelPermutation(torch.arange(shape[0]).roll(1)),
+        ((2,), (5,), (3, 2, 4), (4, 1, 1)),
+        any_shape=True,
+        only_moves=True,
+    ),
+    "conv1x1_lu": Example(lambda shape: Invertible1x1Conv(shape[0]), CHANNELS, any_shape=True),
+    "conv1x1_plain": Example(lambda shape: Invertible1x1Conv(shape[0], lu=False), CHANNELS, any_shape=True),
+    "glow_coupling": Example(glow_coupling, tuple(shape for shape in CHANNELS if shape[0] > 1), any_shape=True),
+    "glow_coupling_bounded": Example(
+        lambda shape: glow_coupling(shape, kind=BoundedGlowCoupling), ((5,), (2, 3, 1), (3, 2, 4)), any_shape=True
+    ),
+    "glow_coupling_conditional": Example(
+        lambda shape: glow_coupling(shape, context=3), ((2,), (5,), (4, 1, 3), (3, 3, 2)), context=(3,), any_shape=True
+    ),
     "logit": Example(lambda shape: Logit(), ((1,), (5,), (3, 2, 4)), any_shape=True, to_domain=torch.sigmoid),
     "logit_narrow": Example(lambda shape: Logit(0.3), ((2,), (1, 2, 2)), any_shape=True, to_domain=torch.sigmoid),
     "squeeze": Example(lambda shape: Squeeze(), ((1, 4, 6), (3, 2, 4), (2, 6, 2)), any_shape=True, only_moves=True),

@@ -21,8 +21,9 @@ MAX_FILE_BYTES = 16 * 2**20
 
 
 def requirements() -> list[Requirement]:
+    """All but the benchmark's, which has a lock of its own (tests/test_benchmarks.py)."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"].values()
+    extras = [lines for name, lines in project["optional-dependencies"].items() if name != "bench"]
     return [Requirement(line) for line in [*project["dependencies"], *(line for extra in extras for line in extra)]]
 
 

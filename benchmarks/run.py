@@ -1,0 +1,363 @@
+"""Measure the models of :mod:`benchmarks.models` in every library that is installed: ``make bench``.
+
+Writes a JSON file and prints a table; ``python -m benchmarks.run --help`` lists the options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler complains of a missing GPU otherwise
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import models
+from benchmarks.models import MODELS, OURS, Built, Model
+from nflows_lib import runs
+from nflows_lib.flow import Flow
+
+HERE = Path(__file__).resolve().parent
+STEP, LOG_PROB, SAMPLE = MEASURES = ("training step", "log-prob", "sampling")
+NETWORKS, BFLOAT16, COMPILED = "its networks alone", "bfloat16 networks", "torch.compile"
+WARM_UP = 3
+BARS = (
+    # name, what of the model "glow" is divided by what, largest ratio allowed, goal
+    ("Glow, training step / the faster peer's", "peers", 1.0, 0.8),
+    ("Glow, training step / its networks alone", NETWORKS, 1.15, None),
+)
+
+Task = Callable[[], object]
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def alternate(tasks: dict[str, Task], rounds: int, seconds: float, device: str) -> dict[str, list[float]]:
+    """Milliseconds of each task in each round. A round does one after the other, each for about so many seconds."""
+    repeats = {}
+    for name, task in tasks.items():
+        for _ in range(WARM_UP):
+            task()
+        repeats[name] = max(1, round(seconds / _time(task, 1, device)))
+    found: dict[str, list[float]] = {name: [] for name in tasks}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, task in tasks.items():
+                found[name].append(1e3 * _time(task, repeats[name], device))
+    finally:
+        gc.enable()
+    return found
+
+
+def _time(task: Task, repeats: int, device: str) -> float:
+    """Mean seconds."""
+    _wait(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        task()
+    _wait(device)
+    return (time.perf_counter() - began) / repeats
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def memory(task: Task, device: str) -> int:
+    """The most bytes that the task holds at a time, beyond those that stand when it begins.
+
+    On a CPU this adds up what PyTorch's allocator reports to the profiler: exact, and the same in every run. What
+    oneDNN and MKL take for themselves is not in it.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        task()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        task()
+    with tempfile.TemporaryDirectory() as folder:
+        profiler.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, so that no step waits for the system to hand the same pages out anew.
+
+    It does so once it has seen a block of almost 32 MiB come and go. Otherwise whichever library comes to free such a
+    block first would change the timings of the others.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def training_step(parameters: Iterator[nn.Parameter], loss: Callable[[], Tensor]) -> Task:
+    """Forward, backward, Adam (fused for all). The gradients are freed at the end, for :func:`memory`."""
+    optimizer = torch.optim.Adam(parameters, lr=1e-4, fused=True)
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def networks_step(flow: Flow, x: Tensor) -> Task:
+    """The same for the couplings' networks alone, on the inputs that they get in the flow, in the same layout."""
+    networks, inputs = models.networks(flow), []
+    hooks = [network.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for network in networks]
+    flow.log_prob(x)
+    for hook in hooks:
+        hook.remove()
+    # In the flow the gradient goes on to what is before a network, if that has parameters.
+    inputs = [h.detach().requires_grad_(h.requires_grad) for h in inputs]
+
+    def loss() -> Tensor:
+        for h in inputs:
+            h.grad = None
+        return sum(network(h).sum() for network, h in zip(networks, inputs, strict=True))
+
+    return training_step((parameter for network in networks for parameter in network.parameters()), loss)
+
+
+def without_gradient(task: Task) -> Task:
+    return torch.no_grad()(task)
+
+
+class _Alarm(BaseException):
+    """No Exception: a compiler catches those, and goes on."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise a TimeoutError in the block once it has run so long."""
+    import signal  # setitimer is not on Windows
+
+    def stop(*_: object) -> None:
+        raise _Alarm
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5)  # again and again: where it is ignored once, in a callback say
+    try:
+        yield
+    except _Alarm:
+        raise TimeoutError(f"took more than {seconds:g} s") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def compiled_step(flow: Flow, x: Tensor, seconds: float) -> tuple[Task | None, str]:
+    """A training step of the compiled flow, and how compiling went; no step where that failed or took too long."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    compiled = torch.compile(flow)
+    step = training_step(flow.parameters(), lambda: -compiled(x).mean())
+    began = time.perf_counter()
+    try:
+        with at_most(seconds):
+            step()
+            step()
+    except Exception as error:  # whatever a compiler's absence or its failure raises
+        return None, f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    breaks = sum(counters["graph_break"].values())
+    return step, f"compiled in {time.perf_counter() - began:.0f} s, graph breaks of {breaks} kinds"
+
+
+def measure(model: Model, options: argparse.Namespace) -> dict[str, Any]:
+    """All measures of one model."""
+    torch.manual_seed(0)
+    device = options.device
+    flow = model.ours().module.to(device)
+    x = torch.rand(model.batch, *flow.shape, device=device) - 0.5  # as dequantized images are: no noise is drawn here
+    with torch.no_grad():
+        for parameter in flow.parameters():  # nothing is zero, and so nothing equal by chance
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    flow.initialize(x)
+    built: dict[str, Built] = {library: model.make(flow, library) for library in model.libraries()}
+    batches = {}
+    for library, one in built.items():
+        one.module.to(device)
+        models.check(model, flow, one, x)
+        batches[library] = x if one.order is None else x[:, one.order].contiguous()
+
+    tasks: dict[str, dict[str, Task]] = {measure: {} for measure in MEASURES}
+    for library, one in built.items():
+
+        def loss(one: Built = one, batch: Tensor = batches[library]) -> Tensor:
+            return -one.log_prob(batch).mean()
+
+        def sample(one: Built = one) -> Any:
+            return one.sample(model.batch)
+
+        tasks[STEP][library] = training_step(one.module.parameters(), loss)
+        tasks[LOG_PROB][library] = without_gradient(loss)
+        tasks[SAMPLE][library] = without_gradient(sample)
+    ours, notes = f"{OURS}, ", {}
+    tasks[STEP][ours + NETWORKS] = networks_step(model.make(flow, OURS).module, x)
+    if "shape" in model.sizes:  # of images
+        half = model.ours(precision=torch.bfloat16).module.to(device)
+        half.load_state_dict(flow.state_dict())
+        tasks[STEP][ours + BFLOAT16] = training_step(half.parameters(), lambda: -half.log_prob(x).mean())
+    if options.compile:
+        step, notes[COMPILED] = compiled_step(model.make(flow, OURS).module, x, options.compile_seconds)
+        if step is not None:
+            tasks[STEP][ours + COMPILED] = step
+
+    result: dict[str, Any] = {
+        "title": model.title,
+        "batch": model.batch,
+        "parameters": {library: one.parameters for library, one in built.items()},
+        "extra_parameters": {library: one.extra for library, one in built.items()},
+        "notes": notes,
+        "milliseconds": {},
+    }
+    for name in (LOG_PROB, SAMPLE, STEP):  # what changes the parameters comes last
+        for one in built.values():
+            one.module.train(name == STEP)
+        found = alternate(tasks[name], options.rounds, options.seconds, device)
+        result["milliseconds"][name] = {task: summary(times, found[OURS]) for task, times in found.items()}
+    result["mebibytes"] = {task: round(memory(step, device) / 2**20, 2) for task, step in tasks[STEP].items()}
+    for library, one in built.items():
+        assert one.log_prob(batches[library]).isfinite().all(), f"{library} diverged while it was timed"
+    return result
+
+
+def summary(times: list[float], ours: list[float]) -> dict[str, Any]:
+    """What the file says of the rounds of one task. The ratio is that of its median to ours."""
+    rounded, ours = _rounded(times), _rounded(ours)
+    median = statistics.median(rounded)
+    return {
+        "median": median,
+        "least": min(rounded),
+        "most": max(rounded),
+        "ratio": round(median / statistics.median(ours), 3),
+        "rounds": rounded,
+    }
+
+
+def _rounded(times: list[float]) -> list[float]:
+    return [float(f"{value:.5g}") for value in times]
+
+
+def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each bar, the ratio measured, and whether it is met; no ratio where what it needs was not measured."""
+    found = []
+    for name, divisor, limit, goal in BARS:
+        steps = results.get("glow", {}).get("milliseconds", {}).get(STEP, {})
+        others = {
+            task: entry["median"]
+            for task, entry in steps.items()
+            if (not task.startswith(OURS) if divisor == "peers" else task == f"{OURS}, {divisor}")
+        }
+        bar: dict[str, Any] = {"name": name, "limit": limit, "goal": goal, "ratio": None, "met": None}
+        if others:
+            fastest = min(others, key=lambda task: others[task])
+            ratio = steps[OURS]["median"] / others[fastest]
+            bar |= {"to": fastest, "ratio": round(ratio, 3), "met": ratio <= limit}
+        found.append(bar)
+    return found
+
+
+# --- reporting --------------------------------------------------------------------------------------------------------
+
+
+def processor() -> str:
+    """The CPU's name, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def table(content: dict[str, Any]) -> str:
+    """The file's content to read."""
+    lines = [f"{content['processor']}, {content['threads']} threads, {content['hardware']}, torch {content['torch']}"]
+    for result in content["models"].values():
+        lines += ["", f"{result['title']}, batch {result['batch']}"]
+        lines += [f"  {name}: {note}" for name, note in result["notes"].items()]
+        for measure, entries in result["milliseconds"].items():
+            lines.append(f"  {measure:34} {'ms':>9} {'least':>9} {'most':>9} {'to ours':>8} {'MiB':>7}")
+            for task, entry in entries.items():
+                mebibytes = f"{result['mebibytes'][task]:7.1f}" if measure == STEP else ""
+                numbers = "".join(f" {entry[key]:9.3f}" for key in ("median", "least", "most"))
+                lines.append(f"    {task:32}{numbers} {entry['ratio']:8.2f} {mebibytes}".rstrip())
+    lines.append("")
+    for bar in content["bars"]:
+        verdict = {True: "met", False: "MISSED", None: "not measured"}[bar["met"]]
+        measured = "" if bar["ratio"] is None else f" {bar['ratio']:.3f} ({bar['to']})"
+        goal = "" if bar["goal"] is None else f", goal {bar['goal']}"
+        lines.append(f"{bar['name']}: at most {bar['limit']}{goal}; measured{measured}: {verdict}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which models")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch; the number of cores")
+    parser.add_argument("--rounds", type=int, default=9, help="times that each is measured, by turns")
+    parser.add_argument("--seconds", type=float, default=0.5, help="that a measurement takes, about")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile as well")
+    parser.add_argument("--compile-seconds", type=float, default=180, help="after which compiling is given up")
+    parser.add_argument("--out", type=Path, help="the file to write; benchmarks/cpu.json or cuda.json")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", message="torch.triangular_solve is deprecated")  # nflows calls it
+    keep_freed_memory()
+    began = time.monotonic()
+    results = {}
+    for name in options.models:
+        print(f"{MODELS[name].title} ...", file=sys.stderr, flush=True)
+        results[name] = measure(MODELS[name], options)
+    content = {
+        **runs.origin(),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "device": options.device,
+        "versions": {library: version(library) for library in ("normflows", "nflows") if _measured(library, results)},
+        "rounds": options.rounds,
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "models": results,
+        "bars": bars(results),
+    }
+    runs.write_json(options.out or HERE / f"{options.device}.json", content)
+    print(table(content))
+
+
+def _measured(library: str, results: dict[str, Any]) -> bool:
+    return any(library in result["parameters"] for result in results.values())
+
+
+if __name__ == "__main__":
+    main()
