@@ -45,6 +45,7 @@ def _train(options: argparse.Namespace) -> None:
         draws=options.draws,
         save_every=options.save_every,
         resume=options.resume,
+        compiled=options.compile,
     )
     out = options.out or runs.work_folder(options.run)
     record = json.loads((out / runs.RECORD).read_text())
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--steps", type=int, help="number of updates, in place of a budget")
     train.add_argument("--save-every", type=seconds, default=60.0, metavar="TIME", help="between checkpoints (60s)")
     train.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, if there is one")
+    train.add_argument("--compile", action="store_true", help="with torch.compile: a slow start, then faster steps")
     train.set_defaults(command=_train)
     evaluate = commands.add_parser("evaluate", help="bits/dim on the test images")
     evaluate.set_defaults(command=_evaluate)

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrizations, parametrize
 from nflows_lib import data, runs
 from nflows_lib.bijection import Bijection, Chain, Layer
 from nflows_lib.convolution import ChannelPermutation, Invertible1x1Conv
-from nflows_lib.coupling import AffineCoupling, GlowCoupling, checkerboard_mask
+from nflows_lib.coupling import AffineCoupling, BoundedGlowCoupling, GlowCoupling, checkerboard_mask
 from nflows_lib.dequantization import Logit, Rescale, UniformDequantize, VariationalDequantize
 from nflows_lib.distributions import StandardNormal
 from nflows_lib.flow import Flow
@@ -219,17 +219,6 @@ def grid_texture(images: Tensor) -> float:
         inside.append(steps[..., 0::2].mean())
         across.append(steps[..., 1::2].mean())
     return (sum(across) / sum(inside)).item()
-
-
-class BoundedGlowCoupling(GlowCoupling):
-    """Glow's coupling with the scale of :class:`AffineCoupling`, exp(g tanh(h)), in the place of sigmoid(h + 2)."""
-
-    def __init__(self, channels: int, network: nn.Module) -> None:
-        super().__init__(channels, network)
-        self.gain = nn.Parameter(torch.ones(()))
-
-    def scale(self, h: Tensor) -> Tensor:
-        return (self.gain * h.tanh()).exp()
 
 
 def glow_patches(

@@ -190,6 +190,21 @@ class GlowCoupling(ChannelBijection):
         return torch.sigmoid(h + 2)
 
 
+class BoundedGlowCoupling(GlowCoupling):
+    """Glow's coupling with the scale of :class:`AffineCoupling`, exp(g tanh(h)), in the place of sigmoid(h + 2).
+
+    The one learned gain g of the layer starts at 1. The scale is within [exp(-g), exp(g)] whatever the network does, so
+    that neither direction can divide by almost nothing (chapter 5).
+    """
+
+    def __init__(self, channels: int, network: nn.Module) -> None:
+        super().__init__(channels, network)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def scale(self, h: Tensor) -> Tensor:
+        return (self.gain * h.tanh()).exp()
+
+
 def check_mask(mask: Tensor) -> None:
     """Raise a ValueError unless the mask is boolean and splits an example into two parts, neither empty."""
     if mask.dtype != torch.bool:

@@ -12,6 +12,7 @@ from nflows_lib.convolution import Invertible1x1Conv
 from nflows_lib.coupling import (
     AdditiveCoupling,
     AffineCoupling,
+    BoundedGlowCoupling,
     GlowCoupling,
     alternating_mask,
     channel_mask,
@@ -135,6 +136,7 @@ def glow(
     hidden: int = 512,
     classes: int = 0,
     lu: bool = True,
+    bounded: bool = False,
     precision: torch.dtype = torch.float32,
 ) -> Flow:
     """Glow (Kingma and Dhariwal 2018) on images: steps of ActNorm, 1x1 convolution and coupling, at several scales.
@@ -151,6 +153,7 @@ def glow(
         classes: number of classes where the flow is conditional on a label, given as context, one-hot, (B, classes): it
             joins the input of every network, those of the priors, too. 0: unconditional.
         lu: how the 1x1 convolutions are parametrised.
+        bounded: whether the couplings are :class:`BoundedGlowCoupling`, in the place of those of the released code.
         precision: what the couplings' networks compute in.
 
     Raises:
@@ -161,12 +164,14 @@ def glow(
     if classes < 0 or classes == 1:
         raise ValueError(f"classes: expected 0 or at least 2, got {classes}")
 
+    coupling = BoundedGlowCoupling if bounded else GlowCoupling
+
     def from_scale_on(shape: Shape, left: int) -> list[Layer]:
         layers: list[Layer] = [Squeeze()]
         channels, *size = layers[0].output_shape(shape)
         for _ in range(steps):
             network = GlowNet(channels // 2, channels, hidden, classes, precision)
-            layers += [ActNorm(channels), Invertible1x1Conv(channels, lu), GlowCoupling(channels, network)]
+            layers += [ActNorm(channels), Invertible1x1Conv(channels, lu), coupling(channels, network)]
         if left == 1:
             return layers
         half = (channels // 2, *size)

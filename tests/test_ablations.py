@@ -8,8 +8,16 @@ import statistics
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from nflows_lib import ablations, runs
+from nflows_lib.bijection import Chain
+from nflows_lib.convolution import ChannelPermutation, Invertible1x1Conv
+from nflows_lib.coupling import GlowCoupling
+from nflows_lib.data import patches
+from nflows_lib.models import glow
+from nflows_lib.multiscale import FactorOut
+from nflows_lib.normalization import ActNorm
 
 CHAPTERS = runs.ROOT / "chapters"
 
@@ -103,6 +111,229 @@ def test_the_arm_without_noise_breaks_and_says_where(monkeypatch):
     left_out = ablations.no_dequantization(False, 0, steps=400, every=50)
     assert left_out["broke_at"] == left_out["steps"] + 1 < 400
     assert left_out["broke_with"] in ("nan", "inf")
+
+
+# --- what mixes Glow's channels, how deep a scale is ------------------------------------------------------------------
+
+
+def kinds(module: nn.Module) -> list[str]:
+    return [type(layer).__name__ for layer in module.modules()]
+
+
+def test_replace_reaches_into_a_factor_out_and_keeps_the_order():
+    flow = glow((1, 8, 8), scales=3, steps=2, hidden=2)
+    before, seen = kinds(flow), []
+
+    def make(layer: nn.Module) -> nn.Module:
+        seen.append(layer)
+        return ChannelPermutation(torch.arange(layer.channels))
+
+    old = [layer for layer in flow.modules() if isinstance(layer, Invertible1x1Conv)]
+    ablations.replace(flow, Invertible1x1Conv, make)
+    assert kinds(flow) == ["ChannelPermutation" if kind == "Invertible1x1Conv" else kind for kind in before]
+    assert len(old) == len(seen) == 6
+    assert {id(layer) for layer in old} == {id(layer) for layer in seen}
+    inside = flow.chain[-1].inner[-1].inner
+    assert isinstance(flow.chain[-1], FactorOut)
+    assert [type(layer) for layer in inside][1:4] == [ActNorm, ChannelPermutation, GlowCoupling]
+    assert inside[2].channels == 16
+
+
+def test_replace_takes_the_exact_type_only():
+    """A derived layer stays, what is put in is not replaced again, and what stands inside a replaced one is reached."""
+
+    class Derived(nn.Linear):
+        pass
+
+    module = nn.Sequential(nn.Linear(1, 1), Derived(1, 1), nn.ModuleDict({"a": nn.Sequential(nn.Linear(1, 1))}))
+    derived = module[1]
+    ablations.replace(module, nn.Linear, lambda layer: Derived(1, 1))
+    assert kinds(module) == ["Sequential", "Derived", "Derived", "ModuleDict", "Sequential", "Derived"]
+    assert module[1] is derived
+    made = []
+    ablations.replace(module, Derived, lambda layer: made.append(layer) or nn.Sequential(Derived(1, 1)))
+    assert len(made) == 3
+    nested = nn.Sequential(GlowCoupling(4, nn.Sequential(GlowCoupling(2, nn.Identity()))))
+    ablations.replace(nested, GlowCoupling, lambda layer: ablations.BoundedGlowCoupling(layer.channels, layer.network))
+    assert kinds(nested).count("BoundedGlowCoupling") == 2
+    assert "GlowCoupling" not in kinds(nested)
+
+
+def test_grid_texture_by_hand():
+    """Rows 0 1 5 7: inside 1 and 2, across 4; columns step by 3, 1, 0: inside 3 and 0, across 1."""
+    row = torch.tensor([0, 1, 5, 7])
+    image = row + torch.tensor([0, 3, 4, 4])[:, None]
+    inside, across = (1 + 2) / 2 + (3 + 0) / 2, 4 + 1
+    for images in (image[None, None], image.byte().repeat(3, 2, 1, 1), image.double()[None, None], -image[None, None]):
+        assert ablations.grid_texture(images) == pytest.approx(across / inside)
+    assert isinstance(ablations.grid_texture(image[None, None]), float)
+
+
+def test_grid_texture_is_1_of_noise():
+    """Each of 2 x 500 x 3 x 16 x 8 steps inside has a coefficient of variation below 1; neighbours share a value."""
+    torch.manual_seed(0)
+    images = torch.randint(256, (500, 3, 16, 16))
+    error = 2 / math.sqrt(2 * 500 * 3 * 16 * 7)
+    assert abs(ablations.grid_texture(images) - 1) < 5 * error
+    assert abs(ablations.grid_texture(images.float() ** 2) - 1) < 10 * error
+
+
+def squares(n: int, noise: float, size: int = 8) -> Tensor:
+    """Constant 2x2 squares of random values, and a little noise."""
+    values = torch.randn(n, 3, size, size).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return values + noise * torch.randn(n, 3, 2 * size, 2 * size)
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.5, 1.0])
+def test_grid_texture_of_squares_is_known(noise):
+    """Steps inside are N(0, 2 noise^2), across N(0, 2 + 2 noise^2): the ratio of their mean sizes."""
+    torch.manual_seed(0)
+    expected = math.sqrt(1 + noise**-2)
+    assert ablations.grid_texture(squares(300, noise)) == pytest.approx(expected, rel=0.03)
+    shifted = squares(300, noise).roll((1, 1), (2, 3))  # the borders lie where squares should be
+    assert ablations.grid_texture(shifted[..., 2:14, 2:14]) == pytest.approx(1 / expected, rel=0.03)
+
+
+def test_grid_texture_does_not_tell_rows_from_columns():
+    torch.manual_seed(0)
+    x = squares(4, 0.3) * torch.linspace(1, 3, 16)
+    assert ablations.grid_texture(x) == pytest.approx(ablations.grid_texture(x.transpose(2, 3)), rel=1e-12)
+    one_way = torch.randn(50, 1, 8, 16).repeat_interleave(2, 2) + 0.1 * torch.randn(50, 1, 16, 16)  # rows in pairs
+    texture = ablations.grid_texture(one_way)
+    assert texture > 1.2
+    assert ablations.grid_texture(one_way.transpose(2, 3)) == pytest.approx(texture, rel=1e-12)
+
+
+def test_the_mixers_are_what_they_say():
+    torch.manual_seed(0)
+    assert list(ablations.MIXERS) == ["1x1, LU", "1x1, plain", "shuffle", "reversal", "nothing"]
+    made = {name: mixer(16) for name, mixer in ablations.MIXERS.items()}
+    assert all(layer.channels == 16 for layer in made.values())
+    assert [type(layer) for layer in made.values()] == [Invertible1x1Conv] * 2 + [ChannelPermutation] * 3
+    assert (made["1x1, LU"].lu, made["1x1, plain"].lu) == (True, False)
+    assert made["reversal"].order.tolist() == list(range(15, -1, -1))
+    assert made["nothing"].order.tolist() == list(range(16))
+    orders = [tuple(ablations.MIXERS["shuffle"](16).order.tolist()) for _ in range(5)]
+    assert len({*orders, tuple(range(16)), tuple(range(15, -1, -1))}) == 7
+
+
+class Fixed(nn.Module):
+    """A network that gives these numbers for every example."""
+
+    def __init__(self, *output: float) -> None:
+        super().__init__()
+        self.output = torch.tensor(output)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.output.expand(len(x), -1)
+
+
+def test_the_bounded_coupling_in_numbers():
+    """x = (1; 2, 3), h = (artanh 1/2, -40), gain 2: scales e and e^-2; shifts 1 and -1."""
+    layer = ablations.BoundedGlowCoupling(3, Fixed(math.atanh(0.5), -40.0, 1.0, -1.0))
+    assert layer.gain.item() == 1
+    x = torch.tensor([[1.0, 2.0, 3.0]])
+    for gain, scales in ((1.0, (math.exp(0.5), math.exp(-1))), (2.0, (math.e, math.exp(-2)))):
+        with torch.no_grad():
+            layer.gain.fill_(gain)
+        z, contribution = layer(x)
+        torch.testing.assert_close(z, torch.tensor([[1.0, 3 * scales[0], 2 * scales[1]]]))
+        torch.testing.assert_close(contribution, torch.tensor([-0.5 * gain]))
+        torch.testing.assert_close(layer.inverse(z), x)
+    contribution.sum().backward()
+    assert layer.gain.grad.item() == pytest.approx(-0.5)
+    assert {name for name, _ in layer.named_parameters()} == {"gain"}
+
+
+TINY = {"steps_per_scale": 1, "hidden": 2, "steps": 10}  # the warm-up's
+
+
+def test_an_arm_of_glow_repeats_and_its_seed_matters():
+    first, again, other = (ablations.glow_patches(seed, **TINY) for seed in (0, 0, 1))
+    assert first == again
+    assert set(first) == {"test", "grid", "broken", "parameters"}
+    assert first["parameters"] == other["parameters"]
+    for measure in ("test", "grid"):
+        assert math.isfinite(first[measure])
+        assert first[measure] != other[measure]
+    assert 4 < first["test"] < 12
+    assert first["broken"] == 0
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The arms of Glow without their training: what reached fit, and what it was asked for."""
+    calls = []
+
+    def fit(flow, train, steps, **options) -> None:
+        flow.initialize(train[:64])
+        calls.append((flow.eval(), train, steps, options))
+
+    monkeypatch.setattr(ablations, "fit", fit)
+    monkeypatch.setattr(ablations, "log_likelihoods", lambda flow, x: torch.full((2,), -len(x) * math.log(2)))
+    return calls
+
+
+@pytest.mark.parametrize("mixer", ablations.MIXERS)
+@pytest.mark.parametrize("bounded", [False, True])
+def test_the_flow_of_an_arm_has_its_mixer_and_its_coupling(trained, mixer, bounded):
+    measures = ablations.glow_patches(0, mixer=mixer, bounded=bounded, steps_per_scale=2, hidden=3, steps=7)
+    ((flow, train, steps, options),) = trained
+    assert torch.equal(train, patches("train").images)
+    assert (steps, options["batch_size"], flow.shape, flow.levels) == (7, 64, (3, 16, 16), 256)
+    assert measures["test"] == pytest.approx(len(patches("test").images) / 768)  # bits/dim of so many bits
+    names = kinds(flow)
+    expected = type(ablations.MIXERS[mixer](12))
+    layers = [layer for layer in flow.modules() if isinstance(layer, Invertible1x1Conv | ChannelPermutation)]
+    assert [(type(layer), layer.channels) for layer in layers] == [(expected, 12)] * 2 + [(expected, 24)] * 2
+    assert all(layer.lu == (mixer == "1x1, LU") for layer in layers if isinstance(layer, Invertible1x1Conv))
+    assert names.count("FactorOut") == 1
+    coupling, other = ("BoundedGlowCoupling", "GlowCoupling")[:: 1 if bounded else -1]
+    assert (names.count(coupling), names.count(other)) == (4, 0)
+    usual = sum(p.numel() for p in glow((3, 16, 16), scales=2, steps=2, hidden=3).parameters())
+    learned = 0 if expected is Invertible1x1Conv else 2 * 12**2 + 2 * 24**2
+    assert measures["parameters"] == usual - learned + 4 * bounded
+
+
+def test_the_grid_of_an_arm_is_that_of_its_finite_samples(trained, monkeypatch):
+    """Rounded to levels as the flow rounds them; how many were not finite is told."""
+    torch.manual_seed(0)
+    drawn = 20 + squares(500, 0.5)
+    drawn[5] = 1e4 * (drawn[5] - 20)  # far beyond the levels
+    drawn[[3, 77, 400], 0, 0, 0] = torch.tensor([math.nan, math.inf, -math.inf])
+    inner = []
+
+    class Known(Chain):
+        def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+            inner.append((self, z))
+            assert not torch.is_grad_enabled()
+            return drawn
+
+    monkeypatch.setattr(ablations, "Chain", Known)
+    measures = ablations.glow_patches(0, **TINY)
+    ((chain, z),) = inner
+    assert [*chain] == [*trained[0][0].chain][1:]
+    assert z.shape == (500, 768)
+    assert abs(z.std() - 1) < 0.01
+    assert measures["broken"] == pytest.approx(3 / 500, rel=1e-4)
+    kept = torch.cat([drawn[:3], drawn[4:77], drawn[78:400], drawn[401:]])
+    assert measures["grid"] == pytest.approx(ablations.grid_texture(kept.floor().clamp(0, 255)), rel=1e-3)
+
+
+def test_the_arms_of_the_questions_about_glow():
+    mixing, depth = ablations.find("glow-mixing"), ablations.find("glow-depth")
+    assert list(mixing.arms) == list(ablations.MIXERS)
+    for name, arm in mixing.arms.items():
+        assert (arm.func, arm.keywords["mixer"]) == (ablations.glow_patches, name)
+    for name, arm in depth.arms.items():
+        steps, _, kind = name.partition(", ")
+        assert arm.func is ablations.glow_patches
+        assert arm.keywords["steps_per_scale"] == int(steps)
+        assert arm.keywords.get("bounded", False) == (kind == "bounded")
+        assert arm.keywords.get("hidden", 32) == (104 if kind == "wide" else 32)
+
+
+# --- running them -----------------------------------------------------------------------------------------------------
 
 
 def test_run_stores_what_the_arms_return(monkeypatch, tmp_path):

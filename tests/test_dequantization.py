@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+import warnings
 
 import pytest
 import scipy.stats
@@ -13,12 +15,13 @@ from densities import assert_follows_cdf, midpoints
 from torch import Tensor, nn
 
 from nflows_lib.bijection import Bijection, sum_per_example
-from nflows_lib.coupling import AffineCoupling, alternating_mask, checkerboard_mask
+from nflows_lib.coupling import AffineCoupling, GlowCoupling, alternating_mask, checkerboard_mask
 from nflows_lib.dequantization import Logit, Rescale, UniformDequantize, VariationalDequantize
 from nflows_lib.distributions import StandardLogistic, StandardNormal
 from nflows_lib.flow import Flow
 from nflows_lib.models import nice
-from nflows_lib.networks import MLP, ResNet
+from nflows_lib.networks import MLP, GlowNet, ResNet
+from nflows_lib.normalization import ActNorm
 
 # --- the noise --------------------------------------------------------------------------------------------------------
 
@@ -80,6 +83,37 @@ def test_inverse_floors_and_clamps():
     k = UniformDequantize(17).inverse(z)
     assert k.dtype == torch.long
     assert k.tolist() == [[0, 0, 0, 0, 1, 15, 16, 16, 16, 16]]
+
+
+every_noise = pytest.mark.parametrize("make", [UniformDequantize, lambda levels: VariationalDequantize([], levels)])
+
+
+@every_noise
+def test_nan_becomes_level_0_with_a_warning(make):
+    """And nothing else changes for it; how many there were is said."""
+    z = torch.tensor([[math.nan, 1.5, math.inf], [16.2, math.nan, -math.inf]])
+    with pytest.warns(UserWarning, match=r"^2 of 6 values are NaN and become level 0$") as caught:
+        k = make(17).inverse(z)
+    assert len(caught) == 1
+    assert k.dtype == torch.long
+    assert k.tolist() == [[0, 1, 16], [16, 0, 0]]
+
+
+@every_noise
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_infinity_goes_to_the_ends_without_a_warning(make, dtype):
+    largest = torch.finfo(dtype).max
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        k = make(256).inverse(torch.tensor([[-math.inf, -largest, largest, math.inf]], dtype=dtype))
+        assert make(256).inverse(torch.zeros(0, 3, dtype=dtype)).shape == (0, 3)
+    assert k.tolist() == [[0, 0, 255, 255]]
+
+
+def test_a_latent_that_is_nan_is_decoded_with_a_warning():
+    flow = Flow([UniformDequantize(4), Rescale(1 / 4)], StandardNormal(), (2,))
+    with pytest.warns(UserWarning, match=r"^1 of 4 values are NaN"):
+        assert flow.decode(torch.tensor([[0.3, 0.9], [math.nan, 0.5]])).tolist() == [[1, 3], [0, 2]]
 
 
 @pytest.mark.parametrize("levels", [-1, 0, 1])
@@ -409,6 +443,63 @@ def test_variational_noise_of_images(shape):
     flow.bits_per_dim(k).mean().backward()
     for name, parameter in flow.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+class KeepsFirst(Shift):
+    """Keeps what initialises it."""
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        self.first = (x.clone(), context)
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+@torch.no_grad()
+def test_the_layers_of_the_noise_are_initialised_from_logistic_noise_and_k(levels):
+    """Each behind the ones before it; bytes do, and the flow's own context is none of theirs, as in forward."""
+    torch.manual_seed(0)
+    layers = [KeepsFirst(0.6), KeepsFirst(2.0)]
+    flow = Flow([VariationalDequantize(layers, levels), Rescale(1 / levels)], StandardNormal(), (4,))
+    k = torch.randint(levels, (2_000, 4), dtype=torch.uint8)
+    flow.initialize(k, torch.zeros(2_000, 7))
+    (v, context), (behind, context_behind) = (layer.first for layer in layers)
+    assert_follows_cdf(v.double().flatten(), scipy.stats.logistic.cdf)
+    torch.testing.assert_close(context, k / ((levels - 1) / 2) - 1, rtol=0, atol=1e-6)
+    assert torch.equal(context, context_behind)
+    assert torch.equal(behind, layers[0](v, context)[0])
+
+
+@torch.no_grad()
+def test_flow_initialises_an_act_norm_and_a_glow_net_inside_the_noise():
+    """As those of the flow itself: without it, the first call would ask for an initialisation that nothing gives."""
+    torch.manual_seed(0)
+    norm, network = ActNorm(2), GlowNet(1, 2, hidden=6, context=2)
+    noise = VariationalDequantize([norm, GlowCoupling(2, network)], 16)
+    flow = Flow([noise, Rescale(1 / 16), ActNorm(2)], StandardNormal(), (2, 3, 4))
+    k = torch.randint(16, (500, 2, 3, 4))
+    with pytest.raises(ValueError, match=r"^ActNorm: expected one call of Flow\.initialize"):
+        flow(k)
+    flow.initialize(k)
+    flags = [value for name, value in flow.state_dict().items() if name.endswith("initialized")]
+    assert torch.stack(flags).tolist() == [True] * 4
+    fresh = StandardLogistic().sample(torch.empty(500, 2, 3, 4))
+    z = norm(fresh)[0]
+    std = z.transpose(0, 1).flatten(1).std(1)
+    assert (std - 1).abs().max() < 0.05  # another draw: 5 standard errors of 6,000
+    assert (norm.log_scale.exp() - math.sqrt(3) / math.pi).abs().max() < 0.05
+    h = network.layers[0](torch.cat([z[:, :1], 2 * k.float() / 15 - 1], 1)).transpose(0, 1).flatten(1)
+    assert h.mean(1).abs().max() < 0.15
+    assert (h.std(1) - 1).abs().max() < 0.15
+    assert flow(k).isfinite().all()
+
+
+@torch.no_grad()
+def test_a_flow_refuses_a_first_batch_of_nothing_before_its_noise():
+    flow = Flow([VariationalDequantize([ActNorm(2)], 4)], StandardNormal(), (2,))
+    with pytest.raises(
+        ValueError, match=f"^{re.escape('x: expected a first batch of at least one example, got none')}$"
+    ):
+        flow.initialize(torch.zeros(0, 2, dtype=torch.long))
+    assert not flow.chain[0].noise[0].initialized
 
 
 def test_no_example_is_no_variational_error():

@@ -421,6 +421,37 @@ def test_bad_data(flow, x, message):
 
 
 @pytest.mark.parametrize(
+    ("flow", "x"), [(CONTINUOUS, torch.zeros(0, 2)), (DISCRETE, torch.zeros(0, 2, dtype=torch.uint8))]
+)
+def test_a_first_batch_of_nothing_is_refused(flow, x):
+    with pytest.raises(ValueError, match=r"^x: expected a first batch of at least one example, got none$"):
+        flow.initialize(x)
+    flow.initialize(x.new_zeros(1, 2))
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 2, 4])
+def test_a_context_has_one_row_for_each_example(conditional, rows):
+    """Whether anything reads it or not; one row is not spread over all."""
+    layers = [AdditiveCoupling(alternating_mask(2, 0), MLP(2, 2, 8, 1, context=5))] if conditional else [Rescale(2.0)]
+    flow = Flow(layers, StandardNormal(), (2,))
+    x, context = torch.zeros(3, 2), torch.zeros(rows, 5)
+    message = f"^context: expected 3 rows, one for each example, got {rows}$"
+    for method in (flow, flow.log_prob, flow.bits_per_dim, flow.encode, flow.decode, flow.initialize):
+        with pytest.raises(ValueError, match=message):
+            method(x, context)
+    with pytest.raises(ValueError, match=message):
+        flow.sample(3, context=context)
+    with pytest.raises(ValueError, match=r"^x: expected shape"):  # the data come first
+        flow(torch.zeros(3, 4), context)
+    right = torch.zeros(3, 5)
+    for method in (flow, flow.log_prob, flow.bits_per_dim, flow.encode, flow.decode):
+        assert len(method(x, right)) == 3
+    assert flow.initialize(x, right) is None
+    assert flow.sample(3, context=right).shape == (3, 2)
+
+
+@pytest.mark.parametrize(
     ("flow", "x"),
     [
         (DISCRETE, torch.tensor([[0, 255]], dtype=torch.uint8)),  # 256 does not fit into uint8

@@ -52,6 +52,14 @@ def nats_of(flow: Flow, k: Tensor, seed: int = 0) -> Tensor:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
+def test_realnvp_compiles_to_one_graph():
+    """Weight norm, flow batch norms and a factor-out included."""
+    torch._dynamo.reset()
+    flow = realnvp((1, 4, 4), levels=17, scales=2, couplings=2, hidden=2, blocks=0)
+    explained = torch._dynamo.explain(flow)(torch.randint(17, (3, 1, 4, 4)))
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
+
+
 def test_realnvp_is_its_list_of_layers():
     flow = realnvp((3, 4, 5), couplings=3, hidden=8, blocks=2, levels=32, alpha=0.1)
     names = [type(layer).__name__ for layer in flow.chain]

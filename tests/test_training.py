@@ -7,6 +7,7 @@ constant - s, so plain gradient descent moves s by exactly the learning rate at 
 from __future__ import annotations
 
 import math
+import weakref
 from itertools import chain, pairwise
 
 import pytest
@@ -115,6 +116,29 @@ def test_loss_is_the_mean_negative_log_likelihood_before_each_step():
     assert history.loss == pytest.approx([AT_ZERO, AT_ZERO - 1, AT_ZERO - 2])
     assert history.grad_norm == pytest.approx([1, 1, 1])
     assert log_scale(flow).item() == 3
+
+
+def test_a_large_block_is_allocated_and_freed_before_the_run(monkeypatch):
+    """glibc then keeps freed memory: from a block of up to 32 MiB it learns, and the larger the better."""
+    empty, blocks = torch.empty, []
+
+    def recorded(*args, **options) -> Tensor:
+        made = empty(*args, **options)
+        if made.nbytes > 2**20:
+            blocks.append((made.nbytes, made.device.type, weakref.ref(made)))
+        return made
+
+    class Looks(Recorder):
+        def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+            self.found = [(size, device, block() is None) for size, device, block in blocks]
+
+    monkeypatch.setattr(torch, "empty", recorded)
+    layer = Looks()
+    fit(scaling(1, layer), ZEROS, 1, batch_size=4)
+    ((size, device, freed),) = layer.found
+    assert 30 * 2**20 <= size < 32 * 2**20
+    assert device == "cpu"
+    assert freed
 
 
 def test_adam_is_the_default_optimizer():
