@@ -246,14 +246,14 @@ def glow_patches(
     replace(flow, Invertible1x1Conv, lambda layer: MIXERS[mixer](layer.channels))
     if bounded:
         replace(flow, GlowCoupling, lambda layer: BoundedGlowCoupling(layer.channels, layer.network))
-    fit(flow, train, steps, batch_size=64, lr=3e-3, clip=100.0, warmup=10, cosine=True)
+    fit(flow, train, steps, batch_size=64, lr=3e-3, clip=100.0, warmup=min(10, steps), cosine=True)
     inner = Chain([*flow.chain][1:])  # what it makes of a latent before that is rounded to a level
     with torch.no_grad():
         drawn = inner.inverse(torch.randn(500, flow.dims))
     finite = drawn.flatten(1).isfinite().all(1)
     return {
         "test": -log_likelihoods(flow, test).mean().item() / (flow.dims * math.log(2)),
-        "grid": grid_texture(drawn[finite].clamp(0, 256).floor()),
+        "grid": grid_texture(drawn[finite].floor().clamp(0, 255)),
         "broken": 1 - finite.float().mean().item(),
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
     }

@@ -22,6 +22,8 @@ class ChannelPermutation(ChannelBijection):
 
     def __init__(self, order: Tensor) -> None:
         super().__init__(len(order))
+        if order.dtype != torch.long:  # bool and uint8 would select, not order
+            raise ValueError(f"order: expected integers of type torch.int64, got {order.dtype}")
         if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
             raise ValueError(f"order: expected a permutation of 0 to {len(order) - 1}, got {order.tolist()}")
         self.register_buffer("order", order)

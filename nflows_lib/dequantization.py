@@ -72,7 +72,10 @@ class VariationalDequantize(UniformDequantize):
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         k = x.to(torch.get_default_dtype())
-        self.noise.initialize(StandardLogistic().sample(k), self._as_context(k))
+        with (
+            torch.random.fork_rng()
+        ):  # a run's random numbers do not depend on whether there is something to initialise
+            self.noise.initialize(StandardLogistic().sample(k), self._as_context(k))
 
     def _as_context(self, k: Tensor) -> Tensor:
         return 2 * k / (self.levels - 1) - 1

@@ -137,8 +137,8 @@ class Flow(nn.Module):
 
 
 def _check_rows(context: Tensor | None, n: int) -> None:
-    if context is not None and len(context) != n:
-        raise ValueError(f"context: expected {n} rows, one for each example, got {len(context)}")
+    if context is not None and context.shape[:1] != (n,):
+        raise ValueError(f"context: expected {n} rows, one for each example, got shape {tuple(context.shape)}")
 
 
 def _rows(layers: Chain, shape: Shape, indent: str = "") -> list[tuple[str, Shape, str]]:

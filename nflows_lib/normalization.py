@@ -121,7 +121,7 @@ class ActNorm(ChannelBijection):
 
     def _check(self, name: str, x: Tensor) -> None:
         self.check_channels(name, x)
-        if self._ready or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._ready:
             return
         self._ready = bool(self.initialized)
         if not self._ready:
