@@ -72,9 +72,7 @@ class VariationalDequantize(UniformDequantize):
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         k = x.to(torch.get_default_dtype())
-        with (
-            torch.random.fork_rng()
-        ):  # a run's random numbers do not depend on whether there is something to initialise
+        with torch.random.fork_rng():  # whether there is something to initialise or not, a run draws the same
             self.noise.initialize(StandardLogistic().sample(k), self._as_context(k))
 
     def _as_context(self, k: Tensor) -> Tensor:

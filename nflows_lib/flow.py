@@ -138,7 +138,8 @@ class Flow(nn.Module):
 
 def _check_rows(context: Tensor | None, n: int) -> None:
     if context is not None and context.shape[:1] != (n,):
-        raise ValueError(f"context: expected {n} rows, one for each example, got shape {tuple(context.shape)}")
+        got = len(context) if context.dim() else "a single number"
+        raise ValueError(f"context: expected {n} rows, one for each example, got {got}")
 
 
 def _rows(layers: Chain, shape: Shape, indent: str = "") -> list[tuple[str, Shape, str]]:
