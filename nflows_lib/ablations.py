@@ -23,7 +23,7 @@ from torch.nn.utils import parametrizations, parametrize
 from nflows_lib import data, runs
 from nflows_lib.bijection import Bijection, Chain, Layer
 from nflows_lib.convolution import ChannelPermutation, Invertible1x1Conv
-from nflows_lib.coupling import AffineCoupling, BoundedGlowCoupling, GlowCoupling, checkerboard_mask
+from nflows_lib.coupling import AffineCoupling, checkerboard_mask
 from nflows_lib.dequantization import Logit, Rescale, UniformDequantize, VariationalDequantize
 from nflows_lib.distributions import StandardNormal
 from nflows_lib.flow import Flow
@@ -234,7 +234,7 @@ def glow_patches(
 
     Args:
         mixer: what stands in the place of the 1x1 convolutions, one of MIXERS.
-        bounded: whether the couplings are :class:`BoundedGlowCoupling`.
+        bounded: whether the couplings are :class:`~nflows_lib.coupling.BoundedGlowCoupling`.
 
     Returns:
         ``test``: bits/dim on the test patches; ``grid``: the :func:`grid_texture` of 500 samples, ``broken``: the share
@@ -242,10 +242,8 @@ def glow_patches(
     """
     torch.manual_seed(40 + seed)
     train, test = (data.patches(part).images for part in ("train", "test"))
-    flow = glow((3, 16, 16), scales=2, steps=steps_per_scale, hidden=hidden)
+    flow = glow((3, 16, 16), scales=2, steps=steps_per_scale, hidden=hidden, bounded=bounded)
     replace(flow, Invertible1x1Conv, lambda layer: MIXERS[mixer](layer.channels))
-    if bounded:
-        replace(flow, GlowCoupling, lambda layer: BoundedGlowCoupling(layer.channels, layer.network))
     fit(flow, train, steps, batch_size=64, lr=3e-3, clip=100.0, warmup=min(10, steps), cosine=True)
     inner = Chain([*flow.chain][1:])  # what it makes of a latent before that is rounded to a level
     with torch.no_grad():
@@ -328,6 +326,7 @@ ABLATIONS: dict[str, Ablation] = {
         "Q5: does depth cure the grid in Glow's samples? And what do a wide and a bounded coupling do?",
         (0, 1, 2),
         {str(n): partial(glow_patches, steps_per_scale=n) for n in (1, 2, 4, 8)}
+        | {f"{n}, 1600 updates": partial(glow_patches, steps_per_scale=n, steps=1600) for n in (1, 4)}
         | {"2, wide": partial(glow_patches, steps_per_scale=2, hidden=104)}
         | {"8, bounded": partial(glow_patches, steps_per_scale=8, bounded=True)},
     ),
