@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         again = ["python", "-m", "nflows_lib", "train", options.run, "--resume"]
         for name in ("data", "out"):
             again += [f"--{name}", str(getattr(options, name))] if getattr(options, name) else []
+        again += ["--compile"] if options.compile else []
         print(f"\n{stopped}, and saved.\nTo go on: {shlex.join(again)}", file=sys.stderr)
         return 130
     except (ValueError, OSError, training.NonFiniteLoss) as error:

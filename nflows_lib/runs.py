@@ -249,6 +249,7 @@ RUNS: dict[str, Run] = {
         scales=4,
         steps=16,
         hidden=256,
+        bounded=True,
     ),
     "glow-flowers5": glow_photographs(
         "Glow on a folder of photographs of five kinds of flower, 64x64, four scales",
@@ -260,10 +261,11 @@ RUNS: dict[str, Run] = {
         scales=4,
         steps=16,
         hidden=256,
+        bounded=True,
     ),
     "glow-mnist": Run(
         title="Glow on MNIST, two scales, small enough for a CPU and to ship",
-        model=partial(glow, (1, 28, 28), scales=2, steps=8, hidden=64, precision=torch.bfloat16),
+        model=partial(glow, (1, 28, 28), scales=2, steps=8, hidden=64, bounded=True, precision=torch.bfloat16),
         data=data.mnist,
         optimizer=partial(glow_optimizer, lr=4e-3),
         budget=40 * 60,
@@ -365,7 +367,9 @@ def train(
     record = {
         "title": run.title,
         # What decides the result, not where its files lay.
-        "command": f"python -m nflows_lib train {name} " + (f"--steps {steps}" if steps else f"--budget {budget:g}s"),
+        "command": f"python -m nflows_lib train {name} "
+        + (f"--steps {steps}" if steps else f"--budget {budget:g}s")
+        + (" --compile" if compiled else ""),
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
         "steps": len(history.grad_norm),
         "minutes": facts["seconds"] / 60,

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nflows_lib.ablations import BoundedGlowCoupling
 from nflows_lib.bijection import Bijection, Shape, check_shape
 from nflows_lib.convolution import ChannelPermutation, Invertible1x1Conv
 from nflows_lib.coupling import (
     AdditiveCoupling,
     AffineCoupling,
+    BoundedGlowCoupling,
     GlowCoupling,
     alternating_mask,
     channel_mask,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nflows_lib import ablations, runs
 from nflows_lib.bijection import Chain
 from nflows_lib.convolution import ChannelPermutation, Invertible1x1Conv
-from nflows_lib.coupling import GlowCoupling
+from nflows_lib.coupling import BoundedGlowCoupling, GlowCoupling
 from nflows_lib.data import patches
 from nflows_lib.models import glow
 from nflows_lib.multiscale import FactorOut
@@ -154,7 +154,7 @@ def test_replace_takes_the_exact_type_only():
     ablations.replace(module, Derived, lambda layer: made.append(layer) or nn.Sequential(Derived(1, 1)))
     assert len(made) == 3
     nested = nn.Sequential(GlowCoupling(4, nn.Sequential(GlowCoupling(2, nn.Identity()))))
-    ablations.replace(nested, GlowCoupling, lambda layer: ablations.BoundedGlowCoupling(layer.channels, layer.network))
+    ablations.replace(nested, GlowCoupling, lambda layer: BoundedGlowCoupling(layer.channels, layer.network))
     assert kinds(nested).count("BoundedGlowCoupling") == 2
     assert "GlowCoupling" not in kinds(nested)
 
@@ -215,34 +215,6 @@ def test_the_mixers_are_what_they_say():
     assert made["nothing"].order.tolist() == list(range(16))
     orders = [tuple(ablations.MIXERS["shuffle"](16).order.tolist()) for _ in range(5)]
     assert len({*orders, tuple(range(16)), tuple(range(15, -1, -1))}) == 7
-
-
-class Fixed(nn.Module):
-    """A network that gives these numbers for every example."""
-
-    def __init__(self, *output: float) -> None:
-        super().__init__()
-        self.output = torch.tensor(output)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.output.expand(len(x), -1)
-
-
-def test_the_bounded_coupling_in_numbers():
-    """x = (1; 2, 3), h = (artanh 1/2, -40), gain 2: scales e and e^-2; shifts 1 and -1."""
-    layer = ablations.BoundedGlowCoupling(3, Fixed(math.atanh(0.5), -40.0, 1.0, -1.0))
-    assert layer.gain.item() == 1
-    x = torch.tensor([[1.0, 2.0, 3.0]])
-    for gain, scales in ((1.0, (math.exp(0.5), math.exp(-1))), (2.0, (math.e, math.exp(-2)))):
-        with torch.no_grad():
-            layer.gain.fill_(gain)
-        z, contribution = layer(x)
-        torch.testing.assert_close(z, torch.tensor([[1.0, 3 * scales[0], 2 * scales[1]]]))
-        torch.testing.assert_close(contribution, torch.tensor([-0.5 * gain]))
-        torch.testing.assert_close(layer.inverse(z), x)
-    contribution.sum().backward()
-    assert layer.gain.grad.item() == pytest.approx(-0.5)
-    assert {name for name, _ in layer.named_parameters()} == {"gain"}
 
 
 TINY = {"steps_per_scale": 1, "hidden": 2, "steps": 10}  # the warm-up's
@@ -336,6 +308,7 @@ def test_the_arms_of_the_questions_about_glow():
         assert arm.keywords["steps_per_scale"] == int(steps)
         assert arm.keywords.get("bounded", False) == (kind == "bounded")
         assert arm.keywords.get("hidden", 32) == (104 if kind == "wide" else 32)
+        assert arm.keywords.get("steps", 400) == (1600 if kind == "1600 updates" else 400)
 
 
 # --- running them -----------------------------------------------------------------------------------------------------

@@ -492,6 +492,28 @@ def test_flow_initialises_an_act_norm_and_a_glow_net_inside_the_noise():
     assert flow(k).isfinite().all()
 
 
+@pytest.mark.parametrize("make", [list, lambda: [ActNorm(2)], lambda: [GlowCoupling(2, MLP(1, 2, 4, 1, context=2))]])
+def test_initialising_the_noise_leaves_the_random_state_alone(make):
+    """Whether there is something to initialise or not."""
+    dequantize = VariationalDequantize(make(), 16)
+    k = torch.randint(16, (50, 2))
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    dequantize.initialize(k)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_initialising_the_noise_draws_from_the_seed():
+    k, scales = torch.randint(16, (50, 2)), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        norm = ActNorm(2)
+        VariationalDequantize([norm], 16).initialize(k)
+        scales.append(norm.log_scale.detach())
+    assert torch.equal(scales[0], scales[1])
+    assert not torch.equal(scales[0], scales[2])
+
+
 @torch.no_grad()
 def test_a_flow_refuses_a_first_batch_of_nothing_before_its_noise():
     flow = Flow([VariationalDequantize([ActNorm(2)], 4)], StandardNormal(), (2,))

@@ -451,6 +451,16 @@ def test_a_context_has_one_row_for_each_example(conditional, rows):
     assert flow.sample(3, context=right).shape == (3, 2)
 
 
+def test_a_context_that_is_one_number_has_no_rows():
+    flow = Flow([Rescale(2.0)], StandardNormal(), (2,))
+    x, context = torch.zeros(3, 2), torch.tensor(3.0)
+    for method in (flow, flow.log_prob, flow.bits_per_dim, flow.encode, flow.decode, flow.initialize):
+        with pytest.raises(ValueError, match=r"^context: expected 3 rows, one for each example, got a single number$"):
+            method(x, context)
+    with pytest.raises(ValueError, match=r"^context: expected 1 rows, one for each example, got a single number$"):
+        flow.sample(1, context=context)
+
+
 @pytest.mark.parametrize(
     ("flow", "x"),
     [

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nflows_lib import checkpoint
 from nflows_lib.bijection import Chain, ChannelBijection, Shape
 from nflows_lib.convolution import ChannelPermutation, Invertible1x1Conv
-from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, GlowCoupling, channel_mask
+from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, BoundedGlowCoupling, GlowCoupling, channel_mask
 from nflows_lib.data import digits
 from nflows_lib.dequantization import Rescale, UniformDequantize
 from nflows_lib.distributions import StandardNormal
@@ -525,6 +525,14 @@ def test_channel_permutation_refuses_what_is_none(order):
         ChannelPermutation(torch.tensor(order))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float32])
+def test_an_order_of_another_type_is_refused(dtype):
+    """As an index it would select, or fail at the first call only."""
+    message = f"order: expected integers of type torch.int64, got {dtype}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ChannelPermutation(torch.tensor([1, 0], dtype=dtype))
+
+
 def test_channel_permutation_of_no_channel_is_refused():
     with pytest.raises(ValueError, match=r"^channels: expected at least 1, got 0$"):
         ChannelPermutation(torch.tensor([], dtype=torch.long))
@@ -610,6 +618,34 @@ def test_a_scale_that_underflows_has_a_log_determinant_of_minus_infinity():
     layer = GlowCoupling(2, Fixed(-110.0, 0.0))
     assert layer(torch.ones(1, 2))[1].item() == -math.inf
     assert GlowCoupling(2, Fixed(-90.0, 0.0))(torch.ones(1, 2))[1].item() == pytest.approx(-88)
+
+
+def test_the_bounded_coupling_in_numbers():
+    """x = (1; 2, 3), h = (artanh 1/2, -40), gain 2: scales e and e^-2; shifts 1 and -1."""
+    layer = BoundedGlowCoupling(3, Fixed(math.atanh(0.5), -40.0, 1.0, -1.0))
+    assert layer.gain.item() == 1
+    x = torch.tensor([[1.0, 2.0, 3.0]])
+    for gain, scales in ((1.0, (math.exp(0.5), math.exp(-1))), (2.0, (math.e, math.exp(-2)))):
+        with torch.no_grad():
+            layer.gain.fill_(gain)
+        z, contribution = layer(x)
+        torch.testing.assert_close(z, torch.tensor([[1.0, 3 * scales[0], 2 * scales[1]]]))
+        torch.testing.assert_close(contribution, torch.tensor([-0.5 * gain]))
+        torch.testing.assert_close(layer.inverse(z), x)
+    contribution.sum().backward()
+    assert layer.gain.grad.item() == pytest.approx(-0.5)
+    assert {name for name, _ in layer.named_parameters()} == {"gain"}
+
+
+@pytest.mark.parametrize("h", [-1e30, -120.0, 120.0, 1e30])
+@torch.no_grad()
+def test_a_bounded_scale_neither_underflows_nor_overflows(h):
+    """Where that of the released code, at -120 and below, loses the image."""
+    layer, x = BoundedGlowCoupling(4, Fixed(h, h, 1.0, -1.0)), torch.tensor([[5.0, 6.0, 2.0, 3.0]])
+    z, contribution = layer(x)
+    assert contribution.item() == pytest.approx(math.copysign(2, h))
+    torch.testing.assert_close(layer.inverse(z), x)
+    assert GlowCoupling(4, layer.network)(x)[1].isfinite().item() == (h > 0)
 
 
 def glow_coupling(channels: int, context: int = 0, scale: float = 0.3, **options) -> GlowCoupling:
@@ -1016,18 +1052,19 @@ def kernels(network: nn.Module) -> list[Tensor]:
 
 @every_model
 @pytest.mark.parametrize("classes", [0, 3])
+@pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("lu", [True, False])
-def test_glow_is_its_list_of_layers(shape, scales, classes, lu):
+def test_glow_is_its_list_of_layers(shape, scales, classes, bounded, lu):
     """A squeeze, steps of three layers, half is finished under a learned prior: at every scale but the last."""
     options = {"scales": scales, "steps": 3, "hidden": 5, "classes": classes, "lu": lu, "precision": torch.bfloat16}
-    flow = glow(shape, levels=32, **options)
+    flow = glow(shape, levels=32, bounded=bounded, **options)
     layers = list(flow.chain)
     assert [type(layer) for layer in layers[:2]] == [UniformDequantize, Rescale]
     assert (flow.levels, layers[0].levels, layers[1].scale) == (32, 32, 1 / 32)
     layers, here = layers[2:], shape
     for left in range(scales - 1, -1, -1):
         channels, *size = (4 * here[0], here[1] // 2, here[2] // 2)
-        steps = [ActNorm, Invertible1x1Conv, GlowCoupling] * 3
+        steps = [ActNorm, Invertible1x1Conv, BoundedGlowCoupling if bounded else GlowCoupling] * 3
         assert [type(layer) for layer in layers] == [Squeeze, *steps, *([FactorOut] if left else [])]
         for i in range(3):
             norm, mix, coupling = layers[1 + 3 * i : 4 + 3 * i]
@@ -1052,7 +1089,7 @@ def test_glow_has_the_defaults_of_the_paper():
     steps = []
     layers = flow.chain
     while True:
-        steps.append(sum(isinstance(layer, GlowCoupling) for layer in layers))
+        steps.append(sum(type(layer) is GlowCoupling for layer in layers))
         if not isinstance(layers[-1], FactorOut):
             break
         layers = layers[-1].inner
@@ -1061,6 +1098,35 @@ def test_glow_has_the_defaults_of_the_paper():
     assert (network.precision, network.context, mix.lu) == (torch.float32, 0, True)
     wide = glow((1, 2, 2), scales=1, steps=1).chain[5].network
     assert [len(kernel) for kernel in kernels(wide)] == [512, 512, 4]
+
+
+@every_model
+def test_a_bounded_glow_has_one_number_more_in_each_coupling(shape, scales):
+    """And starts from the same draws: apart from the scales it is the same flow."""
+    options = {"scales": scales, "steps": 3, "hidden": 5}
+    states = []
+    for bounded in (False, True):
+        torch.manual_seed(0)
+        states.append(glow(shape, bounded=bounded, **options).state_dict())
+    usual, bounded = states
+    gains = bounded.keys() - usual.keys()
+    assert len(gains) == 3 * scales
+    assert all(name.endswith(".gain") and bounded[name].shape == () and bounded[name] == 1 for name in gains)
+    for name, value in usual.items():
+        assert torch.equal(bounded[name], value), name
+
+
+@torch.no_grad()
+def test_one_scale_of_a_bounded_glow_gives_samples_whatever_its_networks_say():
+    """With wild networks all are finite; where the couplings are those of the released code, none is."""
+    for bounded in (True, False):
+        flow = small((1, 8, 8), 1, bounded=bounded)
+        for layer in flow.chain:
+            if isinstance(layer, GlowCoupling):
+                layer.network.layers[-1].weight.mul_(100)
+        torch.manual_seed(1)
+        drawn = Chain([*flow.chain][1:]).inverse(torch.randn(50, *flow.latent_shape))
+        assert (drawn.flatten(1).isfinite().all(1) == bounded).all()
 
 
 @every_model
@@ -1270,20 +1336,21 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def compilable(classes: int = 3, seed: int = 0) -> tuple[Flow, Tensor, Tensor | None]:
+def compilable(classes: int = 3, seed: int = 0, bounded: bool = False) -> tuple[Flow, Tensor, Tensor | None]:
     """A Glow with two scales that is not initialised, data and labels."""
     torch.manual_seed(seed)
-    flow = glow((1, 4, 4), levels=17, scales=2, steps=1, hidden=4, classes=classes)
+    flow = glow((1, 4, 4), levels=17, scales=2, steps=1, hidden=4, classes=classes, bounded=bounded)
     return flow, torch.randint(17, (24, 1, 4, 4)), labels_of(24, classes)
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["loaded", "used"])
-def test_glow_with_classes_compiles_to_one_graph(fresh_compiler, used):
+@pytest.mark.parametrize("bounded", [False, True])
+def test_glow_with_classes_compiles_to_one_graph(fresh_compiler, bounded, used):
     """No check looks at a value, whether the ActNorms have been used before or only loaded."""
-    flow, k, context = compilable()
+    flow, k, context = compilable(bounded=bounded)
     flow.initialize(k, context)
     if not used:
-        other = compilable(seed=1)[0]
+        other = compilable(seed=1, bounded=bounded)[0]
         other.load_state_dict(flow.state_dict())
         flow = other
     explained = torch._dynamo.explain(flow)(k, context)

@@ -5,14 +5,24 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shlex
+import signal
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 
 from nflows_lib import checkpoint, data, runs, training
 from nflows_lib.__main__ import main
+from nflows_lib.coupling import BoundedGlowCoupling, GlowCoupling
+from nflows_lib.data import Images
+from nflows_lib.flow import Flow
+from nflows_lib.networks import GlowNet
 
 
 @pytest.fixture
@@ -62,6 +72,163 @@ def test_the_shipped_records_say_what_made_them():
         assert record.keys() >= {"command", "commit", "seed", "python", "torch", "hardware", "minutes", "parameters"}
         assert record["run"] == path.parent.name
         assert not record["commit"].endswith("-dirty")
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+# Shape, scales, steps at each, channels inside the networks, whether the scales are bounded.
+GLOWS = {
+    "glow-cifar10-small": ((3, 32, 32), 3, 8, 64, False),
+    "glow-cifar10-bounded": ((3, 32, 32), 3, 8, 64, True),
+    "glow-cifar10": ((3, 32, 32), 3, 32, 512, False),
+    "glow-flowers": ((3, 64, 64), 4, 16, 256, True),
+    "glow-flowers5": ((3, 64, 64), 4, 16, 256, True),
+    "glow-mnist": ((1, 28, 28), 2, 8, 64, True),
+}
+
+
+def parameters_of_glow(shape: tuple[int, int, int], scales: int, steps: int, hidden: int, bounded: bool) -> int:
+    """Counted by hand: ActNorm, matrix, three convolutions of which two have an ActNorm; priors between scales."""
+    total, channels = 0, shape[0]
+    for left in range(scales - 1, -1, -1):
+        channels *= 4
+        half = channels // 2
+        network = 9 * half * hidden + hidden**2 + 4 * hidden + 9 * hidden * channels + channels
+        total += steps * (2 * channels + channels**2 + network + bounded)
+        if left:
+            total += 9 * half * channels + channels
+            channels = half
+    return total
+
+
+def test_every_run_of_glow_is_tested():
+    assert [name for name in runs.RUNS if name.startswith("glow")] == list(GLOWS)
+
+
+@pytest.mark.parametrize("name", GLOWS)
+def test_a_run_of_glow_builds_the_flow_that_it_says(name):
+    """On no device: the large ones, too."""
+    run, (shape, scales, steps, _, bounded) = runs.find(name), GLOWS[name]
+    with torch.device("meta"):
+        flow = run.model()
+        optimizer = run.optimizer(flow)
+    assert run.shape == flow.shape == shape
+    assert flow.levels == 256
+    couplings = [type(module) for module in flow.modules() if isinstance(module, GlowCoupling)]
+    assert couplings == [BoundedGlowCoupling if bounded else GlowCoupling] * (scales * steps)
+    networks = [module for module in flow.modules() if isinstance(module, GlowNet)]
+    assert {(network.precision, network.context) for network in networks} == {(torch.bfloat16, 0)}
+    assert sum(parameter.numel() for parameter in flow.parameters()) == parameters_of_glow(*GLOWS[name])
+    (group,) = optimizer.param_groups
+    assert {id(parameter) for parameter in group["params"]} == {id(parameter) for parameter in flow.parameters()}
+    assert group["lr"] == (4e-3 if parameters_of_glow(*GLOWS[name]) < 1e6 else 1e-3)
+
+
+def test_glow_at_the_paper_s_size_has_44_million_parameters():
+    assert round(parameters_of_glow(*GLOWS["glow-cifar10"]) / 1e6) == 44
+
+
+@pytest.mark.parametrize("name", [name for name, size in GLOWS.items() if size[3] == 64])
+def test_a_small_run_of_glow_has_a_finite_likelihood(name):
+    """Of random levels, that no model can tell in less than 8 bits; as its networks compute, a first step included."""
+    torch.manual_seed(0)
+    run = runs.find(name)
+    flow = run.model()
+    k = torch.randint(256, (4, *run.shape), dtype=torch.uint8)
+    augment = run.settings.get("augment", lambda x: x)
+    flow.initialize(augment(k))
+    loss = flow.bits_per_dim(augment(k)).mean()
+    assert 8 < loss < 12
+    loss.backward()
+    run.optimizer(flow).step()
+    assert flow.bits_per_dim(k).isfinite().all()
+
+
+@pytest.mark.parametrize("name", GLOWS)
+def test_a_run_of_glow_reads_its_data_and_mirrors_photographs(name):
+    """Digits that are mirrored are no digits; the flowers are tested below."""
+    run = runs.find(name)
+    assert run.settings.get("augment") is (None if name == "glow-mnist" else data.random_flip)
+    if "flowers" not in name:
+        assert run.data is (data.mnist if name == "glow-mnist" else data.cifar10)
+
+
+def numbered(n: int, classes: int) -> Images:
+    """n images that tell their number, class after class."""
+    images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).repeat(1, 3, 2, 2)
+    return Images(images, torch.arange(n) * classes // n, levels=200)
+
+
+@pytest.mark.parametrize("n", [1, 7, 200])
+def test_shuffled_is_one_order_for_ever(n):
+    """Images and labels stay together; the random state is neither used nor changed."""
+    images, found = numbered(n, 5), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        found.append(runs.shuffled(images))
+        assert torch.equal(torch.get_rng_state(), state)
+    first, again = found
+    assert torch.equal(first.images, again.images)
+    assert torch.equal(first.labels, again.labels)
+    number = first.images[:, 0, 0, 0].long()
+    assert torch.equal(first.images, images.images[number])
+    assert torch.equal(first.labels, images.labels[number])
+    assert number.sort().values.tolist() == list(range(n))
+    assert first.levels == 200
+    if n > 1:
+        assert number.tolist() != list(range(n))
+
+
+def test_what_is_held_out_of_shuffled_images_is_of_every_class():
+    """Of 40 images of each kind: the share in 20 does not come from sorted ones."""
+    assert runs.shuffled(numbered(200, 5)).labels[:20].unique().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_flowers_of_oxford_are_shuffled(monkeypatch, tmp_path):
+    asked = []
+
+    def flowers102(part: str, folder: Path | None) -> Images:
+        asked.append((part, folder))
+        return numbered(50, 5)
+
+    monkeypatch.setattr(data, "flowers102", flowers102)
+    for part, folder in (("train", None), ("test", tmp_path)):
+        found = runs.find("glow-flowers").data(part, folder)
+        assert torch.equal(found.images, runs.shuffled(numbered(50, 5)).images)
+    assert asked == [("train", None), ("test", tmp_path)]
+
+
+@pytest.fixture
+def flowers(tmp_path) -> Path:
+    """A folder with six photographs of two kinds of flower: the pixels of each say which it is."""
+    for i, name in enumerate(["rose/1.jpg", "rose/2.png", "rose/3.jpeg", "tulip/1.png", "tulip/2.JPG", "tulip/3.png"]):
+        path = tmp_path / "flowers5" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((70 + 5 * i, 90, 3), 40 * i, np.uint8)).save(path)
+    return tmp_path
+
+
+def test_flowers5_reads_and_splits_its_folder(flowers, monkeypatch):
+    """Every sixth photograph is for testing, the others come shuffled, each with its kind."""
+    load = runs.find("glow-flowers5").data
+    train, test = load("train", flowers), load("test", flowers)
+    assert (train.images.shape, test.images.shape) == ((5, 3, 64, 64), (1, 3, 64, 64))
+    assert (train.images.dtype, train.levels) == (torch.uint8, 256)
+    greys = train.images[:, 0, 0, 0].tolist()
+    assert sorted(greys) == [0, 40, 80, 120, 160]
+    assert greys != sorted(greys)
+    assert [label == (grey > 100) for label, grey in zip(train.labels.tolist(), greys, strict=True)] == [True] * 5
+    assert (test.images[0, 0, 0, 0], test.labels.tolist()) == (200, [1])
+    assert torch.equal(load("train", flowers).images, train.images)
+    monkeypatch.setenv("NFLOWS_DATA", str(flowers))
+    assert torch.equal(load("train", None).images, train.images)
+
+
+def test_flowers5_that_are_not_there_are_named(tmp_path):
+    place = re.escape(str(tmp_path / "flowers5"))
+    with pytest.raises(FileNotFoundError, match=f"expected one with images .*, got {place}, which is no folder"):
+        runs.flowers5("train", tmp_path)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -261,3 +428,83 @@ def test_figures_and_samples_leave_the_random_state_alone_and_do_not_depend_on_i
         assert torch.equal(torch.get_rng_state(), state)
     assert figures[0] == figures[1]
     assert pictures[0] == pictures[1]
+
+
+# --- compiled ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The flows that are compiled, to graphs that PyTorch runs as they are: its compiler takes a minute."""
+    flows, compile = [], nn.Module.compile
+
+    def eager(flow: Flow) -> None:
+        flows.append(flow)
+        compile(flow, backend="eager")
+
+    monkeypatch.setattr(Flow, "compile", eager)
+    torch._dynamo.reset()
+    yield flows
+    torch._dynamo.reset()
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """The checkpoints hold the same numbers, up to rounding, under the same names, and the records tell the same."""
+    ours, theirs = (checkpoint.load(folder / training.CHECKPOINT)[0] for folder in (found, expected))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+    mine, other = (json.loads((folder / "run.json").read_text()) for folder in (found, expected))
+    assert mine["figure"] == pytest.approx(other["figure"], rel=1e-4)
+    for key in ("command", "parameters", "steps", "settings", "run"):
+        assert mine[key] == other[key]
+
+
+def test_a_compiled_run_is_the_same_run(trained, compiled, tmp_path):
+    """The flow itself is compiled, once and in place; what is stored is loaded where nothing is."""
+    options = ["--steps", str(STEPS), "--draws", "2", "--out", str(tmp_path)]
+    assert main(["train", NAME, *options, "--compile"]) == 0
+    (flow,) = compiled
+    assert flow._compiled_call_impl is not None
+    assert_same_run(tmp_path, trained)
+    images = data.digits("test").images.reshape(-1, 64)
+    nats = []
+    for loaded in (runs.load_flow(NAME, tmp_path), runs.load_flow(NAME, trained)):
+        torch.manual_seed(0)
+        nats.append(loaded(images))
+    torch.testing.assert_close(*nats, rtol=1e-3, atol=0.1)
+    assert len(compiled) == 1
+
+
+def test_nothing_is_compiled_unless_asked_for(compiled, tmp_path):
+    assert main(["train", NAME, "--steps", "100", "--draws", "1", "--out", str(tmp_path / "a")]) == 0
+    assert compiled == []
+    flow = runs.train(NAME, tmp_path / "b", steps=100, draws=1, compiled=True)
+    assert compiled == [flow]
+    assert flow.sample(2).shape == (2, 64)
+    assert flow(torch.zeros(2, 64, dtype=torch.long)).isfinite().all()
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["compiled, then not", "not, then compiled"])
+def test_a_stopped_run_goes_on_compiled_or_not(trained, compiled, before, monkeypatch, tmp_path, capsys):
+    """As the line says that it prints; with the flag at one end and without it at the other it is the same run."""
+    save_samples = runs.save_samples
+
+    def stop_at_60(flow: Flow, shape: tuple[int, ...], path: Path, *options) -> None:
+        save_samples(flow, shape, path, *options)
+        if path.name == "samples-0000060.png":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(runs, "save_samples", stop_at_60)
+    flag = ["--compile"]
+    start = ["train", NAME, "--steps", str(STEPS), "--draws", "2", "--out", str(tmp_path)]
+    assert main(start + flag * before) == 130
+    assert len(compiled) == before
+    assert training.read_checkpoint(tmp_path)["step"] == 60
+    monkeypatch.setattr(runs, "save_samples", save_samples)
+    again = shlex.split(re.search(r"To go on: python -m nflows_lib (.*)", capsys.readouterr().err)[1])
+    without = [word for word in again if word not in flag]
+    assert without == ["train", NAME, "--resume", "--out", str(tmp_path)]
+    assert main([*without, "--draws", "2", *(flag * (not before))]) == 0
+    assert len(compiled) == 1
+    assert_same_run(tmp_path, trained)
