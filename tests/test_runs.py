@@ -448,15 +448,19 @@ def compiled(monkeypatch):
     torch._dynamo.reset()
 
 
-def assert_same_run(found: Path, expected: Path) -> None:
-    """The checkpoints hold the same numbers, up to rounding, under the same names, and the records tell the same."""
+def assert_same_run(found: Path, expected: Path, compiled: bool) -> None:
+    """The checkpoints hold the same numbers, up to rounding, under the same names, and the records tell the same.
+
+    But for the command, which says whether the run (its last part) was compiled.
+    """
     ours, theirs = (checkpoint.load(folder / training.CHECKPOINT)[0] for folder in (found, expected))
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
     mine, other = (json.loads((folder / "run.json").read_text()) for folder in (found, expected))
     assert mine["figure"] == pytest.approx(other["figure"], rel=1e-4)
-    for key in ("command", "parameters", "steps", "settings", "run"):
+    assert mine["command"] == other["command"] + " --compile" * compiled
+    for key in ("parameters", "steps", "settings", "run"):
         assert mine[key] == other[key]
 
 
@@ -466,7 +470,7 @@ def test_a_compiled_run_is_the_same_run(trained, compiled, tmp_path):
     assert main(["train", NAME, *options, "--compile"]) == 0
     (flow,) = compiled
     assert flow._compiled_call_impl is not None
-    assert_same_run(tmp_path, trained)
+    assert_same_run(tmp_path, trained, compiled=True)
     images = data.digits("test").images.reshape(-1, 64)
     nats = []
     for loaded in (runs.load_flow(NAME, tmp_path), runs.load_flow(NAME, trained)):
@@ -503,8 +507,8 @@ def test_a_stopped_run_goes_on_compiled_or_not(trained, compiled, before, monkey
     assert training.read_checkpoint(tmp_path)["step"] == 60
     monkeypatch.setattr(runs, "save_samples", save_samples)
     again = shlex.split(re.search(r"To go on: python -m nflows_lib (.*)", capsys.readouterr().err)[1])
+    assert again == ["train", NAME, "--resume", "--out", str(tmp_path), *(flag * before)]
     without = [word for word in again if word not in flag]
-    assert without == ["train", NAME, "--resume", "--out", str(tmp_path)]
     assert main([*without, "--draws", "2", *(flag * (not before))]) == 0
     assert len(compiled) == 1
-    assert_same_run(tmp_path, trained)
+    assert_same_run(tmp_path, trained, compiled=not before)
