@@ -45,8 +45,8 @@ class Invertible1x1Conv(ChannelBijection):
     Args:
         channels: C, of vectors (B, C) or images (B, C, H, W).
         lu: learn W = P L (U + diag(s)), P a fixed permutation, L lower triangular with ones on its diagonal, U strictly
-            upper triangular, the signs of s fixed: log|det W| is then the sum of log|s|, in O(C), and W cannot become
-            singular. Without, W itself is learned, and its log-determinant costs O(C^3).
+            upper triangular, the signs of s fixed: log|det W| is then the sum of log|s|, in O(C), and det W never
+            crosses 0. Without, W itself is learned, and its log-determinant costs O(C^3).
     """
 
     def __init__(self, channels: int, lu: bool = True) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from nflows_lib.bijection import check_shape, initialize_network
-from nflows_lib.normalization import first_statistics
+from nflows_lib.normalization import standardise_first
 
 
 class MLP(nn.Module):
@@ -130,12 +130,8 @@ class ActNormConv(nn.Module):
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Let this batch leave with mean 0 and variance 1 in every channel, unless an earlier call has done so."""
-        if self.initialized:
-            return
-        std, mean = first_statistics(F.conv2d(x, self.weight, padding="same"))
-        self.log_scale.copy_(-std.log())
-        self.bias.copy_(-mean / std)
-        self.initialized.fill_(True)
+        if not self.initialized:
+            standardise_first(self, F.conv2d(x, self.weight, padding="same"))
 
 
 class GlowNet(nn.Module):

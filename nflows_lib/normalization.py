@@ -111,13 +111,9 @@ class ActNorm(ChannelBijection):
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Standardise this batch, unless an earlier call has done so with another."""
-        if self.initialized:
-            return
-        self.check_channels("x", x)
-        std, mean = first_statistics(x)
-        self.log_scale.copy_(-std.log())
-        self.bias.copy_(-mean / std)
-        self.initialized.fill_(True)
+        if not self.initialized:
+            self.check_channels("x", x)
+            standardise_first(self, x)
 
     def _check(self, name: str, x: Tensor) -> None:
         self.check_channels(name, x)
@@ -126,6 +122,14 @@ class ActNorm(ChannelBijection):
         self._ready = bool(self.initialized)
         if not self._ready:
             raise ValueError("ActNorm: expected one call of Flow.initialize with a batch of data first, got none")
+
+
+def standardise_first(layer: nn.Module, x: Tensor) -> None:
+    """Set log-scale and bias so that x, scaled and shifted, has mean 0 and variance 1 a channel; and the flag."""
+    std, mean = first_statistics(x)
+    layer.log_scale.copy_(-std.log())
+    layer.bias.copy_(-mean / std)
+    layer.initialized.fill_(True)
 
 
 def first_statistics(x: Tensor) -> tuple[Tensor, Tensor]:

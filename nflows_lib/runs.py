@@ -81,6 +81,12 @@ def glow_optimizer(flow: Flow, lr: float) -> Optimizer:
     return Adam(flow.parameters(), lr=lr, fused=True)
 
 
+def on_photographs(warmup: int, ema: float) -> dict[str, Any]:
+    """Settings that all runs on photographs share, and two that they do not."""
+    shared = {"augment": data.random_flip, "batch_size": 64, "clip": 100.0, "cosine": True}
+    return shared | {"warmup": warmup, "ema": ema}
+
+
 def realnvp_cifar10(title: str, lr: float, budget: float, ema: float, **size: int) -> Run:
     """RealNVP on CIFAR-10: what its runs share; ``size`` goes to :func:`nflows_lib.models.realnvp`."""
     return Run(
@@ -92,46 +98,37 @@ def realnvp_cifar10(title: str, lr: float, budget: float, ema: float, **size: in
         shape=(3, 32, 32),
         held_out=500,
         paper=(3.49, "Dinh et al. 2016, two scales, networks of 8 blocks"),
-        settings={
-            "augment": data.random_flip,
-            "batch_size": 64,
-            "clip": 100.0,
-            "warmup": 100,
-            "cosine": True,
-            "ema": ema,
-        },
+        settings=on_photographs(warmup=100, ema=ema),
     )
 
 
-def glow_photographs(
-    title: str,
-    shape: tuple[int, int, int],
-    images: Callable[[str, Path | None], Images],
-    lr: float,
-    budget: float,
-    held_out: int,
-    paper: tuple[float, str] | None = None,
-    ema: float = 0.999,
-    **size: int,
-) -> Run:
-    """Glow on photographs: what its runs share; ``size`` goes to :func:`nflows_lib.models.glow`."""
+def glow_cifar10(title: str, lr: float, budget: float, ema: float, **size: int) -> Run:
+    """Glow on CIFAR-10: what its runs share; ``size`` goes to :func:`nflows_lib.models.glow`."""
     return Run(
         title=title,
-        model=partial(glow, shape, precision=torch.bfloat16, **size),
-        data=images,
+        model=partial(glow, (3, 32, 32), precision=torch.bfloat16, **size),
+        data=data.cifar10,
         optimizer=partial(glow_optimizer, lr=lr),
         budget=budget,
-        shape=shape,
-        held_out=held_out,
-        paper=paper,
-        settings={
-            "augment": data.random_flip,
-            "batch_size": 64,
-            "clip": 100.0,
-            "warmup": 200,
-            "cosine": True,
-            "ema": ema,
-        },
+        shape=(3, 32, 32),
+        held_out=500,
+        paper=(3.35, "Kingma and Dhariwal 2018, 32 steps a scale, networks of 512 channels"),
+        settings=on_photographs(warmup=200, ema=ema),
+    )
+
+
+def glow_flowers(title: str, images: Callable[[str, Path | None], Images]) -> Run:
+    """Glow on photographs of flowers, 64x64, four scales."""
+    size = {"scales": 4, "steps": 16, "hidden": 256, "bounded": True}
+    return Run(
+        title=title,
+        model=partial(glow, (3, 64, 64), precision=torch.bfloat16, **size),
+        data=images,
+        optimizer=partial(glow_optimizer, lr=1e-3),
+        budget=25 * 60,
+        shape=(3, 64, 64),
+        held_out=300,
+        settings=on_photographs(warmup=200, ema=0.999),
     )
 
 
@@ -206,62 +203,31 @@ RUNS: dict[str, Run] = {
         scales=2,
         couplings=4,
     ),
-    "glow-cifar10-small": glow_photographs(
+    "glow-cifar10-small": glow_cifar10(
         "Glow on CIFAR-10, small enough for a CPU and to ship",
-        (3, 32, 32),
-        data.cifar10,
         lr=4e-3,
         budget=40 * 60,
-        held_out=500,
-        paper=(3.35, "Kingma and Dhariwal 2018, 32 steps a scale, networks of 512 channels"),
+        ema=0.999,
         steps=8,
         hidden=64,
     ),
-    "glow-cifar10-bounded": glow_photographs(
+    "glow-cifar10-bounded": glow_cifar10(
         "Glow on CIFAR-10 with bounded scales, small enough for a CPU and to ship",
-        (3, 32, 32),
-        data.cifar10,
         lr=4e-3,
         budget=40 * 60,
-        held_out=500,
-        paper=(3.35, "Kingma and Dhariwal 2018, 32 steps a scale, networks of 512 channels"),
+        ema=0.999,
         steps=8,
         hidden=64,
         bounded=True,
     ),
-    "glow-cifar10": glow_photographs(
-        "Glow on CIFAR-10 at the paper's size",
-        (3, 32, 32),
-        data.cifar10,
-        lr=1e-3,
-        budget=25 * 60,
-        held_out=500,
-        paper=(3.35, "Kingma and Dhariwal 2018"),
-        ema=0.9995,
-    ),
-    "glow-flowers": glow_photographs(
+    "glow-cifar10": glow_cifar10("Glow on CIFAR-10 at the paper's size", lr=1e-3, budget=25 * 60, ema=0.9995),
+    "glow-flowers": glow_flowers(
         "Glow on Flowers-102, 64x64, four scales",
-        (3, 64, 64),
         lambda part, folder: shuffled(data.flowers102(part, folder)),
-        lr=1e-3,
-        budget=25 * 60,
-        held_out=300,
-        scales=4,
-        steps=16,
-        hidden=256,
-        bounded=True,
     ),
-    "glow-flowers5": glow_photographs(
+    "glow-flowers5": glow_flowers(
         "Glow on a folder of photographs of five kinds of flower, 64x64, four scales",
-        (3, 64, 64),
         flowers5,
-        lr=1e-3,
-        budget=25 * 60,
-        held_out=300,
-        scales=4,
-        steps=16,
-        hidden=256,
-        bounded=True,
     ),
     "glow-mnist": Run(
         title="Glow on MNIST, two scales, small enough for a CPU and to ship",

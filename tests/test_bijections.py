@@ -11,7 +11,7 @@ import re
 
 import pytest
 import torch
-from bijections import BIJECTIONS, build, randomize, used_batch_norm
+from bijections import BIJECTIONS, Fixed, build, randomize, used_batch_norm
 from torch import Tensor, nn
 
 import nflows_lib
@@ -345,18 +345,6 @@ def test_channel_mask_errors(arguments, message):
 
 
 # --- affine couplings -------------------------------------------------------------------------------------------------
-
-
-class Fixed(nn.Module):
-    """A network that gives these numbers for every example, and keeps what it was given."""
-
-    def __init__(self, *output: float) -> None:
-        super().__init__()
-        self.output = torch.tensor(output)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        self.seen = (x, context)
-        return self.output.to(x.dtype).expand(len(x), -1)
 
 
 @pytest.mark.parametrize("name", [name for name in BIJECTIONS if name.startswith(("affine_", "channel_"))])

@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from bijections import randomize
+from bijections import Fixed, randomize
 from torch import Tensor, nn
 
 from nflows_lib import checkpoint
@@ -563,18 +563,6 @@ def test_the_order_of_phases_is_a_permutation_of_channels(channels):
 
 
 # --- the coupling -----------------------------------------------------------------------------------------------------
-
-
-class Fixed(nn.Module):
-    """A network that gives these numbers for every example, and keeps what it was given."""
-
-    def __init__(self, *output: float) -> None:
-        super().__init__()
-        self.output = torch.tensor(output)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        self.seen = (x, context)
-        return self.output.expand(len(x), -1)
 
 
 def logit(p: float) -> float:
