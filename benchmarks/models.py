@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nflows_lib import models
 from nflows_lib.bijection import Layer, Shape
 from nflows_lib.convolution import Invertible1x1Conv
 from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, GlowCoupling
@@ -156,18 +157,11 @@ def _set(**values: tuple[Tensor, Tensor]) -> None:
 def glow(shape: Shape, scales: int, steps: int, hidden: int, precision: torch.dtype = torch.float32) -> Flow:
     """:func:`nflows_lib.models.glow` on real numbers, and without learned priors: what the peers have as well."""
 
-    def from_scale_on(shape: Shape, left: int) -> list[Layer]:
-        layers: list[Layer] = [Squeeze()]
-        channels, *size = layers[0].output_shape(shape)
-        for _ in range(steps):
-            network = GlowNet(channels // 2, channels, hidden, precision=precision)
-            layers += [ActNorm(channels), Invertible1x1Conv(channels), GlowCoupling(channels, network)]
-        if left == 1:
-            return layers
-        half = (channels // 2, *size)
-        return [*layers, FactorOut((channels, *size), from_scale_on(half, left - 1))]
-
-    return Flow(from_scale_on(shape, scales), StandardNormal(), shape)
+    flow = models.glow(shape, scales=scales, steps=steps, hidden=hidden, precision=precision)
+    for part in flow.modules():
+        if isinstance(part, FactorOut):
+            part.prior = None
+    return Flow([*flow.chain][2:], flow.base, shape)  # without dequantization and its scale
 
 
 def _channels(shape: Shape, scales: int) -> list[int]:

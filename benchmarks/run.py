@@ -30,6 +30,7 @@ from benchmarks import models
 from benchmarks.models import MODELS, OURS, Built, Model
 from nflows_lib import runs
 from nflows_lib.flow import Flow
+from nflows_lib.training import keep_freed_memory
 
 HERE = Path(__file__).resolve().parent
 STEP, LOG_PROB, SAMPLE = MEASURES = ("training step", "log-prob", "sampling")
@@ -104,15 +105,6 @@ def memory(task: Task, device: str) -> int:
         held += change
         peak = max(peak, held)
     return peak
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed, so that no step waits for the system to hand the same pages out anew.
-
-    It does so once it has seen a block of almost 32 MiB come and go. Otherwise whichever library comes to free such a
-    block first would change the timings of the others.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -334,7 +326,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="torch.triangular_solve is deprecated")  # nflows calls it
-    keep_freed_memory()
+    keep_freed_memory()  # or whichever library frees a large block first would change the timings of the others
     began = time.monotonic()
     results = {}
     for name in options.models:

@@ -81,55 +81,75 @@ def glow_optimizer(flow: Flow, lr: float) -> Optimizer:
     return Adam(flow.parameters(), lr=lr, fused=True)
 
 
-def on_photographs(warmup: int, ema: float) -> dict[str, Any]:
-    """Settings that all runs on photographs share, and two that they do not."""
-    shared = {"augment": data.random_flip, "batch_size": 64, "clip": 100.0, "cosine": True}
-    return shared | {"warmup": warmup, "ema": ema}
-
-
-def realnvp_cifar10(title: str, lr: float, budget: float, ema: float, **size: int) -> Run:
-    """RealNVP on CIFAR-10: what its runs share; ``size`` goes to :func:`nflows_lib.models.realnvp`."""
+def on_photographs(
+    model: Callable[..., Flow],
+    shape: tuple[int, int, int],
+    optimizer: Callable[..., Optimizer],
+    title: str,
+    *,
+    images: Callable[[str, Path | None], Images],
+    lr: float,
+    budget: float,
+    warmup: int,
+    ema: float,
+    held_out: int = 500,
+    paper: tuple[float, str] | None = None,
+    **size: int,
+) -> Run:
+    """What all runs on photographs share; ``size`` goes to the model."""
     return Run(
         title=title,
-        model=partial(realnvp, (3, 32, 32), precision=torch.bfloat16, **size),
-        data=data.cifar10,
-        optimizer=partial(realnvp_optimizer, lr=lr),
-        budget=budget,
-        shape=(3, 32, 32),
-        held_out=500,
-        paper=(3.49, "Dinh et al. 2016, two scales, networks of 8 blocks"),
-        settings=on_photographs(warmup=100, ema=ema),
-    )
-
-
-def glow_cifar10(title: str, lr: float, budget: float, ema: float, **size: int) -> Run:
-    """Glow on CIFAR-10: what its runs share; ``size`` goes to :func:`nflows_lib.models.glow`."""
-    return Run(
-        title=title,
-        model=partial(glow, (3, 32, 32), precision=torch.bfloat16, **size),
-        data=data.cifar10,
-        optimizer=partial(glow_optimizer, lr=lr),
-        budget=budget,
-        shape=(3, 32, 32),
-        held_out=500,
-        paper=(3.35, "Kingma and Dhariwal 2018, 32 steps a scale, networks of 512 channels"),
-        settings=on_photographs(warmup=200, ema=ema),
-    )
-
-
-def glow_flowers(title: str, images: Callable[[str, Path | None], Images]) -> Run:
-    """Glow on photographs of flowers, 64x64, four scales."""
-    size = {"scales": 4, "steps": 16, "hidden": 256, "bounded": True}
-    return Run(
-        title=title,
-        model=partial(glow, (3, 64, 64), precision=torch.bfloat16, **size),
+        model=partial(model, shape, precision=torch.bfloat16, **size),
         data=images,
-        optimizer=partial(glow_optimizer, lr=1e-3),
-        budget=25 * 60,
-        shape=(3, 64, 64),
-        held_out=300,
-        settings=on_photographs(warmup=200, ema=0.999),
+        optimizer=partial(optimizer, lr=lr),
+        budget=budget,
+        shape=shape,
+        held_out=held_out,
+        paper=paper,
+        settings={
+            "augment": data.random_flip,
+            "batch_size": 64,
+            "clip": 100.0,
+            "warmup": warmup,
+            "cosine": True,
+            "ema": ema,
+        },
     )
+
+
+realnvp_cifar10 = partial(
+    on_photographs,
+    realnvp,
+    (3, 32, 32),
+    realnvp_optimizer,
+    images=data.cifar10,
+    warmup=100,
+    paper=(3.49, "Dinh et al. 2016, two scales, networks of 8 blocks"),
+)
+glow_cifar10 = partial(
+    on_photographs,
+    glow,
+    (3, 32, 32),
+    glow_optimizer,
+    images=data.cifar10,
+    warmup=200,
+    paper=(3.35, "Kingma and Dhariwal 2018, 32 steps a scale, networks of 512 channels"),
+)
+glow_flowers = partial(
+    on_photographs,
+    glow,
+    (3, 64, 64),
+    glow_optimizer,
+    lr=1e-3,
+    budget=25 * 60,
+    warmup=200,
+    ema=0.999,
+    held_out=300,
+    scales=4,
+    steps=16,
+    hidden=256,
+    bounded=True,
+)
 
 
 def shuffled(images: Images) -> Images:
@@ -223,11 +243,11 @@ RUNS: dict[str, Run] = {
     "glow-cifar10": glow_cifar10("Glow on CIFAR-10 at the paper's size", lr=1e-3, budget=25 * 60, ema=0.9995),
     "glow-flowers": glow_flowers(
         "Glow on Flowers-102, 64x64, four scales",
-        lambda part, folder: shuffled(data.flowers102(part, folder)),
+        images=lambda part, folder: shuffled(data.flowers102(part, folder)),
     ),
     "glow-flowers5": glow_flowers(
         "Glow on a folder of photographs of five kinds of flower, 64x64, four scales",
-        flowers5,
+        images=flowers5,
     ),
     "glow-mnist": Run(
         title="Glow on MNIST, two scales, small enough for a CPU and to ship",
