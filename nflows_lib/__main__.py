@@ -62,7 +62,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _sample(options: argparse.Namespace) -> None:
     flow = runs.load_flow(options.run, options.out)
-    runs.save_samples(flow, runs.find(options.run).shape, options.to, options.n, options.temperature)
+    run = runs.find(options.run)
+    contexts = run.data("test", options.data).contexts if run.conditional else None
+    runs.save_samples(flow, run.shape, options.to, options.n, options.temperature, contexts)
     print(f"{options.n} samples in {options.to}")
 
 

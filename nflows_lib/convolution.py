@@ -66,8 +66,9 @@ class Invertible1x1Conv(ChannelBijection):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.check_channels("x", x)
         if self.lu:
-            lower, upper = self._lower_and_upper()
-            weight, log_det = self.permutation @ lower @ upper, self.factors.diagonal().sum()
+            factors = self.lu_factors(context)
+            lower, upper = self._lower_and_upper(factors)
+            weight, log_det = self.permutation @ lower @ upper, factors.diagonal(dim1=-2, dim2=-1).sum(-1)
         else:
             weight, log_det = self.weight, torch.linalg.slogdet(self.weight).logabsdet
         return _mix(weight, x), (math.prod(x.shape[2:]) * log_det).expand(len(x))
@@ -75,23 +76,31 @@ class Invertible1x1Conv(ChannelBijection):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         self.check_channels("z", z)
         if self.lu:
-            lower, upper = self._lower_and_upper()
+            lower, upper = self._lower_and_upper(self.lu_factors(context))
             solved = torch.linalg.solve_triangular(lower, self.permutation.T, upper=False, unitriangular=True)
             return _mix(torch.linalg.solve_triangular(upper, solved, upper=True), z)
         return _mix(torch.linalg.inv(self.weight), z)
 
-    def _lower_and_upper(self) -> tuple[Tensor, Tensor]:
-        ones = torch.ones_like(self.sign)
-        scale = self.sign * self.factors.diagonal().exp()
-        return self.factors.tril(-1) + ones.diag(), self.factors.triu(1) + scale.diag()
+    def lu_factors(self, context: Tensor | None) -> Tensor:
+        """L below the diagonal, U above it, log|s| on it: (C, C), the same for all examples; or (B, C, C)."""
+        return self.factors
+
+    def _lower_and_upper(self, factors: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self.sign * factors.diagonal(dim1=-2, dim2=-1).exp()
+        return factors.tril(-1) + torch.ones_like(self.sign).diag(), factors.triu(1) + scale.diag_embed()
 
     def extra_repr(self) -> str:
         return "LU" if self.lu else "plain"
 
 
 def _mix(weight: Tensor, x: Tensor) -> Tensor:
-    """W times the C channels at every pixel. On a CPU matrix products are several times as fast as a convolution."""
-    channels, pixels = len(weight), math.prod(x.shape[2:])
-    if pixels >= channels:  # one product an example; its gradient has a C x C matrix for each, which must be no burden
+    """W, (C, C) or one for each example, times the C channels at every pixel.
+
+    On a CPU matrix products are several times as fast as a convolution.
+    """
+    channels, pixels = x.shape[1], math.prod(x.shape[2:])
+    if (
+        weight.dim() == 3 or pixels >= channels
+    ):  # one product an example; its gradient has a C x C matrix for each, which must be no burden
         return torch.bmm(weight.expand(len(x), -1, -1), x.reshape(len(x), channels, pixels)).view(x.shape)
     return (weight @ x.transpose(0, 1).reshape(channels, -1)).view(channels, len(x), *x.shape[2:]).transpose(0, 1)

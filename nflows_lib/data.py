@@ -14,6 +14,7 @@ import sklearn.datasets
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 
 from nflows_lib import settings
 
@@ -23,11 +24,13 @@ class Images:
     """Images as one tensor of raw integers.
 
     images: uint8, (N, C, H, W), from 0 to levels - 1. labels: int64, (N,). levels: how many grey levels there are.
+    contexts: what the images are to be told from, where that is the task: float32, (N, K, H', W'), in [0, 1].
     """
 
     images: Tensor
     labels: Tensor
     levels: int
+    contexts: Tensor | None = None
 
 
 # --- points in the plane ----------------------------------------------------------------------------------------------
@@ -141,6 +144,13 @@ def digits(part: str = "train") -> Images:
     return Images(images, torch.tensor(bunch.target[keep]), levels=17)
 
 
+def digit_halves(part: str = "train") -> Images:
+    """The digits of :func:`digits` in two: the lower half, 4x8, is to be told from the upper one, its context."""
+    whole = digits(part)
+    upper, lower = whole.images.chunk(2, dim=2)
+    return Images(lower.contiguous(), whole.labels, whole.levels, contexts=upper / (whole.levels - 1))
+
+
 def patches(part: str = "train", size: int = 16) -> Images:
     """Square colour patches of the two photographs that scikit-learn ships, a temple and a flower; 256 levels.
 
@@ -240,6 +250,57 @@ def flowers102(
     return _squares(chain.from_iterable(found), sum(map(len, found)), size)
 
 
+def horses(part: str = "train", folder: Path | str | None = None, *, size: int = 32) -> Images:
+    """The Weizmann horses (Borenstein and Ullman): masks, 1 where the horse is, to be told from photographs.
+
+    They are read from ``weizmann_horse_db``: two folders, ``horse`` and ``mask``, with images of the same names (a mask
+    is bright where the horse is). Both are squashed to a square. In the order of their names every sixth is for
+    testing: of the 327, 273 and 54. No split is published.
+
+    Args:
+        part: "train", "test" or "all".
+        folder: the folder that ``weizmann_horse_db`` lies in, ``settings.data_folder()`` where None.
+        size: height and width to resize to.
+
+    Raises:
+        ValueError: another part, size is below 1, or a photograph without a mask.
+        FileNotFoundError: there is no such folder, or no photograph in it.
+    """
+    home = Path(folder or settings.data_folder()) / "weizmann_horse_db"
+    photographs = sorted(path for path in home.glob("horse/*") if path.suffix.lower() in SUFFIXES)
+    if not photographs:
+        raise FileNotFoundError(f"no photographs in {home}/horse: put the folders horse and mask there")
+    masks = {path.stem: path for path in home.glob("mask/*") if path.suffix.lower() in SUFFIXES}
+    lonely = [path.name for path in photographs if path.stem not in masks]
+    if lonely:
+        raise ValueError(f"folder: expected a mask for every photograph, got none for {', '.join(lonely[:5])}")
+    chosen = list(compress(photographs, _every_sixth(len(photographs), part)))
+    pairs = ((Image.open(path), Image.open(masks[path.stem]).convert("L")) for path in chosen)
+    return _masks(pairs, torch.zeros(len(chosen), dtype=torch.int64), size)
+
+
+def pets(part: str = "train", folder: Path | str | None = None, download: bool = False, *, size: int = 32) -> Images:
+    """Oxford-IIIT Pet through torchvision: masks of cats and dogs of 37 breeds, to be told from photographs.
+
+    3,680 to train on ("trainval") and 3,669 to test. A mask is 1 on the pet and on its border, which the set marks
+    apart. Photographs and masks are squashed to a square. Arguments and errors as of :func:`mnist`. To fetch: 800 MB.
+
+    Raises:
+        ValueError: size is below 1.
+    """
+    files, split = "images/ and annotations/", "trainval" if part == "train" else part
+    options = {"split": split, "target_types": ["category", "segmentation"]}
+    found = _torchvision("OxfordIIITPet", "800 MB", files, "oxford-iiit-pet", part, folder, download, **options)
+    labels = torch.tensor(found._labels)
+
+    def pairs() -> Iterator[tuple[Image.Image, Image.Image]]:
+        for i in range(len(found)):
+            photograph, (_, trimap) = found[i]
+            yield photograph, trimap.point(lambda value: 0 if value == 2 else 255)  # 1 pet, 2 background, 3 border
+
+    return _masks(pairs(), labels, size)
+
+
 def image_folder(folder: Path | str, size: int = 64, part: str = "train") -> Images:
     """Images of your own, in the order of their paths, 256 levels: in RGB, of each the square in its middle, resized.
 
@@ -272,6 +333,38 @@ def image_folder(folder: Path | str, size: int = 64, part: str = "train") -> Ima
                 raise ValueError(f"folder: expected images that can be read, got {path}: {error}") from error
 
     return _squares(pictures(), keep.sum().item(), size)
+
+
+def random_view(masks: Tensor, photographs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask and photograph seen from elsewhere, both alike: mirrored, shifted, turned and zoomed at random.
+
+    The photograph's brightness and contrast change, too. What comes into sight from beyond a border is a copy of it.
+
+    Args:
+        masks: (B, C, H, W), integers, which stay those that they are.
+        photographs: (B, K, H', W'), in [0, 1].
+    """
+    n, device = len(masks), masks.device
+
+    def between(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(n, device=device)
+
+    angle, zoom = between(-0.2, 0.2), between(0.75, 1.1)
+    mirror = between(-1, 1).sign()
+    cos, sin = zoom * angle.cos(), zoom * angle.sin()
+    rows = [
+        torch.stack([mirror * cos, -sin, between(-0.2, 0.2)], 1),
+        torch.stack([mirror * sin, cos, between(-0.2, 0.2)], 1),
+    ]
+    where = torch.stack(rows, 1)
+
+    def seen(images: Tensor, mode: str) -> Tensor:
+        grid = F.affine_grid(where, list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, mode=mode, padding_mode="border", align_corners=False)
+
+    contrast, light = (values[:, None, None, None] for values in (between(0.7, 1.3), between(-0.15, 0.15)))
+    photographs = ((seen(photographs, "bilinear") - 0.5) * contrast + 0.5 + light).clamp(0, 1)
+    return seen(masks.float(), "nearest").to(masks.dtype), photographs
 
 
 def random_flip(x: Tensor) -> Tensor:
@@ -310,6 +403,19 @@ def _squares(pictures: Iterable[tuple[Image.Image, int]], n: int, size: int) -> 
         images[i] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
         labels[i] = label
     return Images(images, labels, levels=256)
+
+
+def _masks(pairs: Iterable[tuple[Image.Image, Image.Image]], labels: Tensor, size: int) -> Images:
+    """Pairs of a photograph and a mask, bright on what it shows: two levels, with the photographs as contexts."""
+    if size < 1:
+        raise ValueError(f"size: expected at least 1, got {size}")
+    masks = torch.empty(len(labels), 1, size, size, dtype=torch.uint8)
+    photographs = torch.empty(len(labels), 3, size, size)
+    for i, (photograph, mask) in enumerate(pairs):
+        small = photograph.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+        photographs[i] = torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255
+        masks[i, 0] = torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.BILINEAR)) > 127)
+    return Images(masks, labels, levels=2, contexts=photographs)
 
 
 def _torchvision(

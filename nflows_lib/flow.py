@@ -78,7 +78,7 @@ class Flow(nn.Module):
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The data whose latent is z: (B, D) to (B, *shape)."""
         check_shape("z", z, (self.dims,))
-        _check_rows(context, len(z))
+        check_rows(context, len(z))
         return self.chain.inverse(z.unflatten(1, self.latent_shape), context)
 
     @torch.no_grad()
@@ -116,7 +116,7 @@ class Flow(nn.Module):
 
     def _check_data(self, x: Tensor, context: Tensor | None) -> None:
         check_shape("x", x, self.shape)
-        _check_rows(context, len(x))
+        check_rows(context, len(x))
         if torch.compiler.is_compiling():
             return  # a compiled graph cannot look at values
         levels = self.levels
@@ -136,7 +136,7 @@ class Flow(nn.Module):
                 raise ValueError(f"x: expected integers from 0 to {levels - 1}, got values from {low} to {high}")
 
 
-def _check_rows(context: Tensor | None, n: int) -> None:
+def check_rows(context: Tensor | None, n: int) -> None:
     if context is not None and context.shape[:1] != (n,):
         got = len(context) if context.dim() else "a single number"
         raise ValueError(f"context: expected {n} rows, one for each example, got {got}")

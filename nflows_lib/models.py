@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nflows_lib.bijection import Layer, Shape
+from nflows_lib.conditional import Conditional1x1Conv, ConditionalActNorm, ConditionalNet, ConditioningNetwork
 from nflows_lib.convolution import Invertible1x1Conv
 from nflows_lib.coupling import (
     AdditiveCoupling,
@@ -22,7 +23,7 @@ from nflows_lib.dequantization import Logit, Rescale, UniformDequantize
 from nflows_lib.distributions import Base, StandardLogistic, StandardNormal
 from nflows_lib.flow import Flow
 from nflows_lib.multiscale import FactorOut, PhaseOrder, Squeeze
-from nflows_lib.networks import MLP, GlowNet, ResNet, ZeroConv
+from nflows_lib.networks import MLP, BoundedPrior, GlowNet, ResNet, ZeroConv
 from nflows_lib.normalization import ActNorm, DiagonalScaling, FlowBatchNorm
 
 
@@ -159,24 +160,97 @@ def glow(
     Raises:
         ValueError: scales, steps or hidden is below 1, classes is 1 or negative, or a scale meets an odd size.
     """
-    for name, value in (("scales", scales), ("steps", steps), ("hidden", hidden)):
-        _check_positive(name, value)
     if classes < 0 or classes == 1:
         raise ValueError(f"classes: expected 0 or at least 2, got {classes}")
-
     coupling = BoundedGlowCoupling if bounded else GlowCoupling
+
+    def step(channels: int, size: Shape) -> list[Layer]:
+        network = GlowNet(channels // 2, channels, hidden, classes, precision)
+        return [ActNorm(channels), Invertible1x1Conv(channels, lu), coupling(channels, network)]
+
+    def prior(channels: int, size: Shape) -> nn.Module:
+        return ZeroConv(channels // 2, channels, classes)
+
+    return _glow_of(step, prior, shape, levels, scales, steps, hidden)
+
+
+def cglow(
+    shape: Shape,
+    context_shape: Shape,
+    *,
+    levels: int = 256,
+    scales: int = 3,
+    steps: int = 8,
+    hidden: int = 256,
+    conditioning: int = 64,
+    precision: torch.dtype = torch.float32,
+) -> Flow:
+    """Conditional Glow (Lu and Huang 2020): the density p(y | x) of an image y given a context x, an image or a vector.
+
+    Glow's steps, each of whose layers has a conditioning network of its own: ActNorm and 1x1 convolution take what it
+    gives as part of their parameters; the network of a coupling, and that of a prior, sees it beside its input. Scales
+    are bounded (:class:`BoundedGlowCoupling`). The defaults are those of the released code for photographs of horses.
+
+    Args:
+        shape: (C, H, W) of y, integers; height and width can be halved as often as there are scales.
+        context_shape: of x, numbers that are floats: (K,), or (K, H', W'), with H' and W' those of y, or those halved
+            or doubled alike any number of times so long as they are no smaller than y's after the first squeeze.
+        levels: number of levels n of y; the integers are from 0 to n - 1.
+        scales: L, the number of scales.
+        steps: K, the number of steps at each scale.
+        hidden: channels inside the couplings' networks.
+        conditioning: channels inside the conditioning networks, and of the features that couplings and priors see.
+        precision: what all these networks compute in.
+
+    Raises:
+        ValueError: scales, steps, hidden or conditioning is below 1, or a size does not fit.
+    """
+    _check_positive("conditioning", conditioning)
+    is_image = len(context_shape) == 3
+
+    def seeing(network: nn.Module, size: Shape) -> nn.Module:
+        return ConditionalNet(network, context_shape, size, conditioning, precision) if is_image else network
+
+    def generator(outputs: int) -> nn.Module:
+        return ConditioningNetwork(context_shape, outputs, conditioning, precision)
+
+    width = conditioning if is_image else context_shape[0]
+
+    def step(channels: int, size: Shape) -> list[Layer]:
+        return [
+            ConditionalActNorm(channels, generator(2 * channels)),
+            Conditional1x1Conv(channels, generator(channels**2)),
+            BoundedGlowCoupling(channels, seeing(GlowNet(channels // 2, channels, hidden, width, precision), size)),
+        ]
+
+    def prior(channels: int, size: Shape) -> nn.Module:
+        return BoundedPrior(seeing(ZeroConv(channels // 2, channels, width), size))
+
+    return _glow_of(step, prior, shape, levels, scales, steps, hidden)
+
+
+def _glow_of(
+    step: Callable[[int, Shape], list[Layer]],
+    prior: Callable[[int, Shape], nn.Module],
+    shape: Shape,
+    levels: int,
+    scales: int,
+    steps: int,
+    hidden: int,
+) -> Flow:
+    """Glow's arrangement of steps and priors, each built for so many channels and (height, width)."""
+    for name, value in (("scales", scales), ("steps", steps), ("hidden", hidden)):
+        _check_positive(name, value)
 
     def from_scale_on(shape: Shape, left: int) -> list[Layer]:
         layers: list[Layer] = [Squeeze()]
         channels, *size = layers[0].output_shape(shape)
         for _ in range(steps):
-            network = GlowNet(channels // 2, channels, hidden, classes, precision)
-            layers += [ActNorm(channels), Invertible1x1Conv(channels, lu), coupling(channels, network)]
+            layers += step(channels, size)
         if left == 1:
             return layers
-        half = (channels // 2, *size)
-        prior = ZeroConv(channels // 2, channels, classes)
-        return [*layers, FactorOut((channels, *size), from_scale_on(half, left - 1), prior)]
+        inner = from_scale_on((channels // 2, *size), left - 1)
+        return [*layers, FactorOut((channels, *size), inner, prior(channels, size))]
 
     start: list[Layer] = [UniformDequantize(levels), Rescale(1 / levels)]
     return Flow(start + from_scale_on(shape, scales), StandardNormal(), shape)

@@ -45,7 +45,7 @@ class MLP(nn.Module):
         layers: list[nn.Module] = []
         for a, b in itertools.pairwise(widths):
             layers += [nn.Linear(a, b), activation()]
-        self.layers = nn.Sequential(*layers, _zeroed(nn.Linear(hidden, outputs)))
+        self.layers = nn.Sequential(*layers, zeroed(nn.Linear(hidden, outputs)))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, inputs) and, where the network has one, a context (B, context) to (B, outputs)."""
@@ -85,7 +85,7 @@ class ResNet(nn.Module):
         super().__init__()
         if blocks < 0:
             raise ValueError(f"blocks: expected at least 0, got {blocks}")
-        _check_precision(precision)
+        check_precision(precision)
         self.context, self.precision = context, precision
         self.first = _conv(2 * inputs + context, hidden, 3)
         self.blocks = nn.ModuleList(
@@ -97,13 +97,13 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, inputs, H, W) and, if there is one, a context, (B, context, ...), to (B, outputs, H, W)."""
-        with _computing_in(self.precision, x):
+        with computing_in(self.precision, x):
             h = self.first(_joined([x.relu(), (-x).relu()], context, self.context))
             total = self.skips[0](h)
             for block, skip in zip(self.blocks, self.skips[1:], strict=True):
                 h = h + block(h)
                 total = total + skip(h)
-            return _finished(self.last(total.relu()), x)
+            return finished(self.last(total.relu()), x)
 
 
 class ActNormConv(nn.Module):
@@ -152,14 +152,14 @@ class GlowNet(nn.Module):
         self, inputs: int, outputs: int, hidden: int, context: int = 0, precision: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        _check_precision(precision)
+        check_precision(precision)
         self.context, self.precision = context, precision
         self.layers = nn.Sequential(
             ActNormConv(inputs + context, hidden, 3),
             nn.ReLU(inplace=True),
             ActNormConv(hidden, hidden, 1),
             nn.ReLU(inplace=True),
-            _zeroed(nn.Conv2d(hidden, outputs, 3, padding=1)),
+            zeroed(nn.Conv2d(hidden, outputs, 3, padding=1)),
         )
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
@@ -171,8 +171,8 @@ class GlowNet(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, inputs, H, W) and, if there is one, a context, (B, context, ...), to (B, outputs, H, W)."""
-        with _computing_in(self.precision, x):
-            return _finished(self.layers(_joined([x], context, self.context)), x)
+        with computing_in(self.precision, x):
+            return finished(self.layers(_joined([x], context, self.context)), x)
 
 
 class ZeroConv(nn.Module):
@@ -187,19 +187,82 @@ class ZeroConv(nn.Module):
     def __init__(self, inputs: int, outputs: int, context: int = 0) -> None:
         super().__init__()
         self.context = context
-        self.conv = _zeroed(nn.Conv2d(inputs + context, outputs, 3, padding=1))
+        self.conv = zeroed(nn.Conv2d(inputs + context, outputs, 3, padding=1))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """As :meth:`GlowNet.forward`."""
-        return _finished(self.conv(_joined([x], context, self.context)), x)
+        return finished(self.conv(_joined([x], context, self.context)), x)
 
 
-def _check_precision(precision: torch.dtype) -> None:
+class UNet(nn.Module):
+    """From an image to one of the same height and width, by way of smaller ones (Ronneberger et al. 2015).
+
+    Each level has two 3x3 convolutions; on the way down the next level has half the height and width and twice the
+    channels; on the way up what comes from below joins what the same level gave on the way down.
+
+    Args:
+        inputs: channels that come in.
+        outputs: channels that go out.
+        hidden: channels at the full size.
+        levels: number of sizes; height and width can be halved levels - 1 times.
+        precision: as of :class:`ResNet`.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, hidden: int, levels: int, precision: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        check_precision(precision)
+        self.precision = precision
+        widths = [hidden * 2**i for i in range(levels)]
+        self.down = nn.ModuleList(_two_convs(a, b) for a, b in itertools.pairwise([inputs, *widths]))
+        self.up = nn.ModuleList(_two_convs(a + b, a) for a, b in itertools.pairwise(widths))
+        self.last = nn.Conv2d(hidden, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs, H, W)."""
+        with computing_in(self.precision, x):
+            h, kept = x.contiguous(memory_format=torch.channels_last), []
+            for i, block in enumerate(self.down):
+                h = block(F.max_pool2d(h, 2) if i else h)
+                kept.append(h)
+            for block, beside in zip(reversed(self.up), reversed(kept[:-1]), strict=True):
+                h = block(torch.cat([beside, F.interpolate(h, scale_factor=2.0)], dim=1))
+            return finished(self.last(h), x)
+
+
+class BoundedPrior(nn.Module):
+    """The network of a learned prior with its log-scale, the second half of what it gives, kept within [-g, g].
+
+    It becomes g tanh(.), with one learned gain g, which starts at 1, as in the couplings: both directions stay tame.
+
+    Args:
+        network: called as ``network(x, context)``; gives (B, 2 C, H, W).
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Initialise the network from a first batch."""
+        initialize_network(self.network, x, context)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """As of the network."""
+        mean, log_scale = self.network(x, context).chunk(2, dim=1)
+        return torch.cat([mean, self.gain * log_scale.tanh()], dim=1)
+
+
+def check_precision(precision: torch.dtype) -> None:
+    """Raise a ValueError unless networks compute in it."""
     if precision not in (torch.float32, torch.bfloat16):
         raise ValueError(f"precision: expected torch.float32 or torch.bfloat16, got {precision}")
 
 
-def _computing_in(precision: torch.dtype, x: Tensor) -> torch.autocast:
+def computing_in(precision: torch.dtype, x: Tensor) -> torch.autocast:
+    """While it is entered, convolutions on x's device compute in that precision."""
     return torch.autocast(x.device.type, precision, enabled=precision != torch.float32)
 
 
@@ -218,12 +281,22 @@ def _joined(parts: list[Tensor], context: Tensor | None, channels: int) -> Tenso
     return torch.cat(parts, dim=1).contiguous(memory_format=torch.channels_last)
 
 
-def _finished(output: Tensor, x: Tensor) -> Tensor:
+def finished(output: Tensor, x: Tensor) -> Tensor:
     """Back in the type of x, and in the ordinary layout: arithmetic on half of the channels is several times faster."""
     return output.to(x.dtype, memory_format=torch.contiguous_format)
 
 
-def _zeroed(layer: nn.Conv2d | nn.Linear) -> nn.Module:
+def _two_convs(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(outputs, outputs, 3, padding=1),
+        nn.ReLU(inplace=True),
+    )
+
+
+def zeroed(layer: nn.Conv2d | nn.Linear) -> nn.Module:
+    """The layer, with weights and biases of 0."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

@@ -101,12 +101,18 @@ class ActNorm(ChannelBijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._check("x", x)
-        log_det = math.prod(x.shape[2:]) * self.log_scale.sum()
-        return x * _per_channel(self.log_scale.exp(), x) + _per_channel(self.bias, x), log_det.expand(len(x))
+        log_scale, bias = self.log_scale_and_bias(context)
+        log_det = math.prod(x.shape[2:]) * log_scale.sum(-1)
+        return x * _per_channel(log_scale.exp(), x) + _per_channel(bias, x), log_det.expand(len(x))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         self._check("z", z)
-        return (z - _per_channel(self.bias, z)) * _per_channel((-self.log_scale).exp(), z)
+        log_scale, bias = self.log_scale_and_bias(context)
+        return (z - _per_channel(bias, z)) * _per_channel((-log_scale).exp(), z)
+
+    def log_scale_and_bias(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """s and b, (C,) each, the same for all examples; or (B, C)."""
+        return self.log_scale, self.bias
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
@@ -149,5 +155,5 @@ def first_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """(C,) shaped so that it broadcasts against (B, C, ...)."""
-    return values.view(-1, *[1] * (x.dim() - 2))
+    """(C,) or (B, C) shaped so that it broadcasts against (B, C, ...)."""
+    return values.view(*values.shape, *[1] * (x.dim() - 2))

@@ -15,13 +15,16 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from tqdm.auto import tqdm
 
-from nflows_lib import checkpoint, data, plotting, settings
+from nflows_lib import checkpoint, data, plotting, segmentation, settings
 from nflows_lib.data import Images
 from nflows_lib.flow import Flow
-from nflows_lib.models import glow, nice, realnvp
+from nflows_lib.models import cglow, glow, nice, realnvp
+from nflows_lib.networks import UNet
+from nflows_lib.pixelwise import PixelClassifier
 from nflows_lib.training import History, fit, log_likelihoods, mean_and_error, read_checkpoint, read_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +47,8 @@ class Run:
     held_out: how many of the training images are kept back for the curve.
     paper: the figure to compare with, in bits/dim on the test images, and whose it is; None where there is none.
     settings: batch size, augmentation, clipping, warm-up and average, for :func:`nflows_lib.training.fit`.
+    measure: further figures on the test images, for the record; None where there are none.
+    conditional: whether the flow needs the contexts that come with the images.
     """
 
     title: str
@@ -55,6 +60,8 @@ class Run:
     held_out: int
     paper: tuple[float, str] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    measure: Callable[[Flow, Images], dict[str, Any]] | None = None
+    conditional: bool = False
 
 
 def nice_optimizer(flow: Flow, lr: float, weight_decay: float) -> Optimizer:
@@ -152,10 +159,48 @@ glow_flowers = partial(
 )
 
 
+def unet_classifier(
+    shape: tuple[int, int, int],
+    context_shape: tuple[int, int, int],
+    *,
+    levels: int,
+    hidden: int,
+    precision: torch.dtype = torch.float32,
+) -> PixelClassifier:
+    """The deterministic network beside :func:`nflows_lib.models.cglow`: a U-Net of four sizes."""
+    return PixelClassifier(UNet(context_shape[0], levels * shape[0], hidden, 4, precision), shape, levels)
+
+
+def on_horses(
+    model: Callable[..., Flow | PixelClassifier], title: str, *, size: int, lr: float, budget: float, **settings: Any
+) -> Run:
+    """What the runs on the Weizmann horses share; ``settings`` are the model's."""
+    return Run(
+        title=title,
+        model=partial(model, (1, size, size), (3, size, size), levels=2, precision=torch.bfloat16, **settings),
+        data=lambda part, folder: shuffled(data.horses(part, folder, size=size)),
+        optimizer=partial(glow_optimizer, lr=lr),
+        budget=budget,
+        shape=(1, size, size),
+        held_out=33,
+        settings={
+            "augment": data.random_view,
+            "batch_size": 32,
+            "clip": 100.0,
+            "warmup": 100,
+            "cosine": True,
+            "ema": 0.99,
+        },
+        measure=segmentation.figures,
+        conditional=True,
+    )
+
+
 def shuffled(images: Images) -> Images:
     """In a fixed random order: what a run holds out, the first ones, must not all be of one class."""
     order = torch.randperm(len(images.images), generator=torch.Generator().manual_seed(0))
-    return Images(images.images[order], images.labels[order], images.levels)
+    contexts = None if images.contexts is None else images.contexts[order]
+    return Images(images.images[order], images.labels[order], images.levels, contexts)
 
 
 def flowers5(part: str, folder: Path | None) -> Images:
@@ -260,6 +305,31 @@ RUNS: dict[str, Run] = {
         paper=(1.05, "second-hand, as others quote Kingma and Dhariwal 2018"),
         settings={"batch_size": 64, "clip": 100.0, "warmup": 200, "cosine": True, "ema": 0.999},
     ),
+    "cglow-horses": on_horses(
+        cglow,
+        "Conditional Glow on the Weizmann horses, 64x64, networks of the released code's size",
+        size=64,
+        lr=1e-3,
+        budget=25 * 60,
+    ),
+    "cglow-horses-small": on_horses(
+        cglow,
+        "Conditional Glow on the Weizmann horses, 32x32, small enough for a CPU and to ship",
+        size=32,
+        lr=4e-3,
+        budget=12 * 60,
+        steps=4,
+        hidden=64,
+        conditioning=32,
+    ),
+    "unet-horses-small": on_horses(
+        unet_classifier,
+        "A U-Net of the same size on the same horses, each pixel for itself",
+        size=32,
+        lr=1e-3,
+        budget=12 * 60,
+        hidden=28,
+    ),
 }
 
 
@@ -317,6 +387,7 @@ def train(
     flow = run.model().to(device)
     images = run.data("train", data_folder)
     examples = images.images.reshape(-1, *flow.shape).to(device)  # drawn, flipped and dequantized there
+    contexts = None if images.contexts is None else images.contexts.to(device)
     optimizer = run.optimizer(flow)
     if compiled:
         flow.compile()  # in place: names of parameters stay as they are
@@ -329,15 +400,17 @@ def train(
             f"step {step:,}: training {sum(recent) / len(recent) * bits:.4f}, "
             f"held out {loss * bits:.4f} ± {error * bits:.4f} bits/dim"
         )
-        save_samples(judged, run.shape, out / f"samples-{step:07d}.png")
+        save_samples(judged, run.shape, out / f"samples-{step:07d}.png", contexts=contexts)
 
     history = fit(
         flow,
         examples[run.held_out :],
         steps,
         budget=budget,
+        context=None if contexts is None else contexts[run.held_out :],
         optimizer=optimizer,
         held_out=examples[: run.held_out],
+        held_out_context=None if contexts is None else contexts[: run.held_out],
         evaluations=20,
         on_evaluation=report,
         folder=out,
@@ -364,9 +437,11 @@ def train(
         "figure_in_half_precision": evaluate(halved, test, draws),
         "curve": _curve(flow, history),
     }
+    if run.measure is not None:
+        record["measured"] = run.measure(flow, test)
     flow.cpu()
     checkpoint.save(out / MODEL, checkpoint.halve(flow.state_dict()), {"run": name})
-    save_samples(flow, run.shape, out / SAMPLES)
+    save_samples(flow, run.shape, out / SAMPLES, contexts=test.contexts)
     save(name, record, out)
     return flow
 
@@ -378,17 +453,30 @@ def evaluate(flow: Flow, images: Images, draws: int = 10) -> dict[str, float]:
     """
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed(1))
-        log_p = log_likelihoods(flow, images.images.reshape(-1, *flow.shape), draws=draws)
+        log_p = log_likelihoods(flow, images.images.reshape(-1, *flow.shape), images.contexts, draws)
     mean, error = mean_and_error(-log_p / (flow.dims * math.log(2)))
     nats = log_p.mean().item() + flow.dims * math.log(images.levels)
     return {"bits_per_dim": mean, "error": error, "images": len(log_p), "draws": draws, "nats": nats}
 
 
-def save_samples(flow: Flow, shape: tuple[int, int, int], path: Path, n: int = 60, temperature: float = 1.0) -> None:
-    """Draw n samples, ten in a row, into a PNG: from the same latents every time, so that pictures can be compared."""
+def save_samples(
+    flow: Flow,
+    shape: tuple[int, int, int],
+    path: Path,
+    n: int = 60,
+    temperature: float = 1.0,
+    contexts: Tensor | None = None,
+) -> None:
+    """Draw n samples, ten in a row, into a PNG: from the same latents every time, so that pictures can be compared.
+
+    Where the flow is conditional, all of a row have the same context: the first of those that are given, the second ...
+    """
+    if contexts is not None:
+        rows = torch.arange(n, device=contexts.device) // 10 % len(contexts)
+        contexts = contexts[rows].to(next(flow.parameters()).device)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed(2))
-        drawn = flow.sample(n, temperature).cpu()
+        drawn = flow.sample(n, temperature, contexts).cpu()
     picture = plotting.tile(drawn, columns=10, levels=flow.levels, shape=shape)
     path.parent.mkdir(parents=True, exist_ok=True)
     plt.imsave(path, picture.squeeze(), cmap="gray", vmin=0, vmax=1)

@@ -29,6 +29,10 @@ PROBE = 25  # steps of a run with a time budget that are timed before their numb
 SLACK = 0.05  # share of the budget kept for evaluations and for writing checkpoints
 
 
+# From a batch, and its context where there is one, to the same.
+Augment = Callable[[Tensor], Tensor] | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 @dataclass
 class History:
     """What a training run leaves behind. Losses are mean negative log-likelihoods in nats per example.
@@ -94,7 +98,7 @@ def fit(
     *,
     budget: float | None = None,
     context: Tensor | None = None,
-    augment: Callable[[Tensor], Tensor] | None = None,
+    augment: Augment | None = None,
     batch_size: int = 256,
     lr: float = 1e-3,
     optimizer: Optimizer | None = None,
@@ -128,8 +132,9 @@ def fit(
             of steps is fixed. A resumed run keeps that number unless it is given another budget: then the rest of the
             schedule is fitted to the rest of the time.
         context: one row for each example, where the flow is conditional.
-        augment: changes each batch before the flow sees it, on its device, the first one included; held-out data stay
-            as they are. Like the shuffle it draws from torch's global generator. A resumed run checks its name.
+        augment: changes each batch before the flow sees it, on its device, the first one included; where there is a
+            context it is called with both and returns both. Held-out data stay as they are. Like the shuffle it draws
+            from torch's global generator. A resumed run checks its name.
         batch_size: examples for each update.
         lr: learning rate of Adam, where no optimizer is given.
         optimizer: takes the place of Adam; its learning rates are those that the schedule multiplies.
@@ -232,7 +237,7 @@ class _Run:
         flow: Flow,
         data: Tensor,
         context: Tensor | None,
-        augment: Callable[[Tensor], Tensor] | None,
+        augment: Augment | None,
         batch_size: int,
         lr: float,
         optimizer: Optimizer | None,
@@ -426,7 +431,9 @@ class _Run:
         self.position += self.batch_size
         context = None if self.context is None else self.context[index].to(self.device)
         batch = self.data[index].to(self.device)
-        return batch if self.augment is None else self.augment(batch), context
+        if self.augment is None:
+            return batch, context
+        return (self.augment(batch), None) if context is None else self.augment(batch, context)
 
 
 @contextmanager
