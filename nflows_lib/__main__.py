@@ -63,7 +63,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     flow = runs.load_flow(options.run, options.out)
     run = runs.find(options.run)
-    contexts = run.data("test", options.data).contexts if run.conditional else None
+    contexts = run.data("test", options.data).contexts if run.context_shape else None
     runs.save_samples(flow, run.shape, options.to, options.n, options.temperature, contexts)
     print(f"{options.n} samples in {options.to}")
 

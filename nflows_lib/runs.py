@@ -20,6 +20,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from tqdm.auto import tqdm
 
 from nflows_lib import checkpoint, data, plotting, segmentation, settings
+from nflows_lib.bijection import Shape
 from nflows_lib.data import Images
 from nflows_lib.flow import Flow
 from nflows_lib.models import cglow, glow, nice, realnvp
@@ -48,7 +49,7 @@ class Run:
     paper: the figure to compare with, in bits/dim on the test images, and whose it is; None where there is none.
     settings: batch size, augmentation, clipping, warm-up and average, for :func:`nflows_lib.training.fit`.
     measure: further figures on the test images, for the record; None where there are none.
-    conditional: whether the flow needs the contexts that come with the images.
+    context_shape: of the contexts that come with the images and that the flow needs; None where there are none.
     """
 
     title: str
@@ -61,7 +62,7 @@ class Run:
     paper: tuple[float, str] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     measure: Callable[[Flow, Images], dict[str, Any]] | None = None
-    conditional: bool = False
+    context_shape: Shape | None = None
 
 
 def nice_optimizer(flow: Flow, lr: float, weight_decay: float) -> Optimizer:
@@ -192,7 +193,7 @@ def on_horses(
             "ema": 0.99,
         },
         measure=segmentation.figures,
-        conditional=True,
+        context_shape=(3, size, size),
     )
 
 
@@ -312,6 +313,14 @@ RUNS: dict[str, Run] = {
         lr=1e-3,
         budget=25 * 60,
     ),
+    "unet-horses": on_horses(
+        unet_classifier,
+        "A U-Net of the same size on the same horses, 64x64, each pixel for itself",
+        size=64,
+        lr=1e-3,
+        budget=25 * 60,
+        hidden=94,
+    ),
     "cglow-horses-small": on_horses(
         cglow,
         "Conditional Glow on the Weizmann horses, 32x32, small enough for a CPU and to ship",
@@ -328,6 +337,14 @@ RUNS: dict[str, Run] = {
         size=32,
         lr=1e-3,
         budget=12 * 60,
+        hidden=28,
+    ),
+    "unet-horses-early": on_horses(
+        unet_classifier,
+        "The same U-Net, stopped where its held-out figure is best",
+        size=32,
+        lr=1e-3,
+        budget=3 * 60,
         hidden=28,
     ),
 }
@@ -576,3 +593,12 @@ def load(run: str) -> dict[str, Any]:
         known = sorted(p.parent.name for p in path.parent.parent.glob(f"*/{RECORD}"))
         raise ValueError(f"run: expected one of {', '.join(known) or '(no record yet)'}, got {run!r}")
     return json.loads(path.read_text())
+
+
+def load_seeds(run: str) -> list[dict[str, Any]]:
+    """The record of a shipped run, and those of the same run with other seeds, ``run-seed-1.json`` and so on.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return [load(run), *(json.loads(path.read_text()) for path in sorted(folder(run).glob("run-seed-*.json")))]
