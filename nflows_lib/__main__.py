@@ -58,6 +58,10 @@ def _train(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     flow = runs.load_flow(options.run, options.out)
     print(_figure(runs.evaluate(flow, runs.find(options.run).data("test", options.data), options.draws)))
+    if options.record:
+        print(
+            json.dumps(runs.measure_again(options.run, options.out or runs.folder(options.run), options.data), indent=1)
+        )
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -103,14 +107,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--compile", action="store_true", help="with torch.compile: a slow start, then faster steps")
     train.set_defaults(command=_train)
     evaluate = commands.add_parser("evaluate", help="bits/dim on the test images")
+    evaluate.add_argument("--record", action="store_true", help="take the run's further figures anew, into run.json")
     evaluate.set_defaults(command=_evaluate)
     sample = commands.add_parser("sample", help="draw samples into a picture")
     sample.add_argument("--n", type=int, default=60)
     sample.add_argument("--temperature", type=float, default=1.0)
     sample.add_argument("--to", type=Path, default=Path("samples.png"), help="the PNG to write (samples.png)")
     sample.set_defaults(command=_sample)
-    for command in (train, evaluate):
+    for command in (train, evaluate, sample):
         command.add_argument("--data", type=Path, metavar="DIR", help="where the data sets lie (NFLOWS_DATA)")
+    for command in (train, evaluate):
         command.add_argument("--draws", type=int, default=10, help="draws of the noise that the figure averages over")
     for command in (train, evaluate, sample):
         command.add_argument("run", choices=runs.RUNS, metavar="RUN", help=f"one of {', '.join(runs.RUNS)}")

@@ -29,7 +29,7 @@ class ConditioningNetwork(nn.Module):
 
     def __init__(self, context_shape: Shape, outputs: int, hidden: int, precision: torch.dtype = torch.float32) -> None:
         super().__init__()
-        _check_context_shape(context_shape)
+        check_context_shape(context_shape)
         check_precision(precision)
         self.context_shape, self.precision = tuple(context_shape), precision
         channels, *size = context_shape
@@ -121,11 +121,11 @@ class ConditionalNet(nn.Module):
         precision: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        _check_context_shape(context_shape)
+        check_context_shape(context_shape)
         check_precision(precision)
         self.context_shape, self.network, self.precision = tuple(context_shape), network, precision
         channels, *full = context_shape
-        halvings = (full[0] // size[0]).bit_length() - 1 if full else 0
+        halvings = max((full[0] // size[0]).bit_length() - 1, 0) if full else 0
         if full != [side * 2**halvings for side in size]:
             expected = f"(K, H, W), with H and W {tuple(size)} or twice, four times ... that"
             raise ValueError(f"context_shape: expected {expected}, got {self.context_shape}")
@@ -154,6 +154,7 @@ def _laid_out(context: Tensor) -> Tensor:
     return context.contiguous(memory_format=torch.channels_last) if context.dim() == 4 else context
 
 
-def _check_context_shape(shape: Shape) -> None:
+def check_context_shape(shape: Shape) -> None:
+    """Raise a ValueError unless it is that of a vector or of an image."""
     if len(shape) not in (1, 3) or min(shape) < 1:
         raise ValueError(f"context_shape: expected (K,) or (K, H, W), got {tuple(shape)}")

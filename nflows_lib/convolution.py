@@ -99,8 +99,7 @@ def _mix(weight: Tensor, x: Tensor) -> Tensor:
     On a CPU matrix products are several times as fast as a convolution.
     """
     channels, pixels = x.shape[1], math.prod(x.shape[2:])
-    if (
-        weight.dim() == 3 or pixels >= channels
-    ):  # one product an example; its gradient has a C x C matrix for each, which must be no burden
+    # One product an example; its gradient has a C x C matrix for each, which must be no burden.
+    if weight.dim() == 3 or pixels >= channels:
         return torch.bmm(weight.expand(len(x), -1, -1), x.reshape(len(x), channels, pixels)).view(x.shape)
     return (weight @ x.transpose(0, 1).reshape(channels, -1)).view(channels, len(x), *x.shape[2:]).transpose(0, 1)

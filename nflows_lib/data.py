@@ -254,7 +254,7 @@ def horses(part: str = "train", folder: Path | str | None = None, *, size: int =
     """The Weizmann horses (Borenstein and Ullman): masks, 1 where the horse is, to be told from photographs.
 
     They are read from ``weizmann_horse_db``: two folders, ``horse`` and ``mask``, with images of the same names (a mask
-    is bright where the horse is). Both are squashed to a square. In the order of their names every sixth is for
+    is 255 where the horse is). Both are squashed to a square. In the order of their names every sixth is for
     testing: of the 327, 273 and 54. No split is published.
 
     Args:
@@ -263,7 +263,7 @@ def horses(part: str = "train", folder: Path | str | None = None, *, size: int =
         size: height and width to resize to.
 
     Raises:
-        ValueError: another part, size is below 1, or a photograph without a mask.
+        ValueError: another part, size is below 1, a photograph without a mask, or masks in which nothing is bright.
         FileNotFoundError: there is no such folder, or no photograph in it.
     """
     home = Path(folder or settings.data_folder()) / "weizmann_horse_db"
@@ -290,7 +290,7 @@ def pets(part: str = "train", folder: Path | str | None = None, download: bool =
     """
     files, split = "images/ and annotations/", "trainval" if part == "train" else part
     options = {"split": split, "target_types": ["category", "segmentation"]}
-    found = _torchvision("OxfordIIITPet", "800 MB", files, "oxford-iiit-pet", part, folder, download, **options)
+    found = _torchvision("OxfordIIITPet", "800 MB", files, "oxford-iiit-pet", part, folder, download, "pets", **options)
     labels = torch.tensor(found._labels)
 
     def pairs() -> Iterator[tuple[Image.Image, Image.Image]]:
@@ -350,7 +350,7 @@ def random_view(masks: Tensor, photographs: Tensor) -> tuple[Tensor, Tensor]:
         return low + (high - low) * torch.rand(n, device=device)
 
     angle, zoom = between(-0.2, 0.2), between(0.75, 1.1)
-    mirror = between(-1, 1).sign()
+    mirror = torch.where(between(0, 1) < 0.5, -1.0, 1.0)
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
     rows = [
         torch.stack([mirror * cos, -sin, between(-0.2, 0.2)], 1),
@@ -415,11 +415,21 @@ def _masks(pairs: Iterable[tuple[Image.Image, Image.Image]], labels: Tensor, siz
         small = photograph.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
         photographs[i] = torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255
         masks[i, 0] = torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.BILINEAR)) > 127)
+    if not masks.any():
+        raise ValueError("folder: expected masks that are bright, 255, on what they show, got none above 127")
     return Images(masks, labels, levels=2, contexts=photographs)
 
 
 def _torchvision(
-    name: str, size: str, files: str, place: str, part: str, folder: Path | str | None, download: bool, **options
+    name: str,
+    size: str,
+    files: str,
+    place: str,
+    part: str,
+    folder: Path | str | None,
+    download: bool,
+    call: str = "",
+    **options,
 ) -> Any:
     """One of torchvision's data sets; where it is missing, an error that says how to get it and where it goes."""
     _check_part(part)
@@ -432,6 +442,6 @@ def _torchvision(
         if download:
             raise  # it says what failed
         raise FileNotFoundError(
-            f'no {name} in {folder}: call {name.lower()}("{part}", download=True) once to fetch it ({size}), or put '
-            f"{files} into {folder / place}, or name another folder in NFLOWS_DATA"
+            f'no {name} in {folder}: call {call or name.lower()}("{part}", download=True) once to fetch it '
+            f"({size}), or put {files} into {folder / place}, or name another folder in NFLOWS_DATA"
         ) from error

@@ -51,7 +51,8 @@ class Flow(nn.Module):
         Raises:
             ValueError: x has another shape or type than the flow's data, or values that are not finite or out of range.
         """
-        self._check_data(x, context)
+        check_data(x, self.shape, self.levels)
+        check_context(context, len(x))
         z, contribution = self.chain(x, context)
         return self.base.log_prob(z.flatten(1)) + contribution
 
@@ -72,13 +73,14 @@ class Flow(nn.Module):
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The latent of x: (B, *shape) to (B, D)."""
-        self._check_data(x, context)
+        check_data(x, self.shape, self.levels)
+        check_context(context, len(x))
         return self.chain(x, context)[0].flatten(1)
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The data whose latent is z: (B, D) to (B, *shape)."""
         check_shape("z", z, (self.dims,))
-        check_rows(context, len(z))
+        check_context(context, len(z))
         return self.chain.inverse(z.unflatten(1, self.latent_shape), context)
 
     @torch.no_grad()
@@ -87,10 +89,7 @@ class Flow(nn.Module):
 
         A context holds one row for each sample.
         """
-        if n < 1:
-            raise ValueError(f"n: expected at least 1, got {n}")
-        if not temperature >= 0:
-            raise ValueError(f"temperature: expected a number >= 0, got {temperature}")
+        check_sampling(n, temperature)
         like = next(self.parameters(), torch.empty(0))
         z = self.base.sample(torch.empty(n, self.dims, device=like.device, dtype=like.dtype))
         return self.decode(temperature * z, context)
@@ -98,7 +97,8 @@ class Flow(nn.Module):
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Run every layer's data-dependent initialisation on a first batch. Call it once, before the optimizer."""
-        self._check_data(x, context)
+        check_data(x, self.shape, self.levels)
+        check_context(context, len(x))
         if len(x) == 0:
             raise ValueError("x: expected a first batch of at least one example, got none")
         self.chain.initialize(x, context)
@@ -114,32 +114,50 @@ class Flow(nn.Module):
         lines = (f"{title:{width}}  {shape!s:13} {parameters:>12}" for title, shape, parameters in rows)
         return "\n".join(line.rstrip() for line in lines)
 
-    def _check_data(self, x: Tensor, context: Tensor | None) -> None:
-        check_shape("x", x, self.shape)
-        check_rows(context, len(x))
-        if torch.compiler.is_compiling():
-            return  # a compiled graph cannot look at values
-        levels = self.levels
-        if levels is None:
-            if not x.is_floating_point():
-                raise ValueError(
-                    f"x: expected floating-point numbers, got {x.dtype}; discrete data need UniformDequantize first"
-                )
-            if not x.isfinite().all():
-                raise ValueError("x: expected finite values, got NaN or infinity")
-        else:
-            if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-                raise ValueError(f"x: expected integers from 0 to {levels - 1}, got {x.dtype}")
-            # As Python numbers: 256 compared within uint8 would wrap around to 0.
-            low, high = (int(x.min()), int(x.max())) if x.numel() else (0, 0)
-            if low < 0 or high >= levels:
-                raise ValueError(f"x: expected integers from 0 to {levels - 1}, got values from {low} to {high}")
+
+def check_data(x: Tensor, shape: Shape, levels: int | None) -> None:
+    """Raise a ValueError unless x is a batch of examples of this shape, and its values are those of such data.
+
+    That is integers from 0 to levels - 1; or, where levels is None, finite floats.
+    """
+    check_shape("x", x, shape)
+    if torch.compiler.is_compiling():
+        return  # a compiled graph cannot look at values
+    if levels is None:
+        if not x.is_floating_point():
+            raise ValueError(
+                f"x: expected floating-point numbers, got {x.dtype}; discrete data need UniformDequantize first"
+            )
+        if not x.isfinite().all():
+            raise ValueError("x: expected finite values, got NaN or infinity")
+    else:
+        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+            raise ValueError(f"x: expected integers from 0 to {levels - 1}, got {x.dtype}")
+        # As Python numbers: 256 compared within uint8 would wrap around to 0.
+        low, high = (int(x.min()), int(x.max())) if x.numel() else (0, 0)
+        if low < 0 or high >= levels:
+            raise ValueError(f"x: expected integers from 0 to {levels - 1}, got values from {low} to {high}")
 
 
-def check_rows(context: Tensor | None, n: int) -> None:
-    if context is not None and context.shape[:1] != (n,):
+def check_context(context: Tensor | None, n: int) -> None:
+    """Raise a ValueError unless a context, where there is one, has n rows of finite floats."""
+    if context is None:
+        return
+    if context.shape[:1] != (n,):
         got = len(context) if context.dim() else "a single number"
         raise ValueError(f"context: expected {n} rows, one for each example, got {got}")
+    if not context.is_floating_point():
+        raise ValueError(f"context: expected floating-point numbers, got {context.dtype}")
+    if not torch.compiler.is_compiling() and not context.isfinite().all():
+        raise ValueError("context: expected finite values, got NaN or infinity")
+
+
+def check_sampling(n: int, temperature: float) -> None:
+    """Raise a ValueError unless so many samples can be drawn at that temperature."""
+    if n < 1:
+        raise ValueError(f"n: expected at least 1, got {n}")
+    if not temperature >= 0:
+        raise ValueError(f"temperature: expected a number >= 0, got {temperature}")
 
 
 def _rows(layers: Chain, shape: Shape, indent: str = "") -> list[tuple[str, Shape, str]]:

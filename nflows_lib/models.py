@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from nflows_lib.bijection import Layer, Shape
-from nflows_lib.conditional import Conditional1x1Conv, ConditionalActNorm, ConditionalNet, ConditioningNetwork
+from nflows_lib.conditional import (
+    Conditional1x1Conv,
+    ConditionalActNorm,
+    ConditionalNet,
+    ConditioningNetwork,
+    check_context_shape,
+)
 from nflows_lib.convolution import Invertible1x1Conv
 from nflows_lib.coupling import (
     AdditiveCoupling,
@@ -206,6 +212,7 @@ def cglow(
         ValueError: scales, steps, hidden or conditioning is below 1, or a size does not fit.
     """
     _check_positive("conditioning", conditioning)
+    check_context_shape(context_shape)
     is_image = len(context_shape) == 3
 
     def seeing(network: nn.Module, size: Shape) -> nn.Module:
@@ -249,8 +256,8 @@ def _glow_of(
             layers += step(channels, size)
         if left == 1:
             return layers
-        inner = from_scale_on((channels // 2, *size), left - 1)
-        return [*layers, FactorOut((channels, *size), inner, prior(channels, size))]
+        conditioned = prior(channels, size)  # drawn before what is inside: a seed gives the same weights as ever
+        return [*layers, FactorOut((channels, *size), from_scale_on((channels // 2, *size), left - 1), conditioned)]
 
     start: list[Layer] = [UniformDequantize(levels), Rescale(1 / levels)]
     return Flow(start + from_scale_on(shape, scales), StandardNormal(), shape)

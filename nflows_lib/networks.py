@@ -213,6 +213,8 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         check_precision(precision)
+        if levels < 1:
+            raise ValueError(f"levels: expected at least 1, got {levels}")
         self.precision = precision
         widths = [hidden * 2**i for i in range(levels)]
         self.down = nn.ModuleList(_two_convs(a, b) for a, b in itertools.pairwise([inputs, *widths]))
@@ -220,7 +222,14 @@ class UNet(nn.Module):
         self.last = nn.Conv2d(hidden, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, H, W) to (B, outputs, H, W)."""
+        """(B, inputs, H, W) to (B, outputs, H, W).
+
+        Raises:
+            ValueError: height or width cannot be halved as often as there are levels but one.
+        """
+        times = 2 ** (len(self.down) - 1)
+        if x.shape[-2] % times or x.shape[-1] % times:
+            raise ValueError(f"x: expected height and width that are multiples of {times}, got {tuple(x.shape[-2:])}")
         with computing_in(self.precision, x):
             h, kept = x.contiguous(memory_format=torch.channels_last), []
             for i, block in enumerate(self.down):

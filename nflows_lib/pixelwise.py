@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nflows_lib.bijection import Shape, check_shape
-from nflows_lib.flow import check_rows
+from nflows_lib.flow import check_context, check_data, check_sampling
 
 
 class PixelClassifier(nn.Module):
@@ -35,8 +35,8 @@ class PixelClassifier(nn.Module):
 
     def forward(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """log P(y | x) in nats: (B, *shape), integers, and contexts, to (B,)."""
-        check_shape("y", y, self.shape)
-        check_rows(context, len(y))
+        check_data(y, self.shape, self.levels)
+        check_context(context, len(y))
         return -F.cross_entropy(self.logits(context), y.long(), reduction="none").flatten(1).sum(1)
 
     def logits(self, context: Tensor | None) -> Tensor:
@@ -49,10 +49,16 @@ class PixelClassifier(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, context: Tensor | None = None) -> Tensor:
-        """n draws, (n, *shape), each pixel for itself; a context holds one row for each. The logits are divided by the
-        temperature."""
-        check_rows(context, n)
-        return torch.distributions.Categorical(logits=self.logits(context).movedim(1, -1) / temperature).sample()
+        """n draws, (n, *shape), each pixel for itself; a context holds one row for each.
+
+        The logits are divided by the temperature; at 0 each pixel has its likeliest level.
+        """
+        check_sampling(n, temperature)
+        check_context(context, n)
+        logits = self.logits(context)
+        if temperature == 0:
+            return logits.argmax(1)
+        return torch.distributions.Categorical(logits=logits.movedim(1, -1) / temperature).sample()
 
     @torch.no_grad()
     def mean(self, context: Tensor) -> Tensor:

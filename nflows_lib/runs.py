@@ -463,6 +463,23 @@ def train(
     return flow
 
 
+def measure_again(name: str, out: Path, data_folder: Path | None = None) -> dict[str, Any]:
+    """Take a run's further figures anew, of the model in its folder, and put them into ``run.json`` there.
+
+    For when :mod:`nflows_lib.segmentation` has learned to measure more. ``measured_at`` then says at which commit.
+
+    Raises:
+        ValueError: an unknown run, or one without further figures.
+    """
+    run = find(name)
+    if run.measure is None:
+        raise ValueError(f"run: expected one with further figures, got {name}")
+    record = json.loads((out / RECORD).read_text())
+    record |= {"measured": run.measure(load_flow(name, out), run.data("test", data_folder)), "measured_at": COMMIT}
+    write_json(out / RECORD, record)
+    return record["measured"]
+
+
 def evaluate(flow: Flow, images: Images, draws: int = 10) -> dict[str, float]:
     """Bits/dim on images: mean, standard error over images, how many, and draws of the noise that each averages over.
 

@@ -66,21 +66,30 @@ def figures(model: Flow | PixelClassifier, images: Images, samples: int = 10, mo
 
     ``iou``: of the mean of so many samples, thresholded at 1/2, with its standard error over images; ``iou_most``: of
     the mean of the most; ``iou_one``: of single samples; ``iou_between``: of two samples with each other, 1 if there is
-    no diversity. For a :class:`PixelClassifier` the mean is what its network says, without samples. ``calibration`` and
-    its ``error`` are those of that mean (for a flow, of the most samples). ``shuffled``: by how many nats a mask is
-    likelier given its own photograph than given another's.
+    no diversity; ``iou_cold``: as ``iou``, of samples at temperature 0.5. For a :class:`PixelClassifier` the mean is
+    what its network says, without samples. ``calibration`` and its ``error`` are those of that mean (for a flow, of the
+    most samples). ``area_covered``: share of the images whose true area, the number of ones, lies in the middle 80 % of
+    the samples' areas. ``shuffled``: by how many nats a mask is likelier given its own photograph than another's.
     """
+    if not 1 <= samples <= most or most < 2:
+        raise ValueError(f"samples, most: expected 1 <= samples <= most and most >= 2, got {samples} and {most}")
     contexts, true = images.contexts.to(next(model.parameters()).device), images.images
     with torch.random.fork_rng():
         torch.manual_seed(0)
         drawn = torch.stack([model.sample(len(contexts), context=contexts).cpu() for _ in range(most)]).float()
         if isinstance(model, PixelClassifier):
-            few = many = model.mean(contexts).cpu()
+            few = many = cold = model.mean(contexts).cpu()
         else:
             few, many = drawn[:samples].mean(0), drawn.mean(0)
+            cold = (
+                torch.stack([model.sample(len(contexts), 0.5, contexts).cpu() for _ in range(samples)]).float().mean(0)
+            )
         own, others = (log_likelihoods(model, true, c, draws=5) for c in (contexts, contexts.roll(1, 0)))
     mean, error = mean_and_error(iou(few > 0.5, true))
     rows, calibration_error = calibration(many, true)
+    areas = drawn.flatten(2).sum(2)
+    low, high = (areas.quantile(q, dim=0) for q in (0.1, 0.9))
+    area = true.flatten(1).sum(1)
     return {
         "samples": samples,
         "iou": mean,
@@ -89,6 +98,8 @@ def figures(model: Flow | PixelClassifier, images: Images, samples: int = 10, mo
         "iou_most": iou(many > 0.5, true).mean().item(),
         "iou_one": torch.stack([iou(one, true) for one in drawn]).mean().item(),
         "iou_between": torch.stack([iou(*pair) for pair in drawn[: most // 2 * 2].split(2)]).mean().item(),
+        "iou_cold": iou(cold > 0.5, true).mean().item(),
+        "area_covered": ((low <= area) & (area <= high)).float().mean().item(),
         "calibration": [[round(p, 4), round(share, 4), count] for p, share, count in rows],
         "calibration_error": calibration_error,
         "shuffled": (own - others).mean().item(),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nflows_lib.bijection import Bijection, Shape, check_shape
+from nflows_lib.conditional import Conditional1x1Conv, ConditionalActNorm, ConditionalNet, ConditioningNetwork
 from nflows_lib.convolution import ChannelPermutation, Invertible1x1Conv
 from nflows_lib.coupling import (
     AdditiveCoupling,
@@ -25,7 +26,7 @@ from nflows_lib.coupling import (
 )
 from nflows_lib.dequantization import Logit, Rescale
 from nflows_lib.multiscale import FactorOut, PhaseOrder, Squeeze
-from nflows_lib.networks import MLP
+from nflows_lib.networks import MLP, BoundedPrior, ZeroConv
 from nflows_lib.normalization import ActNorm, DiagonalScaling, FlowBatchNorm
 
 BATCH = 4
@@ -87,6 +88,28 @@ def glow_coupling(shape: Shape, context: int = 0, kind: type[GlowCoupling] = Glo
 def learned_prior(shape: Shape, context: int = 0) -> ConvNet:
     """From the half of (C, H, W) that goes on to mean and log-scale of the half that is finished."""
     return ConvNet(shape[0] // 2, shape[0], context)
+
+
+def conditional_act_norm(shape: Shape, context: Shape) -> ConditionalActNorm:
+    return ConditionalActNorm(shape[0], ConditioningNetwork(context, 2 * shape[0], hidden=8))
+
+
+def conditional_conv(shape: Shape, context: Shape) -> Conditional1x1Conv:
+    return Conditional1x1Conv(shape[0], ConditioningNetwork(context, shape[0] ** 2, hidden=8))
+
+
+def seeing(network: nn.Module, shape: Shape) -> ConditionalNet:
+    """The network beside four features of an image of two channels, twice as high and wide as the input."""
+    return ConditionalNet(network, (2, 2 * shape[1], 2 * shape[2]), shape[1:], features=4)
+
+
+def image_coupling(shape: Shape) -> BoundedGlowCoupling:
+    passes, outputs = shape[0] // 2, 2 * (shape[0] - shape[0] // 2)
+    return BoundedGlowCoupling(shape[0], seeing(ZeroConv(passes, outputs, context=4), shape))
+
+
+def image_prior(shape: Shape) -> BoundedPrior:
+    return BoundedPrior(seeing(ZeroConv(shape[0] // 2, shape[0], context=4), shape))
 
 
 def nested_factor_out(shape: Shape) -> FactorOut:
@@ -166,14 +189,27 @@ BIJECTIONS: dict[str, Example] = {
         any_shape=True,
         only_moves=True,
     ),
+    "act_norm_conditional": Example(
+        lambda shape: conditional_act_norm(shape, (3,)), CHANNELS, context=(3,), any_shape=True
+    ),
+    "act_norm_conditional_image": Example(
+        lambda shape: conditional_act_norm(shape, (2, 5, 9)), ((2,), (3, 2, 4), (4, 1, 1)), (2, 5, 9), any_shape=True
+    ),
     "conv1x1_lu": Example(lambda shape: Invertible1x1Conv(shape[0]), CHANNELS, any_shape=True),
     "conv1x1_plain": Example(lambda shape: Invertible1x1Conv(shape[0], lu=False), CHANNELS, any_shape=True),
+    "conv1x1_conditional": Example(lambda shape: conditional_conv(shape, (3,)), CHANNELS, context=(3,), any_shape=True),
+    "conv1x1_conditional_image": Example(
+        lambda shape: conditional_conv(shape, (2, 5, 9)), ((2,), (3, 2, 4), (4, 1, 1)), (2, 5, 9), any_shape=True
+    ),
     "glow_coupling": Example(glow_coupling, tuple(shape for shape in CHANNELS if shape[0] > 1), any_shape=True),
     "glow_coupling_bounded": Example(
         lambda shape: glow_coupling(shape, kind=BoundedGlowCoupling), ((5,), (2, 3, 1), (3, 2, 4)), any_shape=True
     ),
     "glow_coupling_conditional": Example(
         lambda shape: glow_coupling(shape, context=3), ((2,), (5,), (4, 1, 3), (3, 3, 2)), context=(3,), any_shape=True
+    ),
+    "glow_coupling_conditional_image": Example(
+        image_coupling, ((2, 2, 3), (3, 2, 3)), context=(2, 4, 6), any_shape=True
     ),
     "logit": Example(lambda shape: Logit(), ((1,), (5,), (3, 2, 4)), any_shape=True, to_domain=torch.sigmoid),
     "logit_narrow": Example(lambda shape: Logit(0.3), ((2,), (1, 2, 2)), any_shape=True, to_domain=torch.sigmoid),
@@ -191,6 +227,11 @@ BIJECTIONS: dict[str, Example] = {
         ),
         ((4, 1, 2), (6, 2, 1)),
         context=(3,),
+    ),
+    "factor_out_conditional_image": Example(
+        lambda shape: FactorOut(shape, [Rescale(0.7)], image_prior(shape)),
+        ((2, 2, 3), (4, 2, 3)),
+        context=(2, 4, 6),
     ),
 }
 

@@ -199,9 +199,28 @@ def test_context(name, shape):
     for with_context, with_other in pairs:
         assert torch.equal(with_context, with_other) == (context is None)
     if context is not None:
+        expected = re.escape(f"expected shape ({', '.join(['B', *map(str, context.shape[1:])])}), got None")
         for direction, batch in ((layer, x), (layer.inverse, z)):
-            with pytest.raises(ValueError, match=r"^context: expected shape \(B, 3\), got None"):
+            with pytest.raises(ValueError, match=f"^context: {expected}$"):
                 direction(batch, None)
+
+
+@pytest.mark.parametrize(("name", "shape"), [case for case in CASES if BIJECTIONS[case.values[0]].context])
+@torch.no_grad()
+def test_each_example_has_a_context_of_its_own(name, shape):
+    """Another context for one example changes that one, in either direction, and no other."""
+    layer, x, context = build(name, shape)
+    other = context.clone()
+    other[1] = torch.randn_like(other[1])
+    z = as_latent(layer, x)
+    for found, expected in (
+        (layer(x, other)[0], layer(x, context)[0]),
+        (layer.inverse(z, other), layer.inverse(z, context)),
+    ):
+        changed = ((found - expected).flatten(1).abs().amax(1) > 1e-9).tolist()
+        assert changed == [i == 1 for i in range(len(x))]
+    _, contribution = layer(x, context)
+    torch.testing.assert_close(layer(x[2:], context[2:])[1], contribution[2:], rtol=0, atol=1e-12)
 
 
 def wrong_shapes(shape: Shape) -> list[Shape]:

@@ -451,6 +451,23 @@ def test_a_context_has_one_row_for_each_example(conditional, rows):
     assert flow.sample(3, context=right).shape == (3, 2)
 
 
+@pytest.mark.parametrize(
+    ("context", "got"),
+    [
+        (torch.zeros(3, 5, dtype=torch.long), "expected floating-point numbers, got torch.int64"),
+        (torch.full((3, 5), torch.nan), "expected finite values, got NaN or infinity"),
+        (torch.full((3, 5), torch.inf), "expected finite values, got NaN or infinity"),
+    ],
+)
+def test_a_context_is_finite_floats(context, got):
+    flow = Flow([DiagonalScaling(2)], StandardNormal(), (2,))
+    x = torch.zeros(3, 2)
+    calls = (flow, flow.log_prob, flow.encode, flow.decode, flow.initialize)
+    for call in (*(lambda f=f: f(x, context) for f in calls), lambda: flow.sample(3, context=context)):
+        with pytest.raises(ValueError, match=f"^context: {got}$"):
+            call()
+
+
 def test_a_context_that_is_one_number_has_no_rows():
     flow = Flow([Rescale(2.0)], StandardNormal(), (2,))
     x, context = torch.zeros(3, 2), torch.tensor(3.0)

@@ -1088,6 +1088,24 @@ def test_glow_has_the_defaults_of_the_paper():
     assert [len(kernel) for kernel in kernels(wide)] == [512, 512, 4]
 
 
+def test_glow_is_drawn_layer_by_layer_a_prior_before_what_is_inside():
+    """A seed stands for the same weights as ever: those that the records were trained from."""
+    torch.manual_seed(0)
+    flow = glow((1, 4, 4), scales=2, steps=1, hidden=6)
+    torch.manual_seed(0)
+    network, mix, prior = GlowNet(2, 4, 6), Invertible1x1Conv(4), ZeroConv(2, 4)
+    inner_network, inner_mix = GlowNet(4, 8, 6), Invertible1x1Conv(8)
+    last = flow.chain[-1]
+    for ours, made in (
+        (flow.chain[5].network, network),
+        (flow.chain[4], mix),
+        (last.prior, prior),
+        (last.inner[3].network, inner_network),
+        (last.inner[2], inner_mix),
+    ):
+        assert_same_state(ours, made.state_dict())
+
+
 @every_model
 def test_a_bounded_glow_has_one_number_more_in_each_coupling(shape, scales):
     """And starts from the same draws: apart from the scales it is the same flow."""
@@ -1235,7 +1253,7 @@ def test_labels_are_asked_for_and_have_their_width():
     k = levels_of((1, 4, 4))[:5]
     calls = (flow, flow.log_prob, flow.encode, flow.initialize, flow.bits_per_dim)
     for call in (*(lambda c, f=f: f(k, c) for f in calls), lambda c: flow.sample(5, context=c)):
-        for context in (None, torch.zeros(5, 2), torch.zeros(5, 4), torch.zeros(5, dtype=torch.long)):
+        for context in (None, torch.zeros(5, 2), torch.zeros(5, 4), torch.zeros(5)):
             shape = r"\(B, 3\), got \(5, [24]\)$" if context is not None and context.dim() == 2 else r"\(B, 3, "
             with pytest.raises(ValueError, match=f"^context: expected shape {shape}"):
                 call(context)

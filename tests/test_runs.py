@@ -7,7 +7,11 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,14 +19,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_conditional import parameters_of_cglow
+from test_pixelwise import parameters_of_unet
 from torch import nn
 
-from nflows_lib import checkpoint, data, runs, training
+from nflows_lib import checkpoint, data, plotting, runs, segmentation, training
 from nflows_lib.__main__ import main
 from nflows_lib.coupling import BoundedGlowCoupling, GlowCoupling
 from nflows_lib.data import Images
 from nflows_lib.flow import Flow
+from nflows_lib.models import cglow
 from nflows_lib.networks import GlowNet
+from nflows_lib.pixelwise import PixelClassifier
 
 
 @pytest.fixture
@@ -72,6 +80,16 @@ def test_the_shipped_records_say_what_made_them():
         assert record.keys() >= {"command", "commit", "seed", "python", "torch", "hardware", "minutes", "parameters"}
         assert record["run"] == path.parent.name
         assert not record["commit"].endswith("-dirty")
+
+
+def test_the_records_of_other_seeds_come_after_the_first(root):
+    with pytest.raises(ValueError, match=r"run: expected one of \(no record yet\), got 'small'"):
+        runs.load_seeds("small")
+    runs.save("small", {"nats": 0})
+    assert [record["nats"] for record in runs.load_seeds("small")] == [0]
+    for seed in (2, 1):
+        runs.write_json(runs.folder("small") / f"run-seed-{seed}.json", {"nats": seed})
+    assert [record["nats"] for record in runs.load_seeds("small")] == [0, 1, 2]
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -229,6 +247,98 @@ def test_flowers5_that_are_not_there_are_named(tmp_path):
     place = re.escape(str(tmp_path / "flowers5"))
     with pytest.raises(FileNotFoundError, match=f"expected one with images .*, got {place}, which is no folder"):
         runs.flowers5("train", tmp_path)
+
+
+# What the runs on horses build: height and width, and the sizes of what is inside.
+HORSES = {
+    "cglow-horses": (64, {"steps": 8, "hidden": 256, "conditioning": 64}),
+    "unet-horses": (64, {"hidden": 94}),
+    "cglow-horses-small": (32, {"steps": 4, "hidden": 64, "conditioning": 32}),
+    "unet-horses-small": (32, {"hidden": 28}),
+    "unet-horses-early": (32, {"hidden": 28}),
+}
+
+
+def test_every_run_on_horses_is_tested_and_they_alone_are_conditional():
+    assert [name for name, run in runs.RUNS.items() if run.context_shape] == list(HORSES)
+    assert [name for name, run in runs.RUNS.items() if run.measure] == list(HORSES)
+
+
+@pytest.mark.parametrize("name", HORSES)
+def test_a_run_on_horses_builds_what_it_says(name):
+    run, (size, inside) = runs.find(name), HORSES[name]
+    with torch.device("meta"):
+        flow = run.model()
+        optimizer = run.optimizer(flow)
+    assert run.shape == flow.shape == (1, size, size)
+    assert run.context_shape == (3, size, size)
+    assert flow.levels == 2
+    if name.startswith("cglow"):
+        assert isinstance(flow, Flow)
+        counted = parameters_of_cglow((1, size, size), (3, size, size), 3, **inside)
+    else:
+        assert isinstance(flow, PixelClassifier)
+        counted = parameters_of_unet(3, 2, inside["hidden"], 4)
+    assert sum(parameter.numel() for parameter in flow.parameters()) == counted
+    precisions = {module.precision for module in flow.modules() if hasattr(module, "precision")}
+    assert precisions == {torch.bfloat16}
+    (group,) = optimizer.param_groups
+    assert {id(parameter) for parameter in group["params"]} == {id(parameter) for parameter in flow.parameters()}
+    assert group["lr"] == (4e-3 if name == "cglow-horses-small" else 1e-3)
+    assert run.settings["augment"] is data.random_view
+    assert run.measure is segmentation.figures
+
+
+@pytest.mark.parametrize("size", ["", "-small"])
+def test_flow_and_u_net_on_the_horses_are_of_one_size(size):
+    with torch.device("meta"):
+        flow, net = (runs.find(f"{kind}-horses{size}").model() for kind in ("cglow", "unet"))
+    counts = [sum(parameter.numel() for parameter in model.parameters()) for model in (flow, net)]
+    assert counts[1] == pytest.approx(counts[0], rel=0.05)
+
+
+@pytest.mark.parametrize("name", [name for name in HORSES if "small" in name])
+def test_a_small_run_on_horses_has_a_finite_likelihood(name):
+    """Of random masks, that no model can tell in less than a bit; as its networks compute, a first step included."""
+    torch.manual_seed(0)
+    run = runs.find(name)
+    flow = run.model()
+    masks, photographs = torch.randint(2, (8, *run.shape), dtype=torch.uint8), torch.rand(8, 3, *run.shape[1:])
+    flow.initialize(masks, photographs)
+    bits = -flow(masks, photographs).mean() / (flow.dims * math.log(2))
+    assert 0.9 < bits < 5
+    bits.backward()
+    run.optimizer(flow).step()
+    assert flow(masks, photographs).isfinite().all()
+    assert flow.sample(2, context=photographs[:2]).shape == (2, *run.shape)
+
+
+@pytest.mark.parametrize("name", HORSES)
+def test_the_horses_are_shuffled(name, monkeypatch, tmp_path):
+    asked = []
+
+    def horses(part: str, folder: Path | None, *, size: int) -> Images:
+        asked.append((part, folder, size))
+        return in_context(50)
+
+    monkeypatch.setattr(data, "horses", horses)
+    found = runs.find(name).data("train", tmp_path)
+    assert asked == [("train", tmp_path, HORSES[name][0])]
+    assert torch.equal(found.images, runs.shuffled(in_context(50)).images)
+
+
+def in_context(n: int) -> Images:
+    """n images that tell their number, as their contexts do."""
+    images = numbered(n, 5)
+    return Images(images.images, images.labels, images.levels, images.images.float())
+
+
+def test_shuffled_images_keep_their_contexts():
+    found = runs.shuffled(in_context(50))
+    assert torch.equal(found.contexts, found.images.float())
+    assert found.labels.tolist() == [number // 10 for number in found.images[:, 0, 0, 0].tolist()]
+    assert not torch.equal(found.images, in_context(50).images)
+    assert runs.shuffled(numbered(50, 5)).contexts is None
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -430,6 +540,155 @@ def test_figures_and_samples_leave_the_random_state_alone_and_do_not_depend_on_i
     assert pictures[0] == pictures[1]
 
 
+# --- a conditional run ------------------------------------------------------------------------------------------------
+
+HALVES = "cglow-halves"
+MEASURED: list[tuple[object, Images]] = []
+
+
+def measure(flow: Flow, images: Images) -> dict[str, float]:
+    MEASURED.append((flow, images))
+    return {"n": len(images.contexts)}
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory) -> Iterator[Path]:
+    """The folder of a few steps on halves of digits; while this module's tests run, their run is in the table."""
+    run = runs.Run(
+        title="Conditional Glow on halves of digits",
+        model=partial(cglow, (1, 4, 8), (1, 4, 8), levels=17, scales=1, steps=1, hidden=4, conditioning=4),
+        data=lambda part, folder: data.digit_halves(part),
+        optimizer=partial(runs.glow_optimizer, lr=1e-2),
+        budget=5,
+        shape=(1, 4, 8),
+        held_out=40,
+        settings={"augment": data.random_view, "batch_size": 32, "warmup": 2, "ema": 0.5},
+        measure=measure,
+        context_shape=(1, 4, 8),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(runs.RUNS, HALVES, run)
+        out = tmp_path_factory.mktemp("runs") / "halves"
+        assert main(["train", HALVES, "--steps", "40", "--draws", "2", "--out", str(out)]) == 0
+        yield out
+
+
+def test_the_record_of_a_conditional_run_holds_what_it_measures(halves):
+    """On the test images, with the flow as it is in the end."""
+    record = json.loads((halves / "run.json").read_text())
+    assert record["measured"] == {"n": 299}
+    (measured,) = MEASURED
+    assert isinstance(measured[0], Flow)
+    assert torch.equal(measured[1].contexts, data.digit_halves("test").contexts)
+    assert record["settings"]["augment"] == "random_view"
+    assert record["settings"]["examples"] == 1_498 - 40
+    assert record["figure"]["images"] == 299
+    assert record["curve"]["held_out"][-1][1] < record["curve"]["held_out"][0][1]
+
+
+def test_a_run_that_measures_nothing_says_nothing_of_it(record):
+    assert "measured" not in record
+
+
+def test_a_conditional_run_is_evaluated_given_its_contexts(halves, capsys):
+    record, images = json.loads((halves / "run.json").read_text()), data.digit_halves("test")
+    flow = runs.load_flow(HALVES, halves)
+    own = runs.evaluate(flow, images, 2)
+    assert own == record["figure_in_half_precision"]
+    others = Images(images.images, images.labels, images.levels, images.contexts.roll(1, 0))
+    assert runs.evaluate(flow, others, 2)["bits_per_dim"] != own["bits_per_dim"]
+    with pytest.raises(ValueError, match=r"context: expected shape \(B, 1, 4, 8\), got None"):
+        runs.evaluate(flow, Images(images.images, images.labels, images.levels), 2)
+    assert main(["evaluate", HALVES, "--draws", "2", "--out", str(halves)]) == 0
+    assert capsys.readouterr().out.startswith(shown(own))
+
+
+def test_further_figures_can_be_taken_anew(halves, tmp_path, monkeypatch, capsys):
+    """Of the model in the folder; the rest of the record stays."""
+    out = tmp_path / "copy"
+    shutil.copytree(halves, out)
+    before = json.loads((out / "run.json").read_text())
+    monkeypatch.setattr(runs, "COMMIT", "later")
+    patched = replace(runs.RUNS[HALVES], measure=lambda flow, images: {"bits": runs.evaluate(flow, images, 1)})
+    monkeypatch.setitem(runs.RUNS, HALVES, patched)
+    assert main(["evaluate", HALVES, "--draws", "1", "--out", str(out), "--record"]) == 0
+    after = json.loads((out / "run.json").read_text())
+    own = runs.evaluate(runs.load_flow(HALVES, out), data.digit_halves("test"), 1)
+    assert after == before | {"measured": {"bits": own}, "measured_at": "later"}
+    assert json.dumps(after["measured"], indent=1) in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"^run: expected one with further figures, got nice-digits$"):
+        runs.measure_again("nice-digits", out)
+
+
+def test_a_conditional_run_keeps_the_contexts_of_its_images(halves, monkeypatch, tmp_path):
+    """In training, in evaluations held out, and in the pictures: of those held out, and in the end of those to test."""
+    fit, save_samples, given, pictured = runs.fit, runs.save_samples, [], []
+
+    def spy(flow: Flow, examples: torch.Tensor, *arguments, **options) -> training.History:
+        given.extend([(examples, options["context"]), (options["held_out"], options["held_out_context"])])
+        return fit(flow, examples, *arguments, **options)
+
+    def draw(flow: Flow, shape: tuple[int, ...], path: Path, *, contexts: torch.Tensor) -> None:
+        pictured.append(contexts)
+        save_samples(flow, shape, path, contexts=contexts)
+
+    monkeypatch.setattr(runs, "fit", spy)
+    monkeypatch.setattr(runs, "save_samples", draw)
+    runs.train(HALVES, tmp_path, steps=2, draws=1)
+    images = data.digit_halves("train")
+    (trained_on, contexts), (held_out, held_out_contexts) = given
+    assert torch.equal(held_out, images.images[:40]) and torch.equal(held_out_contexts, images.contexts[:40])
+    assert torch.equal(trained_on, images.images[40:]) and torch.equal(contexts, images.contexts[40:])
+    assert all(torch.equal(contexts[:40], images.contexts[:40]) for contexts in pictured[:-1])
+    assert len(pictured) == 3
+    assert torch.equal(pictured[-1], data.digit_halves("test").contexts)
+
+
+class Shows(nn.Module):
+    """Logits that leave no doubt that an image is its context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1e4))
+
+    def forward(self, context: torch.Tensor) -> torch.Tensor:
+        return self.scale * torch.cat([0.5 - context, context - 0.5], 1)
+
+
+@pytest.mark.parametrize(("n", "given"), [(60, 3), (25, 40), (7, 1), (60, 6)])
+def test_all_samples_of_a_row_have_one_context(tmp_path, n, given):
+    """The first of those that are given, the second ..., and again from the first."""
+    torch.manual_seed(0)
+    contexts = (torch.rand(given, 1, 3, 5) > 0.5).float()
+    runs.save_samples(PixelClassifier(Shows(), (1, 3, 5), 2), (1, 3, 5), tmp_path / "a.png", n, contexts=contexts)
+    drawn = torch.stack([contexts[i // 10 % given] for i in range(n)]).long()
+    expected = plotting.tile(drawn, columns=10, levels=2, shape=(1, 3, 5)).squeeze()
+    assert np.allclose(plt.imread(tmp_path / "a.png")[..., 0], expected, atol=0.01)
+
+
+def test_sample_draws_given_the_contexts_of_the_test_images(halves, monkeypatch, tmp_path):
+    asked, load = [], runs.RUNS[HALVES].data
+
+    def spy(part: str, folder: Path | None) -> Images:
+        asked.append((part, folder))
+        return load(part, folder)
+
+    monkeypatch.setitem(runs.RUNS, HALVES, replace(runs.RUNS[HALVES], data=spy))
+    options = ["--out", str(halves), "--data", str(tmp_path / "sets"), "--to", str(tmp_path / "a.png"), "--n", "20"]
+    assert main(["sample", HALVES, *options]) == 0
+    assert asked == [("test", tmp_path / "sets")]
+    flow = runs.load_flow(HALVES, halves)
+    runs.save_samples(flow, (1, 4, 8), tmp_path / "b.png", 20, contexts=load("test", None).contexts)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    runs.save_samples(flow, (1, 4, 8), tmp_path / "b.png", 20, contexts=load("test", None).contexts.flip(0))
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+def test_sample_asks_for_no_data_where_none_are_needed(trained, monkeypatch, tmp_path):
+    monkeypatch.setitem(runs.RUNS, NAME, replace(runs.RUNS[NAME], data=lambda *_: pytest.fail("read")))
+    assert main(["sample", NAME, "--out", str(trained), "--to", str(tmp_path / "a.png")]) == 0
+
+
 # --- compiled ---------------------------------------------------------------------------------------------------------
 
 
@@ -494,8 +753,8 @@ def test_a_stopped_run_goes_on_compiled_or_not(trained, compiled, before, monkey
     """As the line says that it prints; with the flag at one end and without it at the other it is the same run."""
     save_samples = runs.save_samples
 
-    def stop_at_60(flow: Flow, shape: tuple[int, ...], path: Path, *options) -> None:
-        save_samples(flow, shape, path, *options)
+    def stop_at_60(flow: Flow, shape: tuple[int, ...], path: Path, **options) -> None:
+        save_samples(flow, shape, path, **options)
         if path.name == "samples-0000060.png":
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from nflows_lib import checkpoint, training
 from nflows_lib.checkpoint import CheckpointError
-from nflows_lib.data import random_flip
+from nflows_lib.data import digit_halves, random_flip, random_view
 from nflows_lib.flow import Flow
-from nflows_lib.models import nice
+from nflows_lib.models import cglow, nice
 from nflows_lib.training import CHECKPOINT, PREVIOUS, History, Interrupted, NonFiniteLoss, Schedule, fit
 
 STEPS = 24
@@ -187,6 +187,33 @@ def test_context_rows_stay_with_their_examples_over_a_resume(tmp_path):
     assert sorted(torch.cat([x for x, _, _ in seen]).flatten().tolist()) == data.flatten().tolist()  # one whole epoch
     assert all(torch.equal(context, 10 * x) for x, context, _ in seen)
     assert all(mode for _, _, mode in seen)
+
+
+def conditional_run(folder: Path | None = None, at: int | None = None, **options) -> tuple[dict[str, Tensor], History]:
+    """A small conditional Glow on halves of digits, seen from elsewhere; interrupted after step ``at``."""
+    images = digit_halves("test")
+    torch.manual_seed(1 if options.get("resume") else 0)
+    flow = cglow((1, 4, 8), (1, 4, 8), levels=17, scales=2, steps=1, hidden=4, conditioning=4)
+
+    def on_evaluation(judged: Flow, history: History) -> None:
+        if history.held_out[-1][0] == at:
+            interrupt()
+
+    pairs = {"context": images.contexts, "held_out": images.images[:9], "held_out_context": images.contexts[:9]}
+    options = {**OPTIONS, "steps": 8, "augment": random_view, "on_evaluation": on_evaluation, **pairs, **options}
+    history = fit(flow, images.images, folder=folder, **options)
+    return flow.state_dict(), history
+
+
+def test_a_conditional_run_goes_on_to_the_same_parameters(tmp_path):
+    """Contexts and views of them as before; nothing is initialised anew."""
+    with pytest.raises(Interrupted):
+        conditional_run(tmp_path, 4)
+    assert step_of(tmp_path) == 4
+    expected = conditional_run()
+    assert_same(conditional_run(tmp_path, resume=True), expected)
+    with pytest.raises(CheckpointError, match="another run's: expected augment None, got random_view"):
+        conditional_run(tmp_path, resume=True, augment=None)
 
 
 def test_resume_without_a_checkpoint_starts(tmp_path, uninterrupted):

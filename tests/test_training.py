@@ -255,6 +255,29 @@ def test_augmentation_changes_the_batches_and_not_the_held_out_data():
     assert history.held_out == [(3, pytest.approx(AT_ZERO), 0.0)]
 
 
+def test_with_a_context_augmentation_is_given_both_and_gives_both():
+    """Of the same examples; the first batch, too, from which the flow is initialised."""
+    torch.manual_seed(0)
+    recorder, given = Recorder(), []
+    data = torch.randn(20, 1)
+
+    def augment(x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        given.append((x, context))
+        shift = torch.rand(len(x), 1)
+        return x + shift, context + 10 * shift
+
+    options = {"held_out": data[:4], "held_out_context": data[:4], "lr": 1e-9}
+    history = fit(scaling(1, recorder), data, 4, context=10 * data, augment=augment, batch_size=5, **options)
+    assert sorted(torch.cat([x for x, _ in given]).flatten().tolist()) == sorted(data.flatten().tolist())
+    assert all(torch.equal(context, 10 * x) for x, context in given)
+    assert torch.equal(recorder.initialized_with[0], recorder.seen[0][0])
+    for (before, _), (x, context, _) in zip(given, recorder.seen, strict=True):
+        torch.testing.assert_close(context, 10 * x)
+        assert (x > before).all() and len((x - before).unique()) == 5
+    expected = AT_ZERO + 0.5 * data[:4].square().mean().item()
+    assert history.held_out == [(4, pytest.approx(expected, abs=1e-5), pytest.approx(0, abs=1))]
+
+
 # --- held-out evaluation ----------------------------------------------------------------------------------------------
 
 
