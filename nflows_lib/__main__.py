@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--compile", action="store_true", help="with torch.compile: a slow start, then faster steps")
     train.set_defaults(command=_train)
     evaluate = commands.add_parser("evaluate", help="bits/dim on the test images")
-    evaluate.add_argument("--record", action="store_true", help="take the run's further figures anew, into run.json")
+    evaluate.add_argument("--record", action="store_true", help="take all figures anew, into run.json")
     evaluate.set_defaults(command=_evaluate)
     sample = commands.add_parser("sample", help="draw samples into a picture")
     sample.add_argument("--n", type=int, default=60)

@@ -1,4 +1,4 @@
-"""The inside of a coupling: ordinary networks, never inverted, free to be anything."""
+"""The inside of a coupling or of a prior, and a U-Net: ordinary networks, never inverted, free to be anything."""
 
 from __future__ import annotations
 

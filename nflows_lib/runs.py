@@ -464,9 +464,10 @@ def train(
 
 
 def measure_again(name: str, out: Path, data_folder: Path | None = None) -> dict[str, Any]:
-    """Take a run's further figures anew, of the model in its folder, and put them into ``run.json`` there.
+    """Take a run's figures on the test images anew, of the model in its folder, and put them into its ``run.json``.
 
-    For when :mod:`nflows_lib.segmentation` has learned to measure more. ``measured_at`` then says at which commit.
+    For when :mod:`nflows_lib.segmentation` has learned to measure more, or the test images have changed. The model is
+    in half precision; ``measured_at`` says at which commit this was done.
 
     Raises:
         ValueError: an unknown run, or one without further figures.
@@ -475,7 +476,10 @@ def measure_again(name: str, out: Path, data_folder: Path | None = None) -> dict
     if run.measure is None:
         raise ValueError(f"run: expected one with further figures, got {name}")
     record = json.loads((out / RECORD).read_text())
-    record |= {"measured": run.measure(load_flow(name, out), run.data("test", data_folder)), "measured_at": COMMIT}
+    flow, test = load_flow(name, out), run.data("test", data_folder)
+    figure = evaluate(flow, test, record["figure"]["draws"])
+    record |= {"figure": figure, "figure_in_half_precision": figure}
+    record |= {"measured": run.measure(flow, test), "measured_at": COMMIT}
     write_json(out / RECORD, record)
     return record["measured"]
 

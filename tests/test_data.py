@@ -420,19 +420,54 @@ def save_horse(folder: Path, name: str, grey: int, mask: str = "1.png", mode: st
 
 def test_horses_are_in_the_order_of_their_names_and_every_sixth_is_for_testing(tmp_path, monkeypatch):
     for i in (7, 3, 12, 1, 0, 2, 11, 10, 9, 8, 6, 5, 4):
-        save_horse(tmp_path, f"horse{i:03d}.png", 10 * i, right=i % 12)
+        save_horse(tmp_path, f"horse{i:03d}.png", 21 * i, right=i % 12)
     (tmp_path / "weizmann_horse_db" / "horse" / "notes.txt").write_text("no image")
     monkeypatch.setenv("NFLOWS_DATA", str(tmp_path / "elsewhere"))
     parts = {"train": [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 12], "test": [5, 11], "all": list(range(13))}
     for part, expected in parts.items():
         found = data.horses(part, tmp_path, size=12)
         assert_masks(found, len(expected), 12)
-        assert (255 * found.contexts[:, 0, 0, 0]).round().tolist() == [10 * i for i in expected]
+        assert (255 * found.contexts[:, 0, 0, 0]).round().tolist() == [21 * i for i in expected]
         columns = torch.tensor([[column >= 12 - i % 12 for column in range(12)] for i in expected])
         assert torch.equal(found.images, columns[:, None, None].expand(-1, 1, 12, 12).to(torch.uint8))
         assert found.labels.eq(0).all()
     monkeypatch.setenv("NFLOWS_DATA", str(tmp_path))
     assert data.horses().images.shape == (11, 1, 32, 32)
+
+
+def test_a_photograph_that_is_trained_on_is_not_tested(tmp_path):
+    """Two of the test set that are each other's twins stay; so does what is in the training set twice."""
+    greys = [
+        0,
+        22,
+        44,
+        44,
+        88,
+        110,
+        132,
+        154,
+        176,
+        198,
+        220,
+        0,
+        *[242] * 5,
+        66,
+        *[250] * 5,
+        66,
+    ]  # 17 like 23, 11 like 0
+    for i, grey in enumerate(greys):
+        save_horse(tmp_path, f"horse{i:03d}.png", grey)
+    found = {part: data.horses(part, tmp_path, size=8) for part in ("train", "test", "all")}
+    assert {part: len(images.images) for part, images in found.items()} == {"train": 20, "test": 3, "all": 24}
+    assert (255 * found["test"].contexts[:, 0, 0, 0]).round().tolist() == [110, 66, 66]
+    assert len(found["test"].labels) == 3
+
+
+def test_twins_are_pairs_of_photographs_that_are_almost_the_same():
+    photographs = torch.rand(4, 3, 8, 8)
+    photographs[3] = photographs[1] + 0.079
+    photographs = torch.cat([photographs, photographs[2:3] + 0.081])
+    assert data.twins(photographs) == [(1, 3)]
 
 
 @pytest.mark.parametrize(

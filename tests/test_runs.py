@@ -603,7 +603,7 @@ def test_a_conditional_run_is_evaluated_given_its_contexts(halves, capsys):
     assert capsys.readouterr().out.startswith(shown(own))
 
 
-def test_further_figures_can_be_taken_anew(halves, tmp_path, monkeypatch, capsys):
+def test_figures_can_be_taken_anew(halves, tmp_path, monkeypatch, capsys):
     """Of the model in the folder; the rest of the record stays."""
     out = tmp_path / "copy"
     shutil.copytree(halves, out)
@@ -614,7 +614,11 @@ def test_further_figures_can_be_taken_anew(halves, tmp_path, monkeypatch, capsys
     assert main(["evaluate", HALVES, "--draws", "1", "--out", str(out), "--record"]) == 0
     after = json.loads((out / "run.json").read_text())
     own = runs.evaluate(runs.load_flow(HALVES, out), data.digit_halves("test"), 1)
-    assert after == before | {"measured": {"bits": own}, "measured_at": "later"}
+    figure = runs.evaluate(runs.load_flow(HALVES, out), data.digit_halves("test"), before["figure"]["draws"])
+    assert figure == before["figure_in_half_precision"]
+    assert figure != before["figure"]
+    taken = {"figure": figure, "figure_in_half_precision": figure, "measured": {"bits": own}, "measured_at": "later"}
+    assert after == before | taken
     assert json.dumps(after["measured"], indent=1) in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"^run: expected one with further figures, got nice-digits$"):
         runs.measure_again("nice-digits", out)
