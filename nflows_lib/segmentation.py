@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -69,22 +70,27 @@ def figures(model: Flow | PixelClassifier, images: Images, samples: int = 10, mo
     no diversity; ``iou_cold``: as ``iou``, of samples at temperature 0.5. For a :class:`PixelClassifier` the mean is
     what its network says, without samples. ``calibration`` and its ``error`` are those of that mean (for a flow, of the
     most samples). ``area_covered``: share of the images whose true area, the number of ones, lies in the middle 80 % of
-    the samples' areas. ``shuffled``: by how many nats a mask is likelier given its own photograph than another's.
+    the samples' areas. ``bits_per_dim_most``: -log2 of the mean likelihood over the most draws of the noise, a closer
+    bound than the mean of logs. ``shuffled``: by how many nats a mask is likelier given its own photograph than
+    another's.
     """
     if not 1 <= samples <= most or most < 2:
         raise ValueError(f"samples, most: expected 1 <= samples <= most and most >= 2, got {samples} and {most}")
     contexts, true = images.contexts.to(next(model.parameters()).device), images.images
+
+    def draw(k: int, temperature: float = 1.0) -> Tensor:
+        return torch.stack([model.sample(len(true), temperature, contexts).cpu() for _ in range(k)]).float()
+
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        drawn = torch.stack([model.sample(len(contexts), context=contexts).cpu() for _ in range(most)]).float()
+        drawn = draw(most)
         if isinstance(model, PixelClassifier):
             few = many = cold = model.mean(contexts).cpu()
         else:
-            few, many = drawn[:samples].mean(0), drawn.mean(0)
-            cold = (
-                torch.stack([model.sample(len(contexts), 0.5, contexts).cpu() for _ in range(samples)]).float().mean(0)
-            )
+            few, many, cold = drawn[:samples].mean(0), drawn.mean(0), draw(samples, 0.5).mean(0)
+        nats = torch.stack([model(true.to(contexts.device), contexts).cpu() for _ in range(most)])
         own, others = (log_likelihoods(model, true, c, draws=5) for c in (contexts, contexts.roll(1, 0)))
+    closer = nats.logsumexp(0) - math.log(most)
     mean, error = mean_and_error(iou(few > 0.5, true))
     rows, calibration_error = calibration(many, true)
     areas = drawn.flatten(2).sum(2)
@@ -100,6 +106,7 @@ def figures(model: Flow | PixelClassifier, images: Images, samples: int = 10, mo
         "iou_between": torch.stack([iou(*pair) for pair in drawn[: most // 2 * 2].split(2)]).mean().item(),
         "iou_cold": iou(cold > 0.5, true).mean().item(),
         "area_covered": ((low <= area) & (area <= high)).float().mean().item(),
+        "bits_per_dim_most": -closer.mean().item() / (true[0].numel() * math.log(2)),
         "calibration": [[round(p, 4), round(share, 4), count] for p, share, count in rows],
         "calibration_error": calibration_error,
         "shuffled": (own - others).mean().item(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -161,7 +162,8 @@ def test_figures_of_draws_by_hand():
     assert found["calibration"][1] == [0.4, 1.0, 1]
     assert found["calibration_error"] == pytest.approx((1 * 0.6 + 3 * 0.6) / 8)
     assert found["shuffled"] == pytest.approx(1.0)  # the masks differ in one pixel
-    assert model.calls == 2 * 5
+    assert model.calls == 5 + 2 * 5
+    assert found["bits_per_dim_most"] == pytest.approx(7 / (4 * math.log(2)))
 
 
 def test_the_error_of_the_overlap_is_over_images():
@@ -187,6 +189,19 @@ def test_samples_that_differ_from_one_another_say_so():
 def test_too_few_samples_are_named(samples, most):
     with pytest.raises(ValueError, match=rf"^samples, most: expected .* got {samples} and {most}$"):
         figures(*classifier(3), samples=samples, most=most)
+
+
+def test_the_closer_bound_is_the_mean_of_likelihoods():
+    """Over draws of the noise that differ: log p is -1 and -3 by turns."""
+
+    class Noisy(Scripted):
+        def forward(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+            self.calls += 1
+            return torch.full((len(y),), -1.0 if self.calls % 2 else -3.0)
+
+    found = figures(Noisy(*[TRUE] * 5), Images(TRUE, torch.zeros(2), 2, TRUE.float()), 1, 4)
+    mean = (math.exp(-1) + math.exp(-3)) / 2
+    assert found["bits_per_dim_most"] == pytest.approx(-math.log(mean) / (4 * math.log(2)))
 
 
 def test_the_middle_of_the_areas_is_80_percent_of_them():
