@@ -761,6 +761,7 @@ def test_a_copy_of_cglow_has_the_same_likelihood(name):
         ({"context_shape": (3, 6, 6)}, "context_shape: expected (K, H, W), with H and W (4, 4) or twice, four times"),
         ({"context_shape": (3, 2, 2)}, "context_shape: expected (K, H, W), with H and W (4, 4) or twice, four times"),
         ({"context_shape": (3, 8, 4)}, "context_shape: expected (K, H, W), with H and W (4, 4) or twice, four times"),
+        ({"context_shape": ()}, "context_shape: expected (K,) or (K, H, W), got ()"),
     ],
 )
 def test_what_cglow_cannot_be_is_named(options, message):
