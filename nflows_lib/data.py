@@ -32,6 +32,11 @@ class Images:
     levels: int
     contexts: Tensor | None = None
 
+    def select(self, index: Tensor) -> Images:
+        """Those at these positions, or where the mask is True, with all that belongs to them."""
+        contexts = None if self.contexts is None else self.contexts[index]
+        return Images(self.images[index], self.labels[index], self.levels, contexts)
+
 
 # --- points in the plane ----------------------------------------------------------------------------------------------
 
@@ -254,9 +259,9 @@ def horses(part: str = "train", folder: Path | str | None = None, *, size: int =
     """The Weizmann horses (Borenstein and Ullman): masks, 1 where the horse is, to be told from photographs.
 
     They are read from ``weizmann_horse_db``: two folders, ``horse`` and ``mask``, with images of the same names (a mask
-    is 255 where the horse is). Both are squashed to a square. No split is published: here, in the
-    order of their names, every sixth of the 327 is for testing, unless the same photograph is trained on. Nine are in
-    the set twice, with masks by two hands; that leaves 273 to train on and 51 to test.
+    is 255 where the horse is). Both are squashed to a square. No split is published: here, in the order of their names,
+    every sixth of the 327 is for testing, unless the same photograph is trained on. Nine are in the set twice, with
+    masks by two hands; that leaves 273 to train on and 51 to test.
 
     Args:
         part: "train", "test" or "all".
@@ -282,8 +287,7 @@ def horses(part: str = "train", folder: Path | str | None = None, *, size: int =
         for i, j in twins(everything.contexts):
             if keep[i] != keep[j]:
                 keep[[i, j]] = False
-    images, labels, contexts = (x[keep] for x in (everything.images, everything.labels, everything.contexts))
-    return Images(images, labels, everything.levels, contexts)
+    return everything.select(keep)
 
 
 def twins(photographs: Tensor) -> list[tuple[int, int]]:

@@ -51,8 +51,7 @@ class Flow(nn.Module):
         Raises:
             ValueError: x has another shape or type than the flow's data, or values that are not finite or out of range.
         """
-        check_data(x, self.shape, self.levels)
-        check_context(context, len(x))
+        check_data(x, context, self.shape, self.levels)
         z, contribution = self.chain(x, context)
         return self.base.log_prob(z.flatten(1)) + contribution
 
@@ -73,8 +72,7 @@ class Flow(nn.Module):
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The latent of x: (B, *shape) to (B, D)."""
-        check_data(x, self.shape, self.levels)
-        check_context(context, len(x))
+        check_data(x, context, self.shape, self.levels)
         return self.chain(x, context)[0].flatten(1)
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
@@ -97,8 +95,7 @@ class Flow(nn.Module):
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Run every layer's data-dependent initialisation on a first batch. Call it once, before the optimizer."""
-        check_data(x, self.shape, self.levels)
-        check_context(context, len(x))
+        check_data(x, context, self.shape, self.levels)
         if len(x) == 0:
             raise ValueError("x: expected a first batch of at least one example, got none")
         self.chain.initialize(x, context)
@@ -115,12 +112,13 @@ class Flow(nn.Module):
         return "\n".join(line.rstrip() for line in lines)
 
 
-def check_data(x: Tensor, shape: Shape, levels: int | None) -> None:
+def check_data(x: Tensor, context: Tensor | None, shape: Shape, levels: int | None) -> None:
     """Raise a ValueError unless x is a batch of examples of this shape, and its values are those of such data.
 
-    That is integers from 0 to levels - 1; or, where levels is None, finite floats.
+    That is integers from 0 to levels - 1; or, where levels is None, finite floats. The context must belong to them.
     """
     check_shape("x", x, shape)
+    check_context(context, len(x))
     if torch.compiler.is_compiling():
         return  # a compiled graph cannot look at values
     if levels is None:

@@ -35,8 +35,7 @@ class PixelClassifier(nn.Module):
 
     def forward(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """log P(y | x) in nats: (B, *shape), integers, and contexts, to (B,)."""
-        check_data(y, self.shape, self.levels)
-        check_context(context, len(y))
+        check_data(y, context, self.shape, self.levels)
         return -F.cross_entropy(self.logits(context), y.long(), reduction="none").flatten(1).sum(1)
 
     def logits(self, context: Tensor | None) -> Tensor:

@@ -197,11 +197,13 @@ def on_horses(
     )
 
 
+unet_horses = partial(on_horses, unet_classifier, lr=1e-3)
+unet_horses_small = partial(unet_horses, size=32, hidden=28)
+
+
 def shuffled(images: Images) -> Images:
     """In a fixed random order: what a run holds out, the first ones, must not all be of one class."""
-    order = torch.randperm(len(images.images), generator=torch.Generator().manual_seed(0))
-    contexts = None if images.contexts is None else images.contexts[order]
-    return Images(images.images[order], images.labels[order], images.levels, contexts)
+    return images.select(torch.randperm(len(images.images), generator=torch.Generator().manual_seed(0)))
 
 
 def flowers5(part: str, folder: Path | None) -> Images:
@@ -308,16 +310,14 @@ RUNS: dict[str, Run] = {
     ),
     "cglow-horses": on_horses(
         cglow,
-        "Conditional Glow on the Weizmann horses, 64x64, networks of the released code's size",
+        "Conditional Glow on the Weizmann horses, 64x64, the released code's depth and couplings",
         size=64,
         lr=1e-3,
         budget=25 * 60,
     ),
-    "unet-horses": on_horses(
-        unet_classifier,
+    "unet-horses": unet_horses(
         "A U-Net of the same size on the same horses, 64x64, each pixel for itself",
         size=64,
-        lr=1e-3,
         budget=25 * 60,
         hidden=94,
     ),
@@ -331,22 +331,10 @@ RUNS: dict[str, Run] = {
         hidden=64,
         conditioning=32,
     ),
-    "unet-horses-small": on_horses(
-        unet_classifier,
-        "A U-Net of the same size on the same horses, each pixel for itself",
-        size=32,
-        lr=1e-3,
-        budget=12 * 60,
-        hidden=28,
+    "unet-horses-small": unet_horses_small(
+        "A U-Net of the same size on the same horses, each pixel for itself", budget=12 * 60
     ),
-    "unet-horses-early": on_horses(
-        unet_classifier,
-        "The same U-Net, stopped where its held-out figure is best",
-        size=32,
-        lr=1e-3,
-        budget=3 * 60,
-        hidden=28,
-    ),
+    "unet-horses-early": unet_horses_small("The same U-Net, stopped where its held-out figure is best", budget=3 * 60),
 }
 
 

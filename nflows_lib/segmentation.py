@@ -61,6 +61,22 @@ def calibration(probabilities: Tensor, true: Tensor, bins: int = 10) -> tuple[li
     return rows, error
 
 
+def draws(model: Flow | PixelClassifier, contexts: Tensor, n: int = 100, temperature: float = 1.0) -> Tensor:
+    """n samples for each of B contexts: (n, B, *shape), floats, on the CPU."""
+    return torch.stack([model.sample(len(contexts), temperature, contexts).cpu() for _ in range(n)]).float()
+
+
+def covered(drawn: Tensor, true: Tensor) -> float:
+    """Share of images for which the sum of the true one's pixels is in the middle 80 % of the sums of those drawn.
+
+    drawn: (n, B, ...). true: (B, ...).
+    """
+    sums = drawn.flatten(2).sum(2)
+    low, high = (sums.quantile(q, dim=0) for q in (0.1, 0.9))
+    true_sum = true.flatten(1).sum(1)
+    return ((low <= true_sum) & (true_sum <= high)).float().mean().item()
+
+
 @torch.no_grad()
 def figures(model: Flow | PixelClassifier, images: Images, samples: int = 10, most: int = 100) -> dict[str, Any]:
     """What ``run.json`` says of a model of masks given photographs, on these images.
@@ -69,33 +85,25 @@ def figures(model: Flow | PixelClassifier, images: Images, samples: int = 10, mo
     the mean of the most; ``iou_one``: of single samples; ``iou_between``: of two samples with each other, 1 if there is
     no diversity; ``iou_cold``: as ``iou``, of samples at temperature 0.5. For a :class:`PixelClassifier` the mean is
     what its network says, without samples. ``calibration`` and its ``error`` are those of that mean (for a flow, of the
-    most samples). ``area_covered``: share of the images whose true area, the number of ones, lies in the middle 80 % of
-    the samples' areas. ``bits_per_dim_most``: -log2 of the mean likelihood over the most draws of the noise, a closer
-    bound than the mean of logs. ``shuffled``: by how many nats a mask is likelier given its own photograph than
-    another's.
+    most samples). ``area_covered``: :func:`covered`, of the areas of all samples. ``bits_per_dim_most``: -log2 of the
+    mean likelihood over the most draws of the noise, a closer bound than the mean of logs. ``shuffled``: by how many
+    nats a mask is likelier given its own photograph than another's.
     """
     if not 1 <= samples <= most or most < 2:
         raise ValueError(f"samples, most: expected 1 <= samples <= most and most >= 2, got {samples} and {most}")
     contexts, true = images.contexts.to(next(model.parameters()).device), images.images
-
-    def draw(k: int, temperature: float = 1.0) -> Tensor:
-        return torch.stack([model.sample(len(true), temperature, contexts).cpu() for _ in range(k)]).float()
-
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        drawn = draw(most)
+        drawn = draws(model, contexts, most)
         if isinstance(model, PixelClassifier):
             few = many = cold = model.mean(contexts).cpu()
         else:
-            few, many, cold = drawn[:samples].mean(0), drawn.mean(0), draw(samples, 0.5).mean(0)
+            few, many, cold = drawn[:samples].mean(0), drawn.mean(0), draws(model, contexts, samples, 0.5).mean(0)
         nats = torch.stack([model(true.to(contexts.device), contexts).cpu() for _ in range(most)])
         own, others = (log_likelihoods(model, true, c, draws=5) for c in (contexts, contexts.roll(1, 0)))
     closer = nats.logsumexp(0) - math.log(most)
     mean, error = mean_and_error(iou(few > 0.5, true))
     rows, calibration_error = calibration(many, true)
-    areas = drawn.flatten(2).sum(2)
-    low, high = (areas.quantile(q, dim=0) for q in (0.1, 0.9))
-    area = true.flatten(1).sum(1)
     return {
         "samples": samples,
         "iou": mean,
@@ -105,7 +113,7 @@ def figures(model: Flow | PixelClassifier, images: Images, samples: int = 10, mo
         "iou_one": torch.stack([iou(one, true) for one in drawn]).mean().item(),
         "iou_between": torch.stack([iou(*pair) for pair in drawn[: most // 2 * 2].split(2)]).mean().item(),
         "iou_cold": iou(cold > 0.5, true).mean().item(),
-        "area_covered": ((low <= area) & (area <= high)).float().mean().item(),
+        "area_covered": covered(drawn, true),
         "bits_per_dim_most": -closer.mean().item() / (true[0].numel() * math.log(2)),
         "calibration": [[round(p, 4), round(share, 4), count] for p, share, count in rows],
         "calibration_error": calibration_error,

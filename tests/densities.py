@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import scipy.stats
 import torch
 from torch import Tensor
@@ -19,6 +20,12 @@ def midpoints(low: float, high: float, points: int, dims: int) -> tuple[Tensor, 
     width = (high - low) / points
     axis = low + width * (torch.arange(points, dtype=torch.float64) + 0.5)
     return torch.cartesian_prod(*[axis] * dims).reshape(-1, dims), width**dims
+
+
+def gauss(points: int, dims: int) -> tuple[Tensor, Tensor]:
+    """Gauss's rule on the unit cube: nodes, (points**dims, dims), float64, and their weights, which sum to 1."""
+    node, weight = (torch.from_numpy(values) / 2 for values in np.polynomial.legendre.leggauss(points))
+    return torch.cartesian_prod(*[node + 0.5] * dims), torch.cartesian_prod(*[weight] * dims).prod(1)
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ import math
 import re
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 from bijections import Fixed, randomize
+from densities import gauss
 from test_glow import NOT_YET, assert_same_state, levels_of, mean_and_std, nats_of, spread, stir
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -668,9 +668,8 @@ def test_cglow_against_exact_enumeration(context_shape):
     continuous.initialize(1 + 0.2 * torch.randn(1_000, 1, 2, 2).double(), both.repeat_interleave(500, 0))
     stir(flow, 0.15)
     k = torch.tensor(list(itertools.product((0, 1), repeat=4))).view(16, 1, 2, 2)
-    node, weight = (torch.from_numpy(values) / 2 for values in np.polynomial.legendre.leggauss(8))
-    within = torch.cartesian_prod(*[node + 0.5] * 4).view(-1, 1, 2, 2)
-    weights = torch.cartesian_prod(*[weight] * 4).prod(1)
+    within, weights = gauss(8, 4)
+    within = within.view(-1, 1, 2, 2)
     n, found = 20_000, []
     for context in both:
         rows = context.expand(n, *context_shape)

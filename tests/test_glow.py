@@ -7,10 +7,10 @@ import itertools
 import math
 import re
 
-import numpy as np
 import pytest
 import torch
 from bijections import Fixed, randomize
+from densities import gauss
 from torch import Tensor, nn
 
 from nflows_lib import checkpoint
@@ -1205,9 +1205,8 @@ def test_glow_against_exact_enumeration(classes):
     continuous.initialize(1 + 0.2 * torch.randn(1_000, 1, 2, 2, dtype=torch.float64), context)  # well within [0, 2)
     stir(flow, 0.2)
     k = torch.tensor(list(itertools.product((0, 1), repeat=4))).view(16, 1, 2, 2)
-    node, weight = (torch.from_numpy(values) / 2 for values in np.polynomial.legendre.leggauss(10))
-    within = torch.cartesian_prod(*[node + 0.5] * 4).view(-1, 1, 2, 2)
-    weights = torch.cartesian_prod(*[weight] * 4).prod(1)
+    within, weights = gauss(10, 4)
+    within = within.view(-1, 1, 2, 2)
     n, found = 20_000, []
     for label in range(max(classes, 1)):
 

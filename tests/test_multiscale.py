@@ -7,11 +7,10 @@ import itertools
 import math
 import re
 
-import numpy as np
 import pytest
 import torch
 from bijections import BIJECTIONS, ConvNet, build, channel_couplings, learned_prior, nested_factor_out, randomize
-from densities import assert_samples_follow, integral
+from densities import assert_samples_follow, gauss, integral
 from torch import Tensor, nn
 
 from nflows_lib.bijection import Bijection, Chain, Layer, Shape
@@ -467,9 +466,8 @@ def test_a_multi_scale_flow_against_exact_enumeration():
 
     def integrated(points: int) -> tuple[Tensor, Tensor]:
         """Density and log-density, averaged over each cell by Gauss's rule."""
-        node, weight = (torch.from_numpy(values) / 2 for values in np.polynomial.legendre.leggauss(points))
-        within = torch.cartesian_prod(*[node + 0.5] * 4).view(-1, 1, 2, 2)
-        weights = torch.cartesian_prod(*[weight] * 4).prod(1)
+        within, weights = gauss(points, 4)
+        within = within.view(-1, 1, 2, 2)
         log_density = torch.stack([continuous(image + within) for image in k])
         return log_density.exp() @ weights, log_density @ weights
 
