@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from nflows_lib import runs, training
+from nflows_lib import parallel, runs, training
 
 
 def seconds(text: str) -> float:
@@ -24,11 +24,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.command(options)
     except training.Interrupted as stopped:
-        again = ["python", "-m", "nflows_lib", "train", options.run, "--resume"]
+        again = ["-m", "nflows_lib", "train", options.run, "--resume"]
         for name in ("data", "out"):
             again += [f"--{name}", str(getattr(options, name))] if getattr(options, name) else []
         again += ["--compile"] if options.compile else []
-        print(f"\n{stopped}, and saved.\nTo go on: {shlex.join(again)}", file=sys.stderr)
+        if parallel.number() == 0:
+            print(f"\n{stopped}, and saved.\nTo go on: {parallel.launcher()} {shlex.join(again)}", file=sys.stderr)
         return 130
     except (ValueError, OSError, training.NonFiniteLoss) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -48,6 +49,8 @@ def _train(options: argparse.Namespace) -> None:
         resume=options.resume,
         compiled=options.compile,
     )
+    if parallel.number() > 0:
+        return
     out = options.out or runs.work_folder(options.run)
     record = json.loads((out / runs.RECORD).read_text())
     print(f"{record['steps']:,} steps in {record['minutes']:.1f} minutes on {record['hardware']}")

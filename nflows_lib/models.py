@@ -25,7 +25,7 @@ from nflows_lib.coupling import (
     channel_mask,
     checkerboard_mask,
 )
-from nflows_lib.dequantization import Logit, Rescale, UniformDequantize
+from nflows_lib.dequantization import Logit, Rescale, UniformDequantize, VariationalDequantize
 from nflows_lib.distributions import Base, StandardLogistic, StandardNormal
 from nflows_lib.flow import Flow
 from nflows_lib.multiscale import FactorOut, PhaseOrder, Squeeze
@@ -144,6 +144,9 @@ def glow(
     classes: int = 0,
     lu: bool = True,
     bounded: bool = False,
+    bounded_priors: bool = False,
+    alpha: float | None = None,
+    noise: int = 0,
     precision: torch.dtype = torch.float32,
 ) -> Flow:
     """Glow (Kingma and Dhariwal 2018) on images: steps of ActNorm, 1x1 convolution and coupling, at several scales.
@@ -161,6 +164,10 @@ def glow(
             joins the input of every network, those of the priors, too. 0: unconditional.
         lu: how the 1x1 convolutions are parametrised.
         bounded: whether the couplings are :class:`BoundedGlowCoupling`, in the place of those of the released code.
+        bounded_priors: whether the priors' scales are bounded, too (:class:`nflows_lib.networks.BoundedPrior`).
+        alpha: of a logit that pixels pass first, which Glow does not have; None: they are only scaled.
+        noise: channels inside the networks of two couplings that draw the noise of the dequantization given the image
+            (:class:`VariationalDequantize`); 0: it is uniform, as in Glow.
         precision: what the couplings' networks compute in.
 
     Raises:
@@ -175,9 +182,19 @@ def glow(
         return [ActNorm(channels), Invertible1x1Conv(channels, lu), coupling(channels, network)]
 
     def prior(channels: int, size: Shape) -> nn.Module:
-        return ZeroConv(channels // 2, channels, classes)
+        network = ZeroConv(channels // 2, channels, classes)
+        return BoundedPrior(network) if bounded_priors else network
 
-    return _glow_of(step, prior, shape, levels, scales, steps, hidden)
+    def noise_coupling(parity: int) -> Layer:
+        network = ResNet(shape[0], 2 * shape[0], noise, 1, shape[0], precision)
+        return AffineCoupling(checkerboard_mask(shape, parity), network)
+
+    start: list[Layer] = [UniformDequantize(levels), Rescale(1 / levels)]
+    if noise:
+        start[0] = VariationalDequantize([noise_coupling(0), noise_coupling(1)], levels)
+    if alpha is not None:
+        start.append(Logit(alpha))
+    return _glow_of(start, step, prior, shape, scales, steps, hidden)
 
 
 def cglow(
@@ -233,19 +250,20 @@ def cglow(
     def prior(channels: int, size: Shape) -> nn.Module:
         return BoundedPrior(seeing(ZeroConv(channels // 2, channels, width), size))
 
-    return _glow_of(step, prior, shape, levels, scales, steps, hidden)
+    start = [UniformDequantize(levels), Rescale(1 / levels)]
+    return _glow_of(start, step, prior, shape, scales, steps, hidden)
 
 
 def _glow_of(
+    start: list[Layer],
     step: Callable[[int, Shape], list[Layer]],
     prior: Callable[[int, Shape], nn.Module],
     shape: Shape,
-    levels: int,
     scales: int,
     steps: int,
     hidden: int,
 ) -> Flow:
-    """Glow's arrangement of steps and priors, each built for so many channels and (height, width)."""
+    """Glow's arrangement, after a start, of steps and priors, each built for so many channels and (height, width)."""
     for name, value in (("scales", scales), ("steps", steps), ("hidden", hidden)):
         _check_positive(name, value)
 
@@ -259,8 +277,7 @@ def _glow_of(
         conditioned = prior(channels, size)  # drawn before what is inside: a seed gives the same weights as ever
         return [*layers, FactorOut((channels, *size), from_scale_on((channels // 2, *size), left - 1), conditioned)]
 
-    start: list[Layer] = [UniformDequantize(levels), Rescale(1 / levels)]
-    return Flow(start + from_scale_on(shape, scales), StandardNormal(), shape)
+    return Flow([*start, *from_scale_on(shape, scales)], StandardNormal(), shape)
 
 
 def _check_positive(name: str, value: int) -> None:

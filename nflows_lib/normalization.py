@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from nflows_lib import parallel
 from nflows_lib.bijection import Bijection, ChannelBijection, Shape, check_shape
 
 
@@ -66,7 +67,9 @@ class FlowBatchNorm(ChannelBijection):
         if self.training:
             if x[:, 0].numel() < 2:
                 raise ValueError(f"x: expected several values a channel in training mode, got shape {tuple(x.shape)}")
-            variance, mean = torch.var_mean(x.transpose(0, 1).flatten(1), dim=1, correction=0)
+            variance, own = torch.var_mean(x.transpose(0, 1).flatten(1), dim=1, correction=0)
+            mean = parallel.mean(own)
+            variance = parallel.mean(variance + (own - mean).square())  # of the whole batch, wherever its parts are
             self.running_mean.lerp_(mean.detach(), self.momentum)
             self.running_variance.lerp_(variance.detach(), self.momentum)
         log_det = -0.5 * math.prod(x.shape[2:]) * (variance + self.eps).log().sum()

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
-from nflows_lib import checkpoint, settings
+from nflows_lib import checkpoint, parallel, settings
 from nflows_lib.flow import Flow
 
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
@@ -120,6 +121,10 @@ def fit(
     Batches are whole ones from a fresh shuffle every epoch. All randomness comes from torch's global generator: call
     ``torch.manual_seed`` for a run that repeats. Evaluations do not disturb it.
 
+    Under torchrun (:mod:`nflows_lib.parallel`) every process calls it alike, with the same data, and takes its share of
+    each batch. Number 0 draws the shuffle, initialises the flow on the whole first batch, evaluates and writes; noise
+    and augmentation are drawn by each for its own share, from a seed of its own. All end with the same parameters.
+
     With a folder the run outlives a kill: called again with the same arguments and ``resume=True``, it goes on from its
     last checkpoint and takes the very steps that it would have taken (on a CPU to the bit). An interrupt (Ctrl-C, or
     SIGTERM) then lets it finish its step and save.
@@ -135,7 +140,7 @@ def fit(
         augment: changes each batch before the flow sees it, on its device, the first one included; where there is a
             context it is called with both and returns both. Held-out data stay as they are. Like the shuffle it draws
             from torch's global generator. A resumed run checks its name.
-        batch_size: examples for each update.
+        batch_size: examples for each update, those of all processes together.
         lr: learning rate of Adam, where no optimizer is given.
         optimizer: takes the place of Adam; its learning rates are those that the schedule multiplies.
         clip: largest norm of the gradient; a longer one is scaled down to it. None: no clipping.
@@ -162,7 +167,7 @@ def fit(
     )
     keep_freed_memory()
     run = _Run(flow, data, context, augment, batch_size, lr, optimizer, clip, Schedule(warmup, cosine), ema)
-    latest = None if folder is None else _latest(folder)
+    latest = None if folder is None else parallel.shared(_latest(folder))
     if latest is None:
         run.start()
     elif resume:
@@ -176,7 +181,7 @@ def fit(
         initial=run.step,
         unit=" images",
         unit_scale=batch_size,
-        disable=not settings.progress(),
+        disable=not settings.progress() or parallel.number() > 0,
         leave=False,
         mininterval=0.5 if sys.stderr.isatty() or "ipykernel" in sys.modules else 30.0,  # a log file fills slowly
     )
@@ -192,8 +197,10 @@ def fit(
             done, before = (run.schedule.progress(step) for step in (run.step, run.step - 1))
             if held_out is not None and math.floor(evaluations * done + 1e-9) > math.floor(evaluations * before + 1e-9):
                 run.evaluate(held_out, held_out_context, draws, on_evaluation)
-            finished, stopping = run.step == run.schedule.total, bool(stop)  # asked later, it saves after the next step
-            if folder is not None and (finished or stopping or time.monotonic() - saved > save_every):
+            finished = run.step == run.schedule.total
+            # Asked later to stop, it saves after the next step.
+            stopping, due = parallel.any_of(bool(stop), time.monotonic() - saved > save_every)
+            if folder is not None and (finished or stopping or due):
                 run.save(folder)
                 saved = time.monotonic()
             if stopping and not finished:
@@ -251,6 +258,7 @@ class _Run:
         self.optimizer = optimizer or torch.optim.Adam(flow.parameters(), lr=lr, fused=True)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.average: AveragedModel | None = None
+        self.replica: nn.Module = flow  # what a step calls: one of several averages the gradients of all
         self.history = History()
         self.order = torch.empty(0, dtype=torch.long)  # this epoch's shuffle
         self.position = 0  # how many of it are used up
@@ -266,10 +274,19 @@ class _Run:
         return len(self.history.grad_norm)
 
     def start(self) -> None:
-        self.first = self._next_batch()
+        index = self._next_index()
         self.flow.train()
-        self.flow.initialize(*self.first)  # before the first step, which must find the parameters that the data set
+        if parallel.number() == 0:
+            self.first = self._batch(index)
+            with parallel.alone():
+                self.flow.initialize(*self.first)  # the first step must find the parameters that the data set
+        else:
+            torch.manual_seed(torch.initial_seed() + 1_000_003 * parallel.number())
+        if parallel.processes() > 1:
+            self.first = self._batch(parallel.share(index))
+        parallel.copy_to_all(self.flow)
         self._average()
+        self._replicate()
 
     def plan(self, steps: int | None, budget: float | None) -> None:
         """Fix the number of steps, if it is given or can be told by now, and unless that has been done."""
@@ -285,7 +302,7 @@ class _Run:
         else:
             timed = self.durations[5:] or self.durations  # the first ones are slow
             pace = statistics.median(timed) if timed else self._elapsed() / self.step
-            total = self.step + int((budget * (1 - SLACK) - self._elapsed()) / pace)
+            total = parallel.shared(self.step + int((budget * (1 - SLACK) - self._elapsed()) / pace))
         if self.schedule.total is not None and self.step == self.schedule.total:
             raise ValueError(f"resume: expected an unfinished run, got one that has taken its {self.step:,} steps")
         if total <= self.step:
@@ -294,9 +311,9 @@ class _Run:
 
     def take_step(self) -> None:
         began = time.monotonic()
-        batch, self.first = self.first or self._next_batch(), None
-        loss = -self.flow(*batch).mean()
-        self.history.loss.append(loss.item())
+        batch, self.first = self.first or self._batch(parallel.share(self._next_index())), None
+        loss = -self.replica(*batch).mean()
+        self.history.loss.append(parallel.mean(loss.detach()).item())
         if not math.isfinite(self.history.loss[-1]):
             raise NonFiniteLoss(self.history)
         self.optimizer.zero_grad()
@@ -322,12 +339,13 @@ class _Run:
         on_evaluation: Callable[[Flow, History], None] | None,
     ) -> None:
         judged = self.flow if self.average is None else self.average.module
-        mean, error = mean_and_error(-log_likelihoods(judged, held_out, context, draws))
-        self.history.held_out.append((self.step, mean, error))
-        if on_evaluation is not None:
+        leads = parallel.number() == 0
+        found = mean_and_error(-log_likelihoods(judged, held_out, context, draws)) if leads else None
+        self.history.held_out.append((self.step, *parallel.shared(found)))
+        if on_evaluation is not None and leads:
             training = judged.training
             judged.eval()
-            with _random_state_kept(self.device):
+            with parallel.alone(), _random_state_kept(self.device):
                 on_evaluation(judged, self.history)
             judged.train(training)
 
@@ -338,15 +356,20 @@ class _Run:
         return {"loss": f"{loss:.2f}"} | bits | {"grad": f"{self.history.grad_norm[-1]:.1f}"}
 
     def save(self, folder: Path) -> None:
+        random_states = parallel.gathered(torch.get_rng_state())
+        on_gpu = self.device.type == "cuda"
+        gpu_random_states = parallel.gathered(torch.cuda.get_rng_state(self.device)) if on_gpu else []
+        if parallel.number() > 0:
+            return
         tensors = {f"flow.{name}": tensor for name, tensor in self.flow.state_dict().items()}
         if self.average is not None:
             tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
         tensors["run.order"] = self.order
-        tensors["run.random_state"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["run.cuda_random_state"] = torch.cuda.get_rng_state(self.device)
+        tensors["run.random_states"] = torch.stack(random_states)
+        if on_gpu:
+            tensors["run.cuda_random_states"] = torch.stack(gpu_random_states)
         for name, values in asdict(self.history).items():
             tensors[f"history.{name}"] = torch.tensor(values, dtype=torch.float64)
         facts = {
@@ -394,9 +417,10 @@ class _Run:
             history["grad_norm"].tolist(),
             [(int(step), loss, error) for step, loss, error in history["held_out"].tolist()],
         )
-        torch.set_rng_state(tensors["run.random_state"])
+        torch.set_rng_state(tensors["run.random_states"][parallel.number()])
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["run.cuda_random_state"], self.device)
+            torch.cuda.set_rng_state(tensors["run.cuda_random_states"][parallel.number()], self.device)
+        self._replicate()
 
     def _elapsed(self) -> float:
         return self.seconds + time.monotonic() - self.started
@@ -407,6 +431,7 @@ class _Run:
         found = {
             "examples": len(self.data),
             "batch_size": self.batch_size,
+            "processes": parallel.processes(),
             "augment": self.augment and getattr(self.augment, "__name__", type(self.augment).__name__),
             "clip": self.clip,
             "warmup": self.schedule.warmup,
@@ -424,11 +449,21 @@ class _Run:
         if self.ema is not None:
             self.average = AveragedModel(self.flow, multi_avg_fn=_ema_update(self.ema))
 
-    def _next_batch(self) -> tuple[Tensor, Tensor | None]:
+    def _replicate(self) -> None:
+        if parallel.processes() > 1:
+            # Buffers are the same everywhere without being sent: FlowBatchNorm's statistics are those of all.
+            self.replica = DistributedDataParallel(self.flow, broadcast_buffers=False)
+
+    def _next_index(self) -> Tensor:
+        """Which examples come next, for all processes together."""
         if self.position + self.batch_size > len(self.order):
-            self.order, self.position = torch.randperm(len(self.data)), 0
-        index = self.order[self.position : self.position + self.batch_size].to(self.data.device)
+            self.order, self.position = parallel.shared(torch.randperm(len(self.data))), 0
+        index = self.order[self.position : self.position + self.batch_size]
         self.position += self.batch_size
+        return index
+
+    def _batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        index = index.to(self.data.device)
         context = None if self.context is None else self.context[index].to(self.device)
         batch = self.data[index].to(self.device)
         if self.augment is None:
@@ -447,7 +482,8 @@ def _stop_requested(active: bool) -> Iterator[list[int]]:
 
     def note(number: int, frame: object) -> None:
         noted.append(number)
-        signal.signal(number, before[number])
+        if parallel.processes() == 1:  # torchrun passes on what reached the terminal's processes already
+            signal.signal(number, before[number])
 
     try:
         for number in before:
@@ -533,6 +569,8 @@ def _check_arguments(
         raise ValueError(f"budget: expected seconds above 0, got {budget}")
     if not 1 <= batch_size <= len(data):
         raise ValueError(f"batch_size: expected 1 to {len(data)}, the number of examples, got {batch_size}")
+    if batch_size % parallel.processes():
+        raise ValueError(f"batch_size: expected a multiple of the {parallel.processes()} processes, got {batch_size}")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: expected a number above 0, got {clip}")
     if warmup < 0 or (steps is not None and warmup > steps):
