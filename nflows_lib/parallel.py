@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 
 _alone = False
@@ -43,7 +43,7 @@ def torchrun() -> bool:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """What one process does without the others: as long as this lasts, it is the only one."""
+    """What a process does without the others: as long as this lasts, it is number 0 of 1."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -59,6 +59,8 @@ def processes() -> int:
 
 def number() -> int:
     """Which one this is, from 0 on. Number 0 decides, evaluates, writes and speaks."""
+    if _alone:
+        return 0
     if dist.is_initialized():
         return dist.get_rank()
     return int(os.environ["RANK"]) if torchrun() else 0
@@ -104,14 +106,6 @@ def gathered(value: Any) -> list[Any]:
     if len(found) > 1:
         dist.all_gather_object(found, value)
     return found
-
-
-@torch.no_grad()
-def copy_to_all(module: nn.Module) -> None:
-    """Give every process the parameters and buffers that number 0 has."""
-    if processes() > 1:
-        for tensor in (*module.parameters(), *module.buffers()):
-            dist.broadcast(tensor, 0)
 
 
 class _Sum(torch.autograd.Function):

@@ -101,6 +101,7 @@ def on_photographs(
     warmup: int,
     ema: float,
     held_out: int = 500,
+    batch_size: int = 64,
     paper: tuple[float, str] | None = None,
     **size: int,
 ) -> Run:
@@ -116,7 +117,7 @@ def on_photographs(
         paper=paper,
         settings={
             "augment": data.random_flip,
-            "batch_size": 64,
+            "batch_size": batch_size,
             "clip": 100.0,
             "warmup": warmup,
             "cosine": True,
@@ -144,20 +145,9 @@ glow_cifar10 = partial(
     paper=(3.35, "Kingma and Dhariwal 2018, 32 steps a scale, networks of 512 channels"),
 )
 glow_flowers = partial(
-    on_photographs,
-    glow,
-    (3, 64, 64),
-    glow_optimizer,
-    lr=1e-3,
-    budget=25 * 60,
-    warmup=200,
-    ema=0.999,
-    held_out=300,
-    scales=4,
-    steps=16,
-    hidden=256,
-    bounded=True,
+    on_photographs, glow, (3, 64, 64), glow_optimizer, warmup=200, ema=0.999, held_out=300, scales=4, bounded=True
 )
+glow_flowers_large = partial(glow_flowers, lr=1e-3, budget=25 * 60, steps=16, hidden=256)
 
 
 def unet_classifier(
@@ -204,6 +194,11 @@ unet_horses_small = partial(unet_horses, size=32, hidden=28)
 def shuffled(images: Images) -> Images:
     """In a fixed random order: what a run holds out, the first ones, must not all be of one class."""
     return images.select(torch.randperm(len(images.images), generator=torch.Generator().manual_seed(0)))
+
+
+def flowers102(part: str, folder: Path | None) -> Images:
+    """The flowers of Oxford, 64x64."""
+    return shuffled(data.flowers102(part, folder))
 
 
 def flowers5(part: str, folder: Path | None) -> Images:
@@ -289,13 +284,20 @@ RUNS: dict[str, Run] = {
         bounded=True,
     ),
     "glow-cifar10": glow_cifar10("Glow on CIFAR-10 at the paper's size", lr=1e-3, budget=25 * 60, ema=0.9995),
-    "glow-flowers": glow_flowers(
-        "Glow on Flowers-102, 64x64, four scales",
-        images=lambda part, folder: shuffled(data.flowers102(part, folder)),
-    ),
-    "glow-flowers5": glow_flowers(
+    "glow-flowers": glow_flowers_large("Glow on Flowers-102, 64x64, four scales", images=flowers102),
+    "glow-flowers5": glow_flowers_large(
         "Glow on a folder of photographs of five kinds of flower, 64x64, four scales",
         images=flowers5,
+    ),
+    "glow-flowers5-small": glow_flowers(
+        "Glow on the same photographs, small enough for a CPU and to ship",
+        images=flowers5,
+        lr=3e-3,
+        budget=35 * 60,
+        steps=4,
+        hidden=64,
+        bounded_priors=True,
+        batch_size=32,
     ),
     "glow-mnist": Run(
         title="Glow on MNIST's logits, with learned noise, two scales, small enough for a CPU and to ship",

@@ -284,9 +284,8 @@ class _Run:
             torch.manual_seed(torch.initial_seed() + 1_000_003 * parallel.number())
         if parallel.processes() > 1:
             self.first = self._batch(parallel.share(index))
-        parallel.copy_to_all(self.flow)
-        self._average()
         self._replicate()
+        self._average()
 
     def plan(self, steps: int | None, budget: float | None) -> None:
         """Fix the number of steps, if it is given or can be told by now, and unless that has been done."""
@@ -417,9 +416,10 @@ class _Run:
             history["grad_norm"].tolist(),
             [(int(step), loss, error) for step, loss, error in history["held_out"].tolist()],
         )
-        torch.set_rng_state(tensors["run.random_states"][parallel.number()])
+        # Copies, not views: what is set is read from the start of the storage.
+        torch.set_rng_state(tensors["run.random_states"][parallel.number()].clone())
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["run.cuda_random_states"][parallel.number()], self.device)
+            torch.cuda.set_rng_state(tensors["run.cuda_random_states"][parallel.number()].clone(), self.device)
         self._replicate()
 
     def _elapsed(self) -> float:
@@ -451,8 +451,7 @@ class _Run:
 
     def _replicate(self) -> None:
         if parallel.processes() > 1:
-            # Buffers are the same everywhere without being sent: FlowBatchNorm's statistics are those of all.
-            self.replica = DistributedDataParallel(self.flow, broadcast_buffers=False)
+            self.replica = DistributedDataParallel(self.flow)  # which gives all of them what number 0 holds
 
     def _next_index(self) -> Tensor:
         """Which examples come next, for all processes together."""

@@ -27,9 +27,11 @@ from nflows_lib import checkpoint, data, plotting, runs, segmentation, training
 from nflows_lib.__main__ import main
 from nflows_lib.coupling import BoundedGlowCoupling, GlowCoupling
 from nflows_lib.data import Images
+from nflows_lib.dequantization import Logit, UniformDequantize, VariationalDequantize
 from nflows_lib.flow import Flow
 from nflows_lib.models import cglow
-from nflows_lib.networks import GlowNet
+from nflows_lib.multiscale import FactorOut
+from nflows_lib.networks import BoundedPrior, GlowNet, ZeroConv
 from nflows_lib.pixelwise import PixelClassifier
 
 
@@ -94,27 +96,38 @@ def test_the_records_of_other_seeds_come_after_the_first(root):
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-# Shape, scales, steps at each, channels inside the networks, whether the scales are bounded.
+# Shape, scales, steps at each, channels inside the networks, whether the scales are bounded, and those of the priors,
+# and the channels inside the networks of the noise.
 GLOWS = {
-    "glow-cifar10-small": ((3, 32, 32), 3, 8, 64, False),
-    "glow-cifar10-bounded": ((3, 32, 32), 3, 8, 64, True),
-    "glow-cifar10": ((3, 32, 32), 3, 32, 512, False),
-    "glow-flowers": ((3, 64, 64), 4, 16, 256, True),
-    "glow-flowers5": ((3, 64, 64), 4, 16, 256, True),
-    "glow-mnist": ((1, 28, 28), 2, 8, 64, True),
+    "glow-cifar10-small": ((3, 32, 32), 3, 8, 64, False, False, 0),
+    "glow-cifar10-bounded": ((3, 32, 32), 3, 8, 64, True, False, 0),
+    "glow-cifar10": ((3, 32, 32), 3, 32, 512, False, False, 0),
+    "glow-flowers": ((3, 64, 64), 4, 16, 256, True, False, 0),
+    "glow-flowers5": ((3, 64, 64), 4, 16, 256, True, False, 0),
+    "glow-flowers5-small": ((3, 64, 64), 4, 4, 64, True, True, 0),
+    "glow-mnist": ((1, 28, 28), 2, 8, 64, True, True, 16),
 }
 
 
-def parameters_of_glow(shape: tuple[int, int, int], scales: int, steps: int, hidden: int, bounded: bool) -> int:
-    """Counted by hand: ActNorm, matrix, three convolutions of which two have an ActNorm; priors between scales."""
+def parameters_of_glow(
+    shape: tuple[int, int, int], scales: int, steps: int, hidden: int, bounded: bool, bounded_priors: bool, noise: int
+) -> int:
+    """Counted by hand: ActNorm, matrix, three convolutions of which two have an ActNorm; priors between scales.
+
+    The noise has two couplings with a gain and a network each, of two 3x3 convolutions between a 3x3 and a 1x1, with
+    two 1x1 skips; each output has a length and a bias beside its weights.
+    """
     total, channels = 0, shape[0]
+    if noise:
+        inner = (9 * 3 * channels + 2) * noise + 2 * (9 * noise + 2) * noise + 2 * (noise + 2) * noise
+        total += 2 * (1 + inner + (noise + 2) * 2 * channels)
     for left in range(scales - 1, -1, -1):
         channels *= 4
         half = channels // 2
         network = 9 * half * hidden + hidden**2 + 4 * hidden + 9 * hidden * channels + channels
         total += steps * (2 * channels + channels**2 + network + bounded)
         if left:
-            total += 9 * half * channels + channels
+            total += 9 * half * channels + channels + bounded_priors
             channels = half
     return total
 
@@ -125,21 +138,26 @@ def test_every_run_of_glow_is_tested():
 
 @pytest.mark.parametrize("name", GLOWS)
 def test_a_run_of_glow_builds_the_flow_that_it_says(name):
-    """On no device: the large ones, too."""
-    run, (shape, scales, steps, _, bounded) = runs.find(name), GLOWS[name]
-    with torch.device("meta"):
+    run, (shape, scales, steps, hidden, bounded, bounded_priors, noise) = runs.find(name), GLOWS[name]
+    with torch.device("cpu" if hidden == 64 else "meta"):  # no place for the large ones
         flow = run.model()
         optimizer = run.optimizer(flow)
     assert run.shape == flow.shape == shape
     assert flow.levels == 256
     couplings = [type(module) for module in flow.modules() if isinstance(module, GlowCoupling)]
     assert couplings == [BoundedGlowCoupling if bounded else GlowCoupling] * (scales * steps)
+    priors = [module.prior for module in flow.modules() if isinstance(module, FactorOut)]
+    assert [type(prior) for prior in priors] == [BoundedPrior if bounded_priors else ZeroConv] * (scales - 1)
+    assert type(flow.chain[0]) is (VariationalDequantize if noise else UniformDequantize)
+    assert [layer.alpha for layer in flow.chain if isinstance(layer, Logit)] == ([1e-4] if noise else [])
     networks = [module for module in flow.modules() if isinstance(module, GlowNet)]
     assert {(network.precision, network.context) for network in networks} == {(torch.bfloat16, 0)}
     assert sum(parameter.numel() for parameter in flow.parameters()) == parameters_of_glow(*GLOWS[name])
     (group,) = optimizer.param_groups
     assert {id(parameter) for parameter in group["params"]} == {id(parameter) for parameter in flow.parameters()}
-    assert group["lr"] == (4e-3 if name in ("glow-cifar10-small", "glow-cifar10-bounded") else 1e-3)
+    small = {"glow-cifar10-small": 4e-3, "glow-cifar10-bounded": 4e-3, "glow-flowers5-small": 3e-3, "glow-mnist": 4e-3}
+    assert group["lr"] == small.get(name, 1e-3)
+    assert run.settings["batch_size"] == (32 if name == "glow-flowers5-small" else 64)
 
 
 def test_glow_at_the_paper_s_size_has_44_million_parameters():

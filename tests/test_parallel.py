@@ -1,0 +1,185 @@
+"""Training with torchrun: two processes on the CPU against one, which takes the joint batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import two_processes
+from torch import Tensor
+
+from nflows_lib import parallel
+from nflows_lib.__main__ import main
+from nflows_lib.training import CHECKPOINT, PREVIOUS
+
+# --standalone: on a port that is free.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> list[dict]:
+    """What each of two processes has found."""
+    folder = tmp_path_factory.mktemp("two")
+    done = subprocess.run(
+        [*TORCHRUN, two_processes.__file__, folder], check=False, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{number}.pt") for number in (0, 1)]
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
+
+
+# --- two against one --------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_like_one_on_the_joint_batch(found):
+    """Losses, gradients, figures and parameters, those of batch norms and of the average among them."""
+    expected = two_processes.points()
+    for process in found:
+        for name in ("loss", "grad_norm", "held_out"):
+            ours, theirs = process["points"]["history"][name], expected["history"][name]
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=0)
+            assert len(ours) == len(theirs)
+        assert_equal(process["points"]["state"], expected["state"], rtol=1e-9, atol=1e-12)
+
+
+def test_the_expected_run_depends_on_what_is_compared(found):
+    """Half a batch would be another run: the comparison above could fail."""
+    before, two_processes.OPTIONS["batch_size"] = two_processes.OPTIONS["batch_size"], 8
+    try:
+        other = two_processes.points()
+    finally:
+        two_processes.OPTIONS["batch_size"] = before
+    difference = torch.tensor(other["history"]["loss"]) - torch.tensor(found[0]["points"]["history"]["loss"])
+    assert difference.abs().max() > 0.1
+
+
+def test_actnorm_is_the_same_everywhere_and_set_by_the_joint_batch(found):
+    expected = two_processes.first_step()
+    assert len(expected["batch"]) == 16
+    for process in found:
+        assert_equal(process["first step"]["state"], expected["state"])
+        assert all(v for name, v in process["first step"]["state"].items() if name.endswith("initialized"))
+
+
+def test_each_process_takes_its_own_examples_with_noise_of_its_own(found):
+    batches = [process["first step"]["batch"] for process in found]
+    assert [len(batch) for batch in batches] == [8, 8]
+    joint = two_processes.first_step()["batch"]
+    assert torch.equal(torch.cat(batches).floor(), joint.floor())
+    assert not torch.equal(batches[0].frac(), batches[1].frac())
+
+
+@pytest.mark.parametrize("what", ["points", "first step", "images", "resumed"])
+def test_all_processes_end_with_the_same_parameters(found, what):
+    assert_equal(found[1][what]["state"], found[0][what]["state"])
+
+
+def test_number_0_evaluates_and_all_know_the_figures(found):
+    assert [process["points"]["called"] for process in found] == [[4, 8, 12], []]
+    assert found[0]["points"]["history"] == found[1]["points"]["history"]
+
+
+# --- stopping, going on, failing --------------------------------------------------------------------------------------
+
+
+def test_where_one_is_stopped_all_are_and_go_on_to_the_same_parameters(found):
+    for process in found:
+        assert process["stopped"] == {"stopped": f"stopped after step {two_processes.STOP} of 12"}
+        assert process["resumed"]["share"] == process["images"]["share"] == 8
+        assert process["resumed"]["history"] == process["images"]["history"]
+        assert_equal(process["resumed"]["state"], process["images"]["state"])
+
+
+def test_a_run_of_two_does_not_go_on_with_one(found):
+    for process in found:
+        assert process["alone"] == f"{CHECKPOINT}: another run's: expected processes 1, got 2"
+
+
+def test_what_one_meets_all_raise(found):
+    for process in found:
+        assert process["errors"]["batch_size"] == "batch_size: expected a multiple of the 2 processes, got 15"
+        assert process["errors"]["loss"].startswith("the loss is inf at step 1;")
+
+
+def test_a_budget_gives_one_number_of_steps(found):
+    assert found[0]["budget"] == found[1]["budget"] > 25
+
+
+def test_what_processes_tell_each_other(found):
+    for number, process in enumerate(found):
+        assert process["shared"] == "of 0"
+        assert process["gathered"] == [0, 1]
+        assert process["any"] == (True, False, True)
+        assert process["share"].tolist() == [[0, 1, 2], [3, 4, 5]][number]
+        assert process["mean"] == {"mean": 1.5, "gradient": 4.5}
+        assert process["by itself"] == (1, [0])
+        assert process["after"] == (1, number, "torchrun --nproc-per-node 2")
+
+
+def test_one_process_gives_back_what_it_gets():
+    values = torch.rand(3)
+    assert parallel.mean(values) is parallel.share(values) is parallel.shared(values) is values
+    assert parallel.gathered(7) == [7]
+    assert parallel.any_of(True, False) == (True, False)
+    assert (parallel.processes(), parallel.number(), parallel.launcher()) == (1, 0, "python")
+    with parallel.joined() as device:
+        assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+        assert parallel.processes() == 1
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    """Under torchrun, in a group of its own, so that all its processes can be sent what a terminal sends."""
+    return subprocess.Popen(
+        [*TORCHRUN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def test_ctrl_c_under_torchrun_saves_and_says_how_to_go_on_and_that_goes_on(tmp_path, capsys):
+    out = tmp_path / "a folder"
+    process = start(
+        [*shlex.split("-m nflows_lib train nice-digits --steps 600 --draws 1 --save-every 0s --out"), str(out)]
+    )
+    try:
+        while process.poll() is None and not (out / PREVIOUS).exists():
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    (stopped,) = re.findall(r"stopped after step ([\d,]+) of 600, and saved", said)
+    (again,) = re.findall(r"To go on: (.*)", said)
+    again = shlex.split(again)
+    assert again[:4] == ["torchrun", "--nproc-per-node", "2", "-m"]
+    assert "--resume" in again
+
+    assert main(again[5:]) == 1  # alone
+    assert "expected processes 1, got 2" in capsys.readouterr().err
+
+    process = start(again[3:])
+    printed, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert printed.count("600 steps in") == 1  # one of them speaks
+    record = json.loads((out / "run.json").read_text())
+    assert int(stopped.replace(",", "")) < record["steps"] == 600
+    assert record["command"] == "torchrun --nproc-per-node 2 -m nflows_lib train nice-digits --steps 600"
+    assert record["settings"]["processes"] == 2
+    assert record["hardware"].startswith("2 × ")
+    assert record["figure"]["bits_per_dim"] < 4  # 6 at first
