@@ -18,11 +18,11 @@ SEEDS ?= 1 2 3 4
 # nbval runs a chapter and compares every output; only a number after ≈ may differ (tests/sanitize.cfg).
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
 
-.PHONY: help book test seeds notebooks ablations bench lab lock clean
+.PHONY: help book test seeds notebooks ablations full-scale bench lab lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Outputs and results must not depend on who runs them: one thread, no progress bars.
 test seeds notebooks: export OMP_NUM_THREADS := 1
@@ -55,6 +55,9 @@ ablations: export OMP_NUM_THREADS := 1
 ablations: export NFLOWS_PROGRESS := 0
 ablations: $(READY)  ## run the open questions' experiments anew and store their results
 	$(BIN)/python -m nflows_lib.ablations
+
+full-scale: $(READY)  ## write the page on the long runs anew from their records
+	$(BIN)/python tools/full_scale.py
 
 # The other libraries are not part of the environment: they are installed the first time.
 bench: $(READY)  ## time the library against normflows and nflows, store benchmarks/cpu.json
