@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -343,6 +344,15 @@ def test_the_handlers_of_signals_are_put_back(tmp_path, act):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@pytest.fixture
+def default_handlers() -> Iterator[None]:
+    """Python's own: a shell that starts the suite in the background lets it ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_handlers")
 def test_a_second_interrupt_stops_at_once(tmp_path):
     reached = []
 
@@ -359,6 +369,7 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
     assert step_of(tmp_path) == 5
 
 
+@pytest.mark.usefixtures("default_handlers")
 def test_without_a_folder_an_interrupt_stops_at_once():
     with pytest.raises(KeyboardInterrupt) as caught:
         nice_run(None, 6, interrupt)
