@@ -42,9 +42,9 @@ class FlowBatchNorm(ChannelBijection):
     """z = (x - mean) / sqrt(variance + eps), for each dimension or channel (Dinh et al. 2016, section 3.7).
 
     The log-determinant is -1/2 H W sum_c log(variance_c + eps); H W is 1 for vectors. In training mode mean and
-    variance are the batch's, and the running averages follow them; in evaluation mode, and in the inverse, they are the
-    running averages. Only then is the layer a bijection of each example: in training mode one example's z depends on
-    the others, and the round trip does not close (chapter 3, F15 and F16).
+    variance are the batch's (under torchrun the whole one's), and the running averages follow them; in evaluation mode,
+    and in the inverse, they are the running averages. Only then is the layer a bijection of each example: in training
+    mode one example's z depends on the others, and the round trip does not close (chapter 3, F15 and F16).
 
     Args:
         channels: C, of vectors (B, C) or images (B, C, H, W).
