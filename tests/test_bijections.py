@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import math
 import pickle
 import pkgutil
 import re
@@ -556,6 +557,30 @@ def test_batch_norm_learns_through_the_statistics_of_the_batch():
     assert not layer.running_mean.requires_grad
     assert not layer.running_variance.requires_grad
     assert list(layer.parameters()) == []
+
+
+@batch_norm_shapes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_process_has_the_statistics_of_its_batch_to_the_bit(shape, dtype):
+    """Nothing is rounded that would not be without other processes; gradients are those of the plain formula."""
+    x = batch_of(shape, dtype).requires_grad_()
+    layer = FlowBatchNorm(3, momentum=1.0).to(dtype)
+    z, contribution = layer(x)
+    variance, mean = torch.var_mean(x.transpose(0, 1).flatten(1), dim=1, correction=0)
+    assert torch.equal(layer.running_mean, mean)
+    assert torch.equal(layer.running_variance, variance)
+    of_each = [3, *[1] * (len(shape) - 2)]
+    expected = (x - mean.view(of_each)) * (variance + layer.eps).rsqrt().view(of_each)
+    log_det = -0.5 * math.prod(shape[2:]) * (variance + layer.eps).log().sum()
+    assert torch.equal(z, expected)
+    assert torch.equal(contribution, log_det.expand(len(x)))
+    weights = torch.randn_like(z)
+    gradients = [
+        torch.autograd.grad((weights * a).sum() + 0.3 * b.sum(), x, retain_graph=True)[0]
+        for a, b in ((z, contribution), (expected, log_det.expand(len(x))))
+    ]
+    assert gradients[1].abs().max() > 0.1
+    torch.testing.assert_close(*gradients)
 
 
 @torch.no_grad()

@@ -16,14 +16,21 @@ from torch import Tensor, nn
 from nflows_lib import checkpoint
 from nflows_lib.bijection import Chain, ChannelBijection, Shape
 from nflows_lib.convolution import ChannelPermutation, Invertible1x1Conv
-from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, BoundedGlowCoupling, GlowCoupling, channel_mask
+from nflows_lib.coupling import (
+    AdditiveCoupling,
+    AffineCoupling,
+    BoundedGlowCoupling,
+    GlowCoupling,
+    channel_mask,
+    checkerboard_mask,
+)
 from nflows_lib.data import digits
-from nflows_lib.dequantization import Rescale, UniformDequantize
+from nflows_lib.dequantization import Logit, Rescale, UniformDequantize, VariationalDequantize
 from nflows_lib.distributions import StandardNormal
 from nflows_lib.flow import Flow
 from nflows_lib.models import glow
 from nflows_lib.multiscale import FactorOut, PhaseOrder, Squeeze, split_latent
-from nflows_lib.networks import MLP, ActNormConv, GlowNet, ResNet, ZeroConv
+from nflows_lib.networks import MLP, ActNormConv, BoundedPrior, GlowNet, ResNet, ZeroConv
 from nflows_lib.normalization import ActNorm
 from nflows_lib.training import CHECKPOINT, fit, log_likelihoods, read_model
 
@@ -1329,6 +1336,181 @@ def test_a_copy_has_the_same_likelihood():
 def test_what_glow_cannot_be_is_named(options, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         glow(**{"shape": (1, 4, 4), "scales": 2, "steps": 1, "hidden": 2, **options})
+
+
+# --- Glow of logits, with learned noise, with bounded priors ----------------------------------------------------------
+
+OPTIONS = {"alpha": 0.05, "noise": 5, "bounded_priors": True}
+each_option = pytest.mark.parametrize(
+    "options", [*({name: value} for name, value in OPTIONS.items()), OPTIONS], ids=[*OPTIONS, "all"]
+)
+with_or_without_classes = pytest.mark.parametrize("classes", [0, 3])
+
+
+@pytest.fixture
+def in_float64():
+    """The noise has the default type, and so have the networks built in here."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@every_model
+@pytest.mark.parametrize("noise", [0, 6])
+@pytest.mark.parametrize("alpha", [None, 0.02])
+def test_the_start_of_glow_is_its_list_of_layers(shape, scales, noise, alpha):
+    """Noise and scale, and the logit where it is asked for; what comes after does not know of them."""
+    options = {"levels": 32, "scales": scales, "steps": 1, "hidden": 5, "classes": 3, "precision": torch.bfloat16}
+    flow = glow(shape, noise=noise, alpha=alpha, **options)
+    dequantize, rescale, *layers = flow.chain
+    assert type(dequantize) is (VariationalDequantize if noise else UniformDequantize)
+    assert (flow.levels, dequantize.levels, rescale.scale) == (32, 32, 1 / 32)
+    logits = layers[:1] if alpha else []
+    assert [(type(layer), layer.alpha) for layer in logits] == ([(Logit, 0.02)] if alpha else [])
+    usual = [*glow(shape, **options).chain][2:]
+    assert [type(layer) for layer in layers[len(logits) :]] == [type(layer) for layer in usual]
+    assert (flow.shape, flow.dims) == (shape, math.prod(shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 6), (3, 2, 4)])
+@with_or_without_classes
+def test_the_noise_of_glow_is_two_couplings_that_see_the_image(shape, classes):
+    """Each changes the pixels that the other passes; no label enters."""
+    options = {"scales": 1, "steps": 1, "hidden": 5, "classes": classes, "noise": 6, "precision": torch.bfloat16}
+    couplings = list(glow(shape, **options).chain[0].noise)
+    assert [type(coupling) for coupling in couplings] == [AffineCoupling] * 2
+    channels = shape[0]
+    for parity, coupling in enumerate(couplings):
+        assert torch.equal(coupling.mask, checkerboard_mask(shape, parity))
+        network = coupling.network
+        assert type(network) is ResNet
+        assert (network.context, network.precision) == (channels, torch.bfloat16)
+        assert len(network.blocks) == 1
+        assert (network.first.in_channels, network.first.out_channels) == (3 * channels, 6)
+        assert (network.last.in_channels, network.last.out_channels) == (6, 2 * channels)
+
+
+@every_model
+@with_or_without_classes
+def test_bounded_priors_are_those_of_glow_with_a_gain(shape, scales, classes):
+    """From the same draws: the flow that they are in starts as the usual one."""
+    flows = []
+    for bounded_priors in (False, True):
+        torch.manual_seed(0)
+        flows.append(
+            glow(shape, scales=scales, steps=1, hidden=5, classes=classes, bounded_priors=bounded_priors).eval()
+        )
+    usual, bounded = ([m.prior for m in flow.modules() if isinstance(m, FactorOut)] for flow in flows)
+    assert len(bounded) == len(usual) == scales - 1
+    for prior, same in zip(bounded, usual, strict=True):
+        assert type(prior) is BoundedPrior
+        assert prior.gain == 1
+        assert_same_state(prior.network, same.state_dict())
+    state = {name.replace("prior.network.", "prior."): value for name, value in flows[1].state_dict().items()}
+    gains = [name for name in state if name.endswith("prior.gain")]
+    assert len(gains) == scales - 1
+    assert_same_state(flows[0], {name: value for name, value in state.items() if name not in gains})
+    k, context = levels_of(shape)[:8], labels_of(8, classes)
+    for flow in flows:
+        torch.manual_seed(1)
+        flow.initialize(k, context)
+    assert torch.equal(nats_of(flows[0], k, context), nats_of(flows[1], k, context))
+
+
+def test_glow_without_its_options_is_glow():
+    """The same state from the same draws, whether they are left out or said to be off; and so with a logit."""
+    shape, size = (1, 8, 8), {"scales": 2, "steps": 2, "hidden": 4}
+    states, next_draws = [], []
+    for options in ({}, {"alpha": None, "noise": 0, "bounded_priors": False}, {"alpha": 0.05}):
+        torch.manual_seed(0)
+        flow = glow(shape, **size, **options)
+        states.append(Chain([*flow.chain][3 if options.get("alpha") else 2 :]))
+        assert all(".noise." not in name and ".gain" not in name for name in flow.state_dict())
+        next_draws.append(torch.rand(()).item())
+    assert len(set(next_draws)) == 1
+    assert_same_state(states[1], states[0].state_dict())
+    assert_same_state(states[2], states[0].state_dict())
+
+
+def fitted(shape: Shape, classes: int, options: dict, steps: int = 3) -> tuple[Flow, Tensor, Tensor | None]:
+    """A small Glow after a few steps on every level, and its images and labels."""
+    torch.manual_seed(0)
+    flow = glow(shape, scales=2, steps=1, hidden=4, classes=classes, **options)
+    k, context = levels_of(shape), labels_of(256, classes)
+    context = None if context is None else context.to(torch.get_default_dtype())
+    fit(flow, k, steps, context=context, batch_size=128, lr=1e-2)
+    return flow, k, context
+
+
+@each_option
+@with_or_without_classes
+@pytest.mark.parametrize("shape", [(1, 8, 4), (3, 4, 8)])
+def test_glow_with_its_options_leads_back_to_every_level(in_float64, shape, classes, options):
+    flow, k, context = fitted(shape, classes, options)
+    with torch.no_grad():
+        assert flow.log_prob(k, context).isfinite().all()
+        z = flow.encode(k, context)
+        assert z.shape == (256, math.prod(shape))
+        assert torch.equal(flow.decode(z, context), k.long())
+
+
+@each_option
+@with_or_without_classes
+@pytest.mark.parametrize("shape", [(1, 8, 4), (3, 4, 8)])
+def test_gradients_reach_every_parameter_of_glow_with_its_options(shape, classes, options):
+    """Not at first, when networks give zeros."""
+    flow, k, context = fitted(shape, classes, options)
+    flow.train().bits_per_dim(k, context).mean().backward()
+    for name, parameter in flow.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@each_option
+def test_glow_with_its_options_learns(options):
+    """A gradient through the noise makes the bound better, not worse; samples are levels."""
+    torch.manual_seed(0)
+    flow = glow((1, 8, 8), levels=17, scales=2, steps=2, hidden=16, **options)
+    loss = fit(flow, digits().images, 60, batch_size=64, clip=50.0, lr=3e-3).loss
+    bits = held_out_bits(flow)
+    assert bits.isfinite().all()
+    assert bits.mean() < loss[0] / (64 * math.log(2)) - 0.3
+    drawn = flow.sample(20)
+    assert drawn.dtype == torch.long
+    assert 0 <= drawn.min() < drawn.max() <= 16
+
+
+def test_the_noise_of_a_glow_with_labels_depends_on_the_image_alone():
+    flow, k, context = fitted((1, 8, 4), 3, {"noise": 5})
+    dequantize = flow.chain[0]
+
+    def noise(k: Tensor, context: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            return dequantize(k, context)[0] - k.float()
+
+    assert torch.equal(noise(k, context), noise(k, context.roll(1, 1)))
+    assert (noise(k, context) - noise(255 - k, context)).abs().max() > 0.01
+    assert not torch.equal(nats_of(flow, k, context), nats_of(flow, k, context.roll(1, 1)))
+
+
+@torch.no_grad()
+def test_the_logit_of_glow_keeps_samples_near_the_levels_there_are():
+    """However far a latent lies, alpha bounds how far its pixels are from the unit interval: here 0.1 / 0.8."""
+    flow = small((1, 8, 8), 1, alpha=0.1, bounded=True)
+    pixels = Chain([*flow.chain][2:])
+    torch.manual_seed(1)
+    drawn = pixels.inverse(100 * torch.randn(50, *flow.latent_shape))
+    assert -0.126 < drawn.min() < -0.12
+    assert 1.12 < drawn.max() < 1.126
+    usual = Chain([*small((1, 8, 8), 1, bounded=True).chain][2:])
+    assert usual.inverse(100 * torch.randn(50, *flow.latent_shape)).abs().max() > 2
+
+
+@pytest.mark.parametrize("alpha", [0, 0.5, -0.1, 1.0])
+def test_an_alpha_of_glow_that_is_out_of_range_is_named(alpha):
+    with pytest.raises(ValueError, match=f"^alpha: expected a number between 0 and 1/2, got {alpha}$"):
+        glow((1, 4, 4), scales=2, steps=1, hidden=2, alpha=alpha)
 
 
 # --- compiled ---------------------------------------------------------------------------------------------------------
