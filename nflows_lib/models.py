@@ -171,10 +171,13 @@ def glow(
         precision: what the couplings' networks compute in.
 
     Raises:
-        ValueError: scales, steps or hidden is below 1, classes is 1 or negative, or a scale meets an odd size.
+        ValueError: scales, steps or hidden is below 1, classes is 1 or negative, noise is negative, alpha is not in
+            (0, 1/2), or a scale meets an odd size.
     """
     if classes < 0 or classes == 1:
         raise ValueError(f"classes: expected 0 or at least 2, got {classes}")
+    if noise < 0:
+        raise ValueError(f"noise: expected at least 0 channels, got {noise}")
     coupling = BoundedGlowCoupling if bounded else GlowCoupling
 
     def step(channels: int, size: Shape) -> list[Layer]:

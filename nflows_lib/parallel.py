@@ -1,7 +1,8 @@
 """Several processes that train one flow together, one for each GPU: what they must agree on.
 
-``torchrun --nproc-per-node 4 -m nflows_lib train RUN`` starts them on one machine. Each holds the whole flow and takes
-its share of every batch. A process that was started alone is number 0 of 1, and everything here gives back what it got.
+``torchrun --standalone --nproc-per-node 4 -m nflows_lib train RUN`` starts them, on one machine. Each holds the whole
+flow and takes its share of every batch. A process that was started alone is number 0 of 1, and everything here gives
+back what it got.
 """
 
 from __future__ import annotations
@@ -20,20 +21,25 @@ _alone = False
 
 @contextmanager
 def joined() -> Iterator[torch.device]:
-    """This process's device, a GPU if there is one. Started by torchrun, it is in the group as long as this lasts."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if torchrun() else 0)
-    if not torch.cuda.is_available():
-        device = torch.device("cpu")
+    """This process's device, a GPU if there is one. Started by torchrun, it is in the group as long as this lasts.
+
+    Raises:
+        ValueError: there are GPUs, but fewer than processes.
+    """
+    local = int(os.environ["LOCAL_RANK"]) if torchrun() else 0
+    gpus = torch.cuda.device_count()
+    if gpus and local >= gpus:
+        raise ValueError(f"nproc-per-node: expected at most {gpus}, the number of GPUs, got more than {local}")
+    device = torch.device("cuda", local) if gpus else torch.device("cpu")
     if not torchrun():
         yield device
         return
-    if device.type == "cuda":
+    if gpus:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    yield device
+    # Not after an error, which the others may not have met: waiting for them would keep torchrun from seeing it.
+    dist.destroy_process_group()
 
 
 def torchrun() -> bool:
@@ -68,8 +74,8 @@ def number() -> int:
 
 def launcher() -> str:
     """What starts as many processes as there are, for the command that a message or a record names."""
-    count = int(os.environ["WORLD_SIZE"]) if torchrun() else 1
-    return f"torchrun --nproc-per-node {count}" if count > 1 else "python"
+    count = int(os.environ["LOCAL_WORLD_SIZE"]) if torchrun() else 1
+    return f"torchrun --standalone --nproc-per-node {count}" if count > 1 else "python"
 
 
 def share(rows: Tensor) -> Tensor:
@@ -86,7 +92,7 @@ def any_of(*flags: bool) -> tuple[bool, ...]:
     """For each flag, whether it is up in any process."""
     if processes() == 1:
         return flags
-    counts = torch.tensor(flags, dtype=torch.float32, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    counts = torch.tensor(flags, dtype=torch.float32)
     dist.all_reduce(counts)
     return tuple((counts > 0).tolist())
 

@@ -28,7 +28,15 @@ from nflows_lib.flow import Flow
 from nflows_lib.models import cglow, glow, nice, realnvp
 from nflows_lib.networks import UNet
 from nflows_lib.pixelwise import PixelClassifier
-from nflows_lib.training import History, fit, log_likelihoods, mean_and_error, read_checkpoint, read_model
+from nflows_lib.training import (
+    History,
+    fit,
+    log_likelihoods,
+    mean_and_error,
+    random_state_kept,
+    read_checkpoint,
+    read_model,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, RECORD, SAMPLES, STAGES = "model.safetensors", "run.json", "samples.png", "stages.png"
@@ -393,10 +401,12 @@ def train(
         compiled: let torch.compile make one graph of the flow: about a minute at first, then faster steps.
 
     Raises:
-        ValueError: an unknown run, or a folder with a checkpoint and no resume.
+        ValueError: an unknown run, a folder with a checkpoint and no resume, or compiled under torchrun.
         and what :func:`nflows_lib.training.fit` raises.
     """
     run = find(name)
+    if compiled and parallel.torchrun():
+        raise ValueError("compiled: expected False under torchrun, where it is untried, got True")
     out = out or work_folder(name)
     if steps is None and budget is None:
         earlier = read_checkpoint(out) if resume else None
@@ -487,7 +497,9 @@ def measure_again(name: str, out: Path, data_folder: Path | None = None) -> dict
     record = json.loads((out / RECORD).read_text())
     flow, test = load_flow(name, out), run.data("test", data_folder)
     figure = evaluate(flow, test, record["figure"]["draws"])
-    record |= {"figure": figure, "figure_in_half_precision": figure}
+    record["figure_in_half_precision"] = figure
+    if record["figure"]["images"] != figure["images"]:  # the test images are others: the whole figure is past
+        record["figure"] = figure
     record |= {"measured": run.measure(flow, test), "measured_at": COMMIT}
     write_json(out / RECORD, record)
     return record["measured"]
@@ -498,7 +510,7 @@ def evaluate(flow: Flow, images: Images, draws: int = 10) -> dict[str, float]:
 
     ``nats`` is the mean of log p(u), u in [0, 1), which papers on NICE quote.
     """
-    with torch.random.fork_rng():
+    with random_state_kept(next(flow.parameters()).device):
         torch.manual_seed(settings.seed(1))
         log_p = log_likelihoods(flow, images.images.reshape(-1, *flow.shape), images.contexts, draws)
     mean, error = mean_and_error(-log_p / (flow.dims * math.log(2)))
@@ -512,7 +524,7 @@ def in_one_bound(flow: Flow, images: Images, draws: int = 8) -> dict[str, Any]:
     For comparisons with figures that were taken so (importance sampling; Burda et al. 2016).
     """
     log_p = []
-    with torch.random.fork_rng():
+    with random_state_kept(next(flow.parameters()).device):
         for i in range(draws):
             torch.manual_seed(settings.seed(100 + i))
             log_p.append(log_likelihoods(flow, images.images.reshape(-1, *flow.shape), images.contexts))
@@ -536,7 +548,7 @@ def save_samples(
     if contexts is not None:
         rows = torch.arange(n, device=contexts.device) // 10 % len(contexts)
         contexts = contexts[rows].to(next(flow.parameters()).device)
-    with torch.random.fork_rng():
+    with random_state_kept(next(flow.parameters()).device):
         torch.manual_seed(settings.seed(2))
         drawn = flow.sample(n, temperature, contexts).cpu()
     picture = plotting.tile(drawn, columns=10, levels=flow.levels, shape=shape)
@@ -547,9 +559,12 @@ def save_samples(
 def save_stages(out: Path, shape: tuple[int, int, int], parts: tuple[float, ...] = (0.05, 0.15, 0.4, 1)) -> list[int]:
     """One sheet of how the samples came to be: for each part of the evaluations the first row of its samples.
 
-    All rows are from the same latents. Into ``stages.png``, in 256 colours; the steps at which they were drawn.
+    All rows are from the same latents. Into ``stages.png``, in 256 colours; the steps at which they were drawn. A folder
+    without such samples has none, and gets no file.
     """
     drawn = sorted(out.glob("samples-*.png"))
+    if not drawn:
+        return []
     chosen = list(dict.fromkeys(drawn[math.ceil(part * len(drawn)) - 1] for part in parts))
     sheets = [np.asarray(Image.open(path).convert("RGB")) for path in chosen]
     height = shape[1] + 1  # with the white line above it

@@ -344,7 +344,7 @@ class _Run:
         if on_evaluation is not None and leads:
             training = judged.training
             judged.eval()
-            with parallel.alone(), _random_state_kept(self.device):
+            with parallel.alone(), random_state_kept(self.device):
                 on_evaluation(judged, self.history)
             judged.train(training)
 
@@ -394,7 +394,7 @@ class _Run:
         # Names and shapes first: of another model's checkpoint the settings tell little.
         checkpoint.load_into(self.flow, _under("flow.", tensors), path.name)
         for name in ours:
-            if ours[name] != theirs.get(name):
+            if ours[name] != theirs.get(name, 1 if name == "processes" else None):
                 raise checkpoint.CheckpointError(
                     f"{path.name}: another run's: expected {name} {ours[name]}, got {theirs.get(name)}"
                 )
@@ -472,7 +472,10 @@ class _Run:
 
 @contextmanager
 def _stop_requested(active: bool) -> Iterator[list[int]]:
-    """A list that is empty until the process is asked to stop (Ctrl-C, SIGTERM). Asked again, it stops at once."""
+    """A list that is empty until the process is asked to stop (Ctrl-C, SIGTERM). Asked again, it stops at once.
+
+    Not so under torchrun, which asks again by itself, and ends after 30 seconds what has not stopped by then.
+    """
     noted: list[int] = []
     if not active or threading.current_thread() is not threading.main_thread():  # others cannot set handlers
         yield noted
@@ -481,7 +484,7 @@ def _stop_requested(active: bool) -> Iterator[list[int]]:
 
     def note(number: int, frame: object) -> None:
         noted.append(number)
-        if parallel.processes() == 1:  # torchrun passes on what reached the terminal's processes already
+        if not parallel.torchrun():
             signal.signal(number, before[number])
 
     try:
@@ -503,7 +506,8 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """torch's global random state is the same before and after, on the CPU and on the device."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
 
@@ -523,7 +527,7 @@ def log_likelihoods(
     flow.eval()
     values = []
     try:
-        with _random_state_kept(device):
+        with random_state_kept(device):
             for i in range(0, len(data), batch_size):
                 x = data[i : i + batch_size].to(device)
                 c = None if context is None else context[i : i + batch_size].to(device)

@@ -20,7 +20,8 @@ from nflows_lib import parallel
 from nflows_lib.__main__ import main
 from nflows_lib.training import CHECKPOINT, PREVIOUS
 
-# --standalone: on a port that is free.
+# --standalone: on a port that is free. Two processes on the CPU, whatever the machine has.
+ON_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -29,7 +30,12 @@ def found(tmp_path_factory) -> list[dict]:
     """What each of two processes has found."""
     folder = tmp_path_factory.mktemp("two")
     done = subprocess.run(
-        [*TORCHRUN, two_processes.__file__, folder], check=False, capture_output=True, text=True, timeout=240
+        [*TORCHRUN, two_processes.__file__, folder],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=ON_CPU,
     )
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{number}.pt") for number in (0, 1)]
@@ -126,7 +132,7 @@ def test_what_processes_tell_each_other(found):
         assert process["share"].tolist() == [[0, 1, 2], [3, 4, 5]][number]
         assert process["mean"] == {"mean": 1.5, "gradient": 4.5}
         assert process["by itself"] == (1, [0])
-        assert process["after"] == (1, number, "torchrun --nproc-per-node 2")
+        assert process["after"] == (1, number, "torchrun --standalone --nproc-per-node 2")
 
 
 def test_one_process_gives_back_what_it_gets():
@@ -140,13 +146,28 @@ def test_one_process_gives_back_what_it_gets():
         assert parallel.processes() == 1
 
 
+def test_what_one_alone_meets_ends_all(tmp_path):
+    """A full disk, a failing callback: only number 0 has it, and torchrun must see it."""
+    done = subprocess.run(
+        [*TORCHRUN, two_processes.__file__, tmp_path, "fail"], capture_output=True, text=True, timeout=100, env=ON_CPU
+    )
+    assert done.returncode != 0
+    assert "OSError: no space left" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
     """Under torchrun, in a group of its own, so that all its processes can be sent what a terminal sends."""
     return subprocess.Popen(
-        [*TORCHRUN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*TORCHRUN, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=ON_CPU,
     )
 
 
@@ -167,19 +188,19 @@ def test_ctrl_c_under_torchrun_saves_and_says_how_to_go_on_and_that_goes_on(tmp_
     (stopped,) = re.findall(r"stopped after step ([\d,]+) of 600, and saved", said)
     (again,) = re.findall(r"To go on: (.*)", said)
     again = shlex.split(again)
-    assert again[:4] == ["torchrun", "--nproc-per-node", "2", "-m"]
+    assert again[:5] == ["torchrun", "--standalone", "--nproc-per-node", "2", "-m"]
     assert "--resume" in again
 
-    assert main(again[5:]) == 1  # alone
+    assert main(again[6:]) == 1  # alone
     assert "expected processes 1, got 2" in capsys.readouterr().err
 
-    process = start(again[3:])
+    process = start(again[4:])
     printed, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert printed.count("600 steps in") == 1  # one of them speaks
     record = json.loads((out / "run.json").read_text())
     assert int(stopped.replace(",", "")) < record["steps"] == 600
-    assert record["command"] == "torchrun --nproc-per-node 2 -m nflows_lib train nice-digits --steps 600"
+    assert record["command"] == "torchrun --standalone --nproc-per-node 2 -m nflows_lib train nice-digits --steps 600"
     assert record["settings"]["processes"] == 2
     assert record["hardware"].startswith("2 × ")
     assert record["figure"]["bits_per_dim"] < 4  # 6 at first

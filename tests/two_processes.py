@@ -25,7 +25,7 @@ from nflows_lib.flow import Flow
 from nflows_lib.models import glow
 from nflows_lib.networks import MLP
 from nflows_lib.normalization import ActNorm, FlowBatchNorm
-from nflows_lib.training import Interrupted, NonFiniteLoss, fit
+from nflows_lib.training import History, Interrupted, NonFiniteLoss, fit
 
 STOP = 6  # the step after which a run is stopped
 OPTIONS = {"steps": 12, "batch_size": 16, "lr": 1e-2, "clip": 1.0, "warmup": 3, "cosine": True, "ema": 0.9}
@@ -171,6 +171,17 @@ def budget() -> int:
     return len(fit(flow, data, budget=0.6, batch_size=16, augment=slowly).loss)
 
 
+def fail() -> None:
+    """Number 0 raises in the midst of a run, alone."""
+
+    def full(judged: Flow, history: History) -> None:
+        raise OSError("no space left")
+
+    flow, data = Flow([ActNorm(2)], StandardNormal(), (2,)), torch.randn(64, 2)
+    with parallel.joined():
+        fit(flow, data, held_out=data, evaluations=3, on_evaluation=full, **OPTIONS)
+
+
 def main(folder: Path) -> None:
     with parallel.joined() as device:
         assert device.type == "cuda" or not torch.cuda.is_available()
@@ -195,4 +206,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if "fail" in sys.argv:
+        fail()
+    else:
+        main(Path(sys.argv[1]))
