@@ -510,7 +510,7 @@ def evaluate(flow: Flow, images: Images, draws: int = 10) -> dict[str, float]:
 
     ``nats`` is the mean of log p(u), u in [0, 1), which papers on NICE quote.
     """
-    with random_state_kept(next(flow.parameters()).device):
+    with random_state_kept(next(flow.parameters(), images.images).device):
         torch.manual_seed(settings.seed(1))
         log_p = log_likelihoods(flow, images.images.reshape(-1, *flow.shape), images.contexts, draws)
     mean, error = mean_and_error(-log_p / (flow.dims * math.log(2)))
@@ -524,7 +524,7 @@ def in_one_bound(flow: Flow, images: Images, draws: int = 8) -> dict[str, Any]:
     For comparisons with figures that were taken so (importance sampling; Burda et al. 2016).
     """
     log_p = []
-    with random_state_kept(next(flow.parameters()).device):
+    with random_state_kept(next(flow.parameters(), images.images).device):
         for i in range(draws):
             torch.manual_seed(settings.seed(100 + i))
             log_p.append(log_likelihoods(flow, images.images.reshape(-1, *flow.shape), images.contexts))
@@ -559,8 +559,8 @@ def save_samples(
 def save_stages(out: Path, shape: tuple[int, int, int], parts: tuple[float, ...] = (0.05, 0.15, 0.4, 1)) -> list[int]:
     """One sheet of how the samples came to be: for each part of the evaluations the first row of its samples.
 
-    All rows are from the same latents. Into ``stages.png``, in 256 colours; the steps at which they were drawn. A folder
-    without such samples has none, and gets no file.
+    All rows are from the same latents. Into ``stages.png``, in 256 colours; the steps at which they were drawn. In a
+    folder without such samples there are none, and no file.
     """
     drawn = sorted(out.glob("samples-*.png"))
     if not drawn:

@@ -56,6 +56,23 @@ def test_what_falls_short_of_a_paper_says_by_how_much(page):
         assert abs(difference) == pytest.approx(float(away), abs=0.006)
 
 
+def test_another_record_gives_another_page(monkeypatch):
+    """A GPU, a longer run, a better figure: what the text says follows."""
+
+    def better(name: str) -> dict:
+        record = json.loads(json.dumps(RECORDS[name]))
+        figure = record["figure"] | {"bits_per_dim": 0.5}
+        more = {"measured": record["measured"] | {"bits_per_dim": 0.5}} if name == "glow-mnist" else {}
+        return record | {"hardware": "NVIDIA H100", "minutes": 77.0, "figure": figure} | more
+
+    monkeypatch.setattr(runs, "load", better)
+    text = full_scale.page()
+    assert "No run on this page had a GPU" not in text
+    assert "The runs had NVIDIA H100, and 77 minutes at most." in text
+    assert "CPU thread" not in text
+    assert "above" not in re.sub(r"see above", "", text)
+
+
 def test_the_pictures_of_the_page_are_there(page):
     found = re.findall(r"```\{figure\} \.\./(\S+)\n:alt: (.+)", page)
     assert len(found) == len(RECORDS) - 1
@@ -76,5 +93,5 @@ def test_a_sheet_of_stages_has_a_row_for_each_of_them(name):
 
 def test_what_is_shipped_keeps_the_repository_light():
     sizes = {path: path.stat().st_size for path in Path(PRETRAINED).rglob("*") if path.is_file()}
-    assert sum(sizes.values()) < 18 * 2**20
+    assert sum(sizes.values()) < 17.5 * 2**20  # the models 16, tested in test_pretrained.py
     assert max(sizes.values()) < 4 * 2**20

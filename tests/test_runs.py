@@ -788,13 +788,13 @@ def test_figures_can_be_taken_anew(halves, tmp_path, monkeypatch, capsys):
     assert figure != before["figure"]
     taken = {"figure_in_half_precision": figure, "measured": {"bits": own}, "measured_at": "later"}
     assert after == before | taken
+    assert json.dumps(after["measured"], indent=1) in capsys.readouterr().out
     fewer = replace(patched, data=lambda part, folder: data.digit_halves(part).select(torch.arange(20)))
     monkeypatch.setitem(runs.RUNS, HALVES, fewer)
     runs.measure_again(HALVES, out)
     after = json.loads((out / "run.json").read_text())
     assert after["figure"] == after["figure_in_half_precision"]
     assert after["figure"]["images"] == 20
-    assert json.dumps(after["measured"], indent=1) in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"^run: expected one with further figures, got nice-digits$"):
         runs.measure_again("nice-digits", out)
 
