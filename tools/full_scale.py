@@ -76,7 +76,7 @@ SECTIONS: dict[str, tuple[str, dict[str, str]]] = {
     "flowers": (
         "Flowers",
         {
-            "glow-flowers5-small": "blurred colours at first, later bright petals and green about them, without a whole flower"
+            "glow-flowers5-small": "blurred colours, from row to row in larger patches of red, yellow and green; no whole flower"
         },
     ),
     "horses": (
