@@ -127,7 +127,7 @@ A shipped model loads and samples on a laptop in seconds, and the chapters do so
 from nflows_lib import runs
 
 flow = runs.load_flow("glow-mnist")
-images = flow.sample(16, temperature=0.8)   # (16, 1, 28, 28), integers from 0 to 255
+images = flow.sample(16, temperature=0.8)  # (16, 1, 28, 28), integers from 0 to 255
 ```
 
 From a terminal (`evaluate` needs the data, `data/README.md` says whence; `sample` needs them only for a conditional model):
