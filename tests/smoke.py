@@ -15,8 +15,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-os.environ |= {"NFLOWS_PRESET": "full", "NFLOWS_PROGRESS": "0"}
-
 import torch
 
 from nflows_lib import data, notebook, runs, segmentation
@@ -74,6 +72,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    os.environ |= {"NFLOWS_PRESET": "full", "NFLOWS_PROGRESS": "0"}
     runs.RUNS.update({name: shortened(run) for name, run in runs.RUNS.items()})
     with tempfile.TemporaryDirectory() as folder:
         # The runs must not go on from, or be mistaken for, those of somebody's data folder.

@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-TARGETS = re.findall(r"^([a-z]+):(?!.*export)", MAKEFILE, re.MULTILINE)
+TARGETS = re.findall(r"^([a-z-]+):(?!.*export)", MAKEFILE, re.MULTILINE)
 PYTHONS = ["3.11", "3.12", "3.13"]
 # Written in pieces, so that this file does not find itself.
 HOSTS = [".".join(pieces) for pieces in [("pypi", "org"), ("pythonhosted", "org"), ("anaconda", "org"), ("npmjs", "")]]
