@@ -166,8 +166,8 @@ def glow(
         bounded: whether the couplings are :class:`BoundedGlowCoupling`, in the place of those of the released code.
         bounded_priors: whether the priors' scales are bounded, too (:class:`nflows_lib.networks.BoundedPrior`).
         alpha: of a logit that pixels pass first, which Glow does not have; None: they are only scaled.
-        noise: channels inside the networks of two couplings that draw the noise of the dequantization given the image
-            (:class:`VariationalDequantize`); 0: it is uniform, as in Glow.
+        noise: channels inside the networks of two couplings that draw the noise of the dequantization given the image,
+            not the label (:class:`VariationalDequantize`); 0: it is uniform, as in Glow.
         precision: what the couplings' networks compute in.
 
     Raises:

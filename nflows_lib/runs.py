@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -477,7 +477,7 @@ def train(
     flow.cpu()
     checkpoint.save(out / MODEL, checkpoint.halve(flow.state_dict()), {"run": name})
     save_samples(flow, run.shape, out / SAMPLES, contexts=test.contexts)
-    record["stages"] = save_stages(out, run.shape)
+    record["stages"] = save_stages(out, run.shape, [step for step, *_ in history.held_out])
     save(name, record, out)
     return flow
 
@@ -485,8 +485,8 @@ def train(
 def measure_again(name: str, out: Path, data_folder: Path | None = None) -> dict[str, Any]:
     """Take a run's figures on the test images anew, of the model in its folder, and put them into its ``run.json``.
 
-    For when :mod:`nflows_lib.segmentation` has learned to measure more, or the test images have changed. The model is
-    in half precision; ``measured_at`` says at which commit this was done.
+    For when a run has learned to measure more, or the test images have changed. The model is in half precision, so the
+    whole one's figure stays where the images are as many as before; ``measured_at`` says at which commit it was done.
 
     Raises:
         ValueError: an unknown run, or one without further figures.
@@ -522,7 +522,12 @@ def in_one_bound(flow: Flow, images: Images, draws: int = 8) -> dict[str, Any]:
     """Bits/dim on images with the draws of the noise in one bound, log of the mean of p: tighter than their average.
 
     For comparisons with figures that were taken so (importance sampling; Burda et al. 2016).
+
+    Raises:
+        ValueError: draws is below 1.
     """
+    if draws < 1:
+        raise ValueError(f"draws: expected at least 1, got {draws}")
     log_p = []
     with random_state_kept(next(flow.parameters(), images.images).device):
         for i in range(draws):
@@ -556,20 +561,27 @@ def save_samples(
     plt.imsave(path, picture.squeeze(), cmap="gray", vmin=0, vmax=1)
 
 
-def save_stages(out: Path, shape: tuple[int, int, int], parts: tuple[float, ...] = (0.05, 0.15, 0.4, 1)) -> list[int]:
+def save_stages(
+    out: Path,
+    shape: tuple[int, int, int],
+    steps: Collection[int] | None = None,
+    parts: tuple[float, ...] = (0.05, 0.15, 0.4, 1),
+) -> list[int]:
     """One sheet of how the samples came to be: for each part of the evaluations the first row of its samples.
 
     All rows are from the same latents. Into ``stages.png``, in 256 colours; the steps at which they were drawn. In a
-    folder without such samples there are none, and no file.
+    folder without such samples there are none, and no file. ``steps``: those of the evaluations; None: all that the
+    folder has.
     """
-    drawn = sorted(out.glob("samples-*.png"))
+    drawn = {int(path.stem.removeprefix("samples-")): path for path in sorted(out.glob("samples-*.png"))}
+    drawn = [path for step, path in drawn.items() if steps is None or step in steps]
     if not drawn:
         return []
     chosen = list(dict.fromkeys(drawn[math.ceil(part * len(drawn)) - 1] for part in parts))
     sheets = [np.asarray(Image.open(path).convert("RGB")) for path in chosen]
     height = shape[1] + 1  # with the white line above it
     sheet = np.concatenate([sheet[:height] for sheet in sheets] + [sheets[0][:1]])
-    Image.fromarray(sheet).quantize(256, dither=Image.Dither.NONE).save(out / STAGES, optimize=True)
+    Image.fromarray(sheet).quantize(256).save(out / STAGES, optimize=True)
     return [int(path.stem.removeprefix("samples-")) for path in chosen]
 
 

@@ -1331,6 +1331,7 @@ def test_a_copy_has_the_same_likelihood():
         ({"shape": (1, 6, 4)}, "shape: expected (C, H, W) with even height and width, got (2, 3, 2)"),
         ({"shape": (1, 2, 2)}, "shape: expected (C, H, W) with even height and width, got (2, 1, 1)"),
         ({"shape": (4, 4)}, "shape: expected (C, H, W) with even height and width, got (4, 4)"),
+        ({"noise": -1}, "noise: expected at least 0 channels, got -1"),
     ],
 )
 def test_what_glow_cannot_be_is_named(options, message):

@@ -15,9 +15,13 @@ import pytest
 import torch
 import two_processes
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from nflows_lib import parallel
+from nflows_lib import parallel, runs, training
 from nflows_lib.__main__ import main
+from nflows_lib.distributions import StandardNormal
+from nflows_lib.flow import Flow
+from nflows_lib.normalization import DiagonalScaling
 from nflows_lib.training import CHECKPOINT, PREVIOUS
 
 # --standalone: on a port that is free. Two processes on the CPU, whatever the machine has.
@@ -86,6 +90,9 @@ def test_each_process_takes_its_own_examples_with_noise_of_its_own(found):
     joint = two_processes.first_step()["batch"]
     assert torch.equal(torch.cat(batches).floor(), joint.floor())
     assert not torch.equal(batches[0].frac(), batches[1].frac())
+    initial = found[0]["first step"]["first"]  # of number 0, for the joint batch, before its own noise
+    assert len(initial) == 16
+    assert ((initial[:8].frac() - batches[1].frac()).abs() < 1e-5).float().mean() < 0.1
 
 
 @pytest.mark.parametrize("what", ["points", "first step", "images", "resumed"])
@@ -93,8 +100,8 @@ def test_all_processes_end_with_the_same_parameters(found, what):
     assert_equal(found[1][what]["state"], found[0][what]["state"])
 
 
-def test_number_0_evaluates_and_all_know_the_figures(found):
-    assert [process["points"]["called"] for process in found] == [[4, 8, 12], []]
+def test_number_0_evaluates_by_itself_and_all_know_the_figures(found):
+    assert [process["points"]["called"] for process in found] == [[(4, 1), (8, 1), (12, 1)], []]
     assert found[0]["points"]["history"] == found[1]["points"]["history"]
 
 
@@ -131,6 +138,7 @@ def test_what_processes_tell_each_other(found):
         assert process["any"] == (True, False, True)
         assert process["share"].tolist() == [[0, 1, 2], [3, 4, 5]][number]
         assert process["mean"] == {"mean": 1.5, "gradient": 4.5}
+        assert process["laid out"].tolist() == [[0, 1.5], [3, 4.5], [6, 7.5]]
         assert process["by itself"] == (1, [0])
         assert process["after"] == (1, number, "torchrun --standalone --nproc-per-node 2")
 
@@ -154,6 +162,83 @@ def test_what_one_alone_meets_ends_all(tmp_path):
     assert done.returncode != 0
     assert "OSError: no space left" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
+    """The one of its number on this machine; alone, the first one, without a group."""
+    said = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: said.append(str(device)))
+    monkeypatch.setattr(parallel.dist, "init_process_group", said.append)
+    monkeypatch.setattr(parallel.dist, "destroy_process_group", lambda: said.append("left"))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with parallel.joined() as device:
+        assert (str(device), said) == ("cuda:0", [])
+    monkeypatch.setattr(parallel.dist, "is_torchelastic_launched", lambda: True)
+    with parallel.joined() as device:
+        assert (str(device), said) == ("cuda:3", ["cuda:3", "cpu:gloo,cuda:nccl"])
+    assert said[2:] == ["left"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    message = r"^nproc-per-node: expected at most 3, the number of GPUs, got more than 3$"
+    with pytest.raises(ValueError, match=message), parallel.joined():
+        pass
+
+
+def test_after_an_error_no_process_waits_for_the_others(monkeypatch):
+    """Leaving the group may wait for them, and they may wait for this one."""
+    said = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(parallel.dist, "init_process_group", said.append)
+    monkeypatch.setattr(parallel.dist, "destroy_process_group", lambda: said.append("left"))
+    monkeypatch.setattr(parallel.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(RuntimeError, match="in the midst"), parallel.joined():
+        raise RuntimeError("in the midst")
+    assert said == ["gloo"]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_number_0_alone_shows_a_bar(monkeypatch, number):
+    shown = []
+
+    def bar(**options: object) -> tqdm:
+        shown.append(not options["disable"])
+        return tqdm(**options | {"disable": True})
+
+    monkeypatch.setattr(training, "tqdm", bar)
+    monkeypatch.setattr(training.settings, "progress", lambda: True)
+    monkeypatch.setattr(parallel, "number", lambda: number)
+    flow = Flow([DiagonalScaling(2)], StandardNormal(), (2,))
+    training.fit(flow, torch.randn(16, 2), 2, batch_size=8)
+    assert shown == [number == 0]
+
+
+def test_several_processes_go_on_when_asked_twice(monkeypatch):
+    """One alone stops at once, but under torchrun a second signal is the first one, passed on."""
+    monkeypatch.setattr(parallel, "torchrun", lambda: True)
+    before = signal.getsignal(signal.SIGINT)
+    with training._stop_requested(active=True) as noted:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert noted == [signal.SIGINT] * 2
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_only_number_0_takes_figures_and_writes(monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "fit", lambda *_, **__: training.History())
+    monkeypatch.setattr(parallel, "number", lambda: 1)
+    assert isinstance(runs.train("nice-digits", tmp_path, steps=1), Flow)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_draws_the_shuffle_the_noise_of_the_first_batch_and_that_of_the_steps():
+    """From one seed, in this order, as ever: other draws would be other runs than those of the records."""
+    found = two_processes.first_step()
+    data = torch.randint(8, (32, 1, 4, 4), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(7)
+    batch = data[torch.randperm(32)[:16]].float()
+    for name in ("first", "batch"):
+        torch.testing.assert_close(found[name], batch + torch.rand_like(batch))
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -613,7 +613,7 @@ def test_the_stages_are_the_first_rows_of_a_few_evaluations(tmp_path, shape, dra
 
 def test_the_parts_of_the_stages_can_be_chosen(tmp_path):
     draw_sheets(tmp_path, list(range(1, 9)), (1, 2, 2), levels=2)
-    assert runs.save_stages(tmp_path, (1, 2, 2), (0.25, 0.5)) == [2, 4]
+    assert runs.save_stages(tmp_path, (1, 2, 2), parts=(0.25, 0.5)) == [2, 4]
     assert_rows_are_first_rows(tmp_path, [2, 4], 2, tolerance=0)
 
 
@@ -626,8 +626,22 @@ def test_the_stages_of_photographs_have_256_colours(tmp_path):
         assert picture.mode == "P"
     assert len(np.unique(pixels(tmp_path / "stages.png").reshape(-1, 3), axis=0)) <= 256
     assert_rows_are_first_rows(tmp_path, [1, 2, 3], 16, tolerance=80)
-    sheets = [pixels(tmp_path / f"samples-000000{i}.png")[:17].astype(int) for i in (1, 2, 3)]
-    assert np.abs(pixels(tmp_path / "stages.png")[:-1] - np.concatenate(sheets)).mean() < 20
+    sheet = np.concatenate([pixels(tmp_path / f"samples-000000{i}.png")[:17].astype(int) for i in (1, 2, 3)])
+    found = pixels(tmp_path / "stages.png")[:-1]
+    assert np.abs(found - sheet).mean() < 20
+
+
+def test_an_area_of_one_colour_stays_one_in_the_stages(tmp_path):
+    """Colours are not mixed from dots, where there are more than 256."""
+    images = torch.randint(256, (10, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    images = images.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    picture = plotting.tile(images, columns=10, levels=256, shape=(3, 32, 32))
+    plt.imsave(tmp_path / "samples-0000001.png", picture)
+    runs.save_stages(tmp_path, (3, 32, 32))
+    before, after = (pixels(tmp_path / name)[:33].reshape(-1, 3) for name in ("samples-0000001.png", "stages.png"))
+    colours = len(np.unique(before, axis=0))
+    assert colours > 256
+    assert len(np.unique(np.concatenate([before, after], 1), axis=0)) == colours
 
 
 def test_a_run_leaves_its_stages(trained, record):
@@ -662,6 +676,18 @@ def test_draws_in_one_bound_by_hand(trained, draws):
         "bits_per_dim": pytest.approx(bits.mean(), rel=1e-6),
         "error": pytest.approx(bits.std(ddof=1) / math.sqrt(len(bits)), rel=1e-4),
     }
+
+
+def test_stages_are_those_of_the_run_and_not_of_an_earlier_one_in_the_folder(tmp_path):
+    for step in (1, 2, 5, 9):
+        plt.imsave(tmp_path / f"samples-{step:07d}.png", np.full((9, 91), step / 10), cmap="gray", vmin=0, vmax=1)
+    assert runs.save_stages(tmp_path, (1, 8, 8), [2, 5, 7], (0.5, 1)) == [2, 5]
+    assert runs.save_stages(tmp_path, (1, 8, 8), [3]) == []
+
+
+def test_no_draws_in_one_bound_are_refused(trained):
+    with pytest.raises(ValueError, match=r"^draws: expected at least 1, got 0$"):
+        runs.in_one_bound(runs.load_flow(NAME, trained), data.digits("test"), 0)
 
 
 def test_draws_in_one_bound_are_tighter_than_their_average():

@@ -60,7 +60,7 @@ def points() -> dict:
             held_out=data[:9],
             held_out_context=context[:9],
             evaluations=3,
-            on_evaluation=lambda judged, history: called.append(len(history.loss)),
+            on_evaluation=lambda judged, history: called.append((len(history.loss), parallel.processes())),
             # A shift before a batch norm has gradient 0 but for rounding, which Adam would blow up to whole steps.
             optimizer=torch.optim.SGD(flow.parameters(), lr=0.05, momentum=0.5),
             **OPTIONS,
@@ -91,7 +91,7 @@ def first_step() -> dict:
     data = torch.randint(8, (32, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(7)
     fit(flow, data, **(OPTIONS | {"steps": 1, "warmup": 0, "lr": 0.0, "ema": None}))
-    return {"state": state(flow), "batch": seen.batches[-1]}
+    return {"state": state(flow), "first": seen.batches[0], "batch": seen.batches[-1]}
 
 
 def images(folder: Path | None = None, stop_at: int | None = None, resume: bool = False) -> dict:
@@ -122,6 +122,12 @@ def mean() -> dict[str, float]:
     found = parallel.mean(own)
     (own.detach() * found.square()).backward()
     return {"mean": found.item(), "gradient": own.grad.item()}
+
+
+def laid_out() -> Tensor:
+    """The mean of matrices that lie row by row in number 0, column by column in the others."""
+    own = (1 + parallel.number()) * torch.arange(6.0).view(3, 2)
+    return parallel.mean(own if parallel.number() == 0 else own.T.contiguous().T)
 
 
 def alone(folder: Path) -> str:
@@ -199,6 +205,7 @@ def main(folder: Path) -> None:
             "any": parallel.any_of(parallel.number() == 1, False, True),
             "share": parallel.share(torch.arange(6)),
             "mean": mean(),
+            "laid out": laid_out(),
             "by itself": by_itself(),
         }
     found["after"] = (parallel.processes(), parallel.number(), parallel.launcher())
