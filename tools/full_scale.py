@@ -209,11 +209,13 @@ def epochs(record: dict[str, Any]) -> float:
 
 
 def how(record: dict[str, Any]) -> str:
-    """Parameters, length, time and hardware of one run."""
+    """Parameters, length, draws where there is noise, time and hardware of one run."""
     often = f" ({epochs(record):.1f} epochs)" if "examples" in record["settings"] else ""
+    count = record["figure"]["draws"]
+    noise = "" if record["run"].startswith("unet") else f"{count} {'draws' if count > 1 else 'draw'}, "
     return (
         f"{number(record['parameters'])} parameters, {record['steps']:,} steps of {record['settings']['batch_size']} "
-        f"images{often}, {record['figure']['draws']} {'draws' if record['figure']['draws'] > 1 else 'draw'}, {record['minutes']:.0f} minutes on {machine(record)}"
+        f"images{often}, {noise}{record['minutes']:.0f} minutes on {machine(record)}"
     )
 
 
@@ -221,10 +223,10 @@ def row(*cells: str) -> str:
     return "* - " + "\n  - ".join(cells)
 
 
-def away(figure: dict[str, float], other: float) -> str:
+def away(figure: dict[str, float], other: float, digits: int = 2) -> str:
     """How far one figure is from another."""
     difference = figure["bits_per_dim"] - other
-    return f"{abs(difference):.2f} {'above' if difference > 0 else 'below'}"
+    return f"{abs(difference):.{digits}f} {'above' if difference > 0 else 'below'}"
 
 
 def quoted(name: str) -> str:
@@ -293,10 +295,10 @@ The Glow here differs from the paper's in what comes before it: a logit with α 
 axis; on logits there is room. In short trials, which are not among the records, that counted for more than the noise did.
 
 The UvA course's figures have {TUTORIAL_DRAWS} draws in one bound. Taken the same way ours is
-**{tight["bits_per_dim"]:.3f} ± {tight["error"]:.3f}** (averaged over single draws: {bits:.3f}), which is {away(tight, TUTORIAL)}
-the best of them and {away(tight, TUTORIAL_SIMPLE)} the simplest, with {number(glow["parameters"])} parameters and {epochs(glow):.0f} epochs.
+**{tight["bits_per_dim"]:.3f} ± {tight["error"]:.3f}** (averaged over single draws: {bits:.3f}), which is {away(tight, TUTORIAL, 3)}
+the best of them and {away(tight, TUTORIAL_SIMPLE, 3)} the simplest, with {number(glow["parameters"])} parameters and {epochs(glow):.0f} epochs.
 On the images that it was trained on it ended at {glow["curve"]["training"][-1]:.3f}, so it is size or time that limits it, not the number of images.
-The two figures of other Glows and RealNVPs on MNIST come without a word on noise and draws, so compare them with caution.
+The figures quoted for RealNVP, Glow and FFJORD come without a word on noise and draws: compare with caution.
 
 NICE has no scale in its couplings, and no logit: its figure is {nice["figure"]["bits_per_dim"] - bits:.1f} bits worse on the same images. The small network of
 {number(nice["parameters"])} parameters and the paper's size of {number(large["parameters"])} were trained with different budgets, threads and weight decay; do not
