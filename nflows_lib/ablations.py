@@ -30,7 +30,7 @@ from nflows_lib.flow import Flow
 from nflows_lib.models import glow, nice
 from nflows_lib.networks import ResNet
 from nflows_lib.normalization import FlowBatchNorm
-from nflows_lib.training import NonFiniteLoss, fit, log_likelihoods
+from nflows_lib.training import NonFiniteLoss, fit, log_likelihoods, log_mean_exp
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def realnvp_digits(
     bits = 1 / (64 * math.log(2))
     return {
         "test": -log_p.mean().item() * bits,
-        "log_mean_exp": -(log_p.logsumexp(0) - math.log(draws)).mean().item() * bits,
+        "log_mean_exp": -log_mean_exp(log_p).mean().item() * bits,
         "training": [round(block.mean().item() * bits, 4) for block in torch.tensor(history.loss).split(10)],
         "gradient": [round(block.max().item(), 1) for block in torch.tensor(history.grad_norm).split(10)],
     }

@@ -32,6 +32,7 @@ from nflows_lib.training import (
     History,
     fit,
     log_likelihoods,
+    log_mean_exp,
     mean_and_error,
     random_state_kept,
     read_checkpoint,
@@ -533,8 +534,7 @@ def in_one_bound(flow: Flow, images: Images, draws: int = 8) -> dict[str, Any]:
         for i in range(draws):
             torch.manual_seed(settings.seed(100 + i))
             log_p.append(log_likelihoods(flow, images.images.reshape(-1, *flow.shape), images.contexts))
-    together = torch.stack(log_p).logsumexp(0) - math.log(draws)
-    mean, error = mean_and_error(-together / (flow.dims * math.log(2)))
+    mean, error = mean_and_error(-log_mean_exp(torch.stack(log_p)) / (flow.dims * math.log(2)))
     return {"draws_in_one_bound": draws, "bits_per_dim": mean, "error": error}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from nflows_lib.data import Images
 from nflows_lib.flow import Flow
 from nflows_lib.pixelwise import PixelClassifier
-from nflows_lib.training import log_likelihoods, mean_and_error
+from nflows_lib.training import log_likelihoods, log_mean_exp, mean_and_error
 
 
 def iou(predicted: Tensor, true: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def figures(model: Flow | PixelClassifier, images: Images, samples: int = 10, mo
             few, many, cold = drawn[:samples].mean(0), drawn.mean(0), draws(model, contexts, samples, 0.5).mean(0)
         nats = torch.stack([model(true.to(contexts.device), contexts).cpu() for _ in range(most)])
         own, others = (log_likelihoods(model, true, c, draws=5) for c in (contexts, contexts.roll(1, 0)))
-    closer = nats.logsumexp(0) - math.log(most)
+    closer = log_mean_exp(nats)
     mean, error = mean_and_error(iou(few > 0.5, true))
     rows, calibration_error = calibration(many, true)
     return {

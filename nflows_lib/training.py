@@ -537,6 +537,11 @@ def log_likelihoods(
     return torch.cat(values)
 
 
+def log_mean_exp(log_p: Tensor) -> Tensor:
+    """log of the mean of p over the first dimension: all draws of the noise in one bound."""
+    return log_p.logsumexp(0) - math.log(len(log_p))
+
+
 def mean_and_error(values: Tensor) -> tuple[float, float]:
     """Mean of independent values and its standard error."""
     return values.mean().item(), (values.std() / math.sqrt(len(values))).item()

@@ -167,7 +167,7 @@ def errors() -> dict[str, str]:
 
 
 def budget() -> int:
-    """The number of steps that fits a second: one for all, though one process is slower."""
+    """The number of steps that fits the time: one for all, though one process is slower."""
     flow, data = Flow([ActNorm(2)], StandardNormal(), (2,)), torch.randn(64, 2)
 
     def slowly(batch: Tensor) -> Tensor:

@@ -265,7 +265,7 @@ def one_run(name: str, record: dict[str, Any], alt: str) -> str:
 
 def section(key: str, records: dict[str, dict[str, Any]]) -> str:
     title, alts = SECTIONS[key]
-    shown = {name: records[name] for name in alts if name in records}
+    shown = {name: records[name] for name in alts}
     rows = [row(f"`{name}`, ours", f"**{figure(record)}**", how(record)) for name, record in shown.items()]
     rows += [row(*cells) for cells in OTHERS.get(key, [])]
     of = "masks" if key == "horses" else "images"
