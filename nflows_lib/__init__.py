@@ -5,4 +5,8 @@ one list of :mod:`bijections <nflows_lib.bijection>`, is trained in :mod:`~nflow
 :mod:`~nflows_lib.plotting`.
 """
 
+from nflows_lib.clinic import doctor
+
+__all__ = ["doctor"]
+
 __version__ = "0.1.0"

@@ -1,0 +1,1118 @@
+"""The doctor: tests of a flow on a batch of its own data. Each looks for one thing and names the cause if it finds it.
+
+Everything is measured on copies in float64: what is off by more than rounding there is a mistake, not a lack of digits.
+Many tests look at a *woken* copy, every parameter of which has been moved at random, since a fresh flow is close to the
+identity and hides what it is built of.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from nflows_lib.distributions import Base, StandardNormal
+from nflows_lib.flow import check_context
+
+EXAMPLES = 64  # of the batch are looked at
+LARGEST = 1024  # dimensions of which a whole Jacobian is taken
+EXACT = 1e-6  # more than rounding leaves in float64, relative to the largest value
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one test found.
+
+    ``passed`` is None where the test does not apply. ``entry`` names the entry of the book's clinic, "F3" say, that
+    shows the failure and its mend.
+    """
+
+    test: str
+    passed: bool | None
+    measured: str
+    cause: str = ""
+    entry: str = ""
+
+    def __str__(self) -> str:
+        line = f"{ {True: '✓', False: '✗', None: '–'}[self.passed] } {self.test:19} {self.measured}"
+        return f"{line}\n  {'cause':19} {self.cause} [{self.entry}]" if self.entry else line
+
+
+def doctor(
+    flow: nn.Module,
+    batch: Tensor,
+    context: Tensor | None = None,
+    *,
+    base: Base | None = None,
+    grad_norms: Sequence[float] | None = None,
+) -> list[Finding]:
+    """Examine a flow on a batch of its data: print what each test finds, and return the findings.
+
+    The flow, its mode and the random generator stay as they are. It is judged in the mode that it is in: call
+    ``flow.eval()`` first, unless that is the question. Every module inside it that has an ``inverse`` and returns a
+    pair is examined as a layer of its own.
+
+    Args:
+        flow: a :class:`~nflows_lib.flow.Flow`, or any module whose ``forward(x)`` goes from data to latent and returns
+            ``(z, log_det)``, the log_det in nats, (B,), and whose ``inverse(z)`` returns x or a tuple that begins with
+            it. Where there is a context, both take it as their second argument.
+        batch: examples of the data as the flow takes them, (B, ...), at least 8; the first 64 are looked at.
+        context: one row for each example, where the flow is conditional.
+        base: density of the latent of a module that is no Flow; standard normal where None.
+        grad_norms: lengths of the gradients of a training run as the optimizer took them (after clipping), one a step.
+
+    Raises:
+        ValueError: flow has no forward and inverse, or batch has too few rows or values that are not finite.
+
+    >>> import torch
+    >>> from nflows_lib.models import realnvp_points
+    >>> findings = doctor(realnvp_points(2).eval(), torch.randn(64, 2))  # doctest: +ELLIPSIS
+    64 examples of (2,), 6 layers with an inverse, evaluation mode
+    ...
+    nothing found
+    >>> any(finding.passed is False for finding in findings)
+    False
+    """
+    _check(flow, batch, context)
+    findings: list[Finding] = []
+    with torch.random.fork_rng(devices=[]), _float64():
+        try:
+            case = _Case(flow, batch, context, base)
+            mode = "training" if flow.training else "evaluation"
+            count = len({id(record.layer) for record in case.run.records})
+            print(f"{len(case.x)} examples of {tuple(batch.shape[1:])}, {count} layers with an inverse, {mode} mode")
+        except Exception as error:  # what the reader's own module raises is a finding
+            findings.append(_does_not_run(error))
+        else:
+            for test in _TESTS:
+                findings += _conducted(test, case)
+                case.sound = all(finding.passed is not False for finding in findings)
+                if test is _finite and not case.sound:
+                    break  # nothing can be said of what is not a number
+        findings += _gradient_lengths(grad_norms)
+    for finding in findings:
+        print(finding)
+    failed = sum(finding.passed is False for finding in findings)
+    print(f"{failed} of {len(findings)} tests failed: mend the first one first" if failed else "nothing found")
+    return findings
+
+
+# --- the flow, and what happens inside it -----------------------------------------------------------------------------
+
+
+@dataclass
+class _Record:
+    """One call of one layer inside the flow."""
+
+    name: str
+    layer: nn.Module
+    x: Tensor
+    context: Tensor | None
+    z: Tensor
+    log_det: Tensor  # (B,)
+    overwritten: bool  # whether the layer has changed its input in place
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} {type(self.layer).__name__}".strip()
+
+    @property
+    def learned(self) -> bool:
+        return next(self.layer.parameters(), None) is not None
+
+    def again(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layer makes of other examples, under the contexts of the first ones."""
+        z, log_det = self.layer(*_given(x, self.context))
+        return z, _one_each(log_det, len(x))
+
+    def back(self) -> Tensor:
+        """The layer's inverse of its own output."""
+        x = self.layer.inverse(*_given(self.z, self.context))
+        return x[0] if isinstance(x, tuple) else x
+
+    def is_within(self, layers: set[int]) -> bool:
+        """Whether it is one of these layers (by id), or holds one."""
+        return any(id(module) in layers for module in self.layer.modules())
+
+
+@dataclass
+class _Run:
+    """One pass of a batch through the flow: what came out, and every layer's part in it, in the order of the calls."""
+
+    z: Tensor
+    log_det: Tensor
+    log_p: Tensor
+    records: list[_Record]
+
+    @property
+    def leaves(self) -> list[_Record]:
+        """Those with no layer inside them."""
+        layers = {id(record.layer) for record in self.records}
+        return [r for r in self.records if not any(id(m) in layers for m in r.layer.modules() if m is not r.layer)]
+
+    @property
+    def outermost(self) -> list[_Record]:
+        """Those that stand inside no other."""
+        inside = {id(m) for r in self.records for m in r.layer.modules() if m is not r.layer}
+        return [record for record in self.records if id(record.layer) not in inside]
+
+    @property
+    def inner_first(self) -> list[_Record]:
+        """All of them, each after those inside it: the first that is wrong is the one to blame."""
+        return sorted(self.records, key=lambda record: sum(1 for _ in record.layer.modules()))
+
+
+class _Case:
+    """A copy of the flow, the batch, and one pass of the one through the other."""
+
+    def __init__(self, flow: nn.Module, batch: Tensor, context: Tensor | None, base: Base | None) -> None:
+        self.given, self.base = flow, base
+        self.sound = True  # whether all tests so far have passed
+        self.flow = _copied(flow)
+        self.x = _as_float64(batch[:EXAMPLES])
+        self.context = None if context is None else _as_float64(context[:EXAMPLES])
+        self.dims = self.x[0].numel()
+        self.run = self.through(self.flow)
+
+    def through(
+        self,
+        flow: nn.Module,
+        x: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        seed: int = 0,
+        grad: bool = False,
+        after_noise: Callable[[Tensor], Tensor] | None = None,
+    ) -> _Run:
+        """Send examples (the batch, where none are given) through a copy of the flow.
+
+        ``after_noise`` may put something else in the place of what the noise layer gives.
+        """
+        x = self.x if x is None else x
+        context = self.context if context is None else context
+        chain, records = _chain(flow), []
+
+        inputs: dict[str, Tensor] = {}
+
+        def keep(name: str, layer: nn.Module, args: tuple) -> None:
+            if args and isinstance(args[0], Tensor):
+                inputs[name] = args[0] if args[0].requires_grad else args[0].clone()
+
+        def note(name: str, layer: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
+            if not (args and isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], Tensor)):
+                return None
+            z, log_det = output[0], _one_each(output[1], len(output[0]))
+            if after_noise is not None and self.noise is not None and name == self.noise.name:
+                z = after_noise(z)
+            given = args[1] if len(args) > 1 else kwargs.get("context")
+            before = inputs[name]
+            records.append(_Record(name, layer, before, given, z, log_det, not torch.equal(before, args[0])))
+            return z, log_det
+
+        layers = {n: m for n, m in chain.named_modules() if n and callable(getattr(m, "inverse", None))}
+        hooks = []
+        for name, layer in (layers or {"": chain}).items():
+            hooks.append(layer.register_forward_pre_hook(lambda *call, name=name: keep(name, *call)))
+            hooks.append(layer.register_forward_hook(lambda *call, name=name: note(name, *call), with_kwargs=True))
+        try:
+            with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(grad):
+                torch.manual_seed(seed)
+                z, log_det = chain(*_given(x, context))
+                log_det = _one_each(log_det, len(x))
+                log_p = self.base_of(flow).log_prob(z.flatten(1)) + log_det
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return _Run(z, log_det, log_p, records)
+
+    def base_of(self, flow: nn.Module) -> Base:
+        own = getattr(flow, "base", None)
+        return self.base or (own if hasattr(own, "log_prob") else StandardNormal())
+
+    @cached_property
+    def noise(self) -> _Record | None:
+        """The first layer that answers differently when it is asked twice: dequantization."""
+        with torch.no_grad():
+            for record in self.run.records:
+                first, second = record.again(record.x)[0], record.again(record.x)[0]
+                if first.isfinite().all() and not torch.equal(first, second):
+                    return record
+        return None
+
+    def woken(self) -> nn.Module:
+        """A copy with every parameter moved at random: of a fresh flow, what it is built to depend on."""
+        flow = _copied(self.flow)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            for parameter in flow.parameters():
+                parameter += 0.05 * torch.randn_like(parameter)
+        return flow
+
+    @cached_property
+    def woken_run(self) -> _Run:
+        return self.through(self.woken())
+
+    @cached_property
+    def spacing(self) -> float | None:
+        """The step between two levels where the data are discrete, None where they are real numbers."""
+        if not self.x.is_floating_point():
+            return 1.0
+        levels = self.x.unique()
+        if not 2 <= len(levels) <= min(257, self.x.numel() // 4):
+            return None
+        step = levels.diff().min()
+        off = ((levels - levels[0]) / step).sub(((levels - levels[0]) / step).round()).abs().max()
+        return step.item() if off < 1e-3 else None
+
+    @cached_property
+    def levels(self) -> int | None:
+        """How many levels discrete data have, from the layer that says so, or counted."""
+        if self.spacing is None:
+            return None
+        named = (getattr(record.layer, "levels", None) for record in self.run.records)
+        counted = round(((self.x.max() - self.x.min()) / self.spacing).item()) + 1
+        return next((n for n in named if isinstance(n, int)), max(counted, 2))
+
+    def log_p_of(self, flow: nn.Module) -> float:
+        """Mean log-likelihood of the batch under a changed copy, in nats for each dimension; -inf if not a number."""
+        return (self.through(flow).log_p.mean() / self.dims).nan_to_num(nan=-math.inf).item()
+
+
+def _check(flow: nn.Module, batch: Tensor, context: Tensor | None) -> None:
+    if not isinstance(flow, nn.Module) or not callable(getattr(_chain(flow), "inverse", None)):
+        raise ValueError(f"flow: expected a Flow, or a module with forward and inverse, got {type(flow).__name__}")
+    if not isinstance(batch, Tensor) or batch.dim() < 2 or len(batch) < 8:
+        got = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+        raise ValueError(f"batch: expected a tensor (B, ...) of at least 8 examples, got {got}")
+    if batch.is_floating_point() and not batch.isfinite().all():
+        raise ValueError("batch: expected finite values, got NaN or infinity")
+    check_context(context, len(batch))
+
+
+def _chain(flow: nn.Module) -> nn.Module:
+    """What takes data to latents: the chain of a Flow, or the module itself."""
+    return getattr(flow, "chain", flow)
+
+
+def _copied(flow: nn.Module) -> nn.Module:
+    return copy.deepcopy(flow).to("cpu", torch.float64).eval()
+
+
+def _as_float64(x: Tensor) -> Tensor:
+    return x.detach().cpu().to(torch.float64) if x.is_floating_point() else x.detach().cpu()
+
+
+@contextmanager
+def _float64() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _given(x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+    return (x,) if context is None else (x, context[: len(x)])
+
+
+def _one_each(log_det: Tensor | float, n: int) -> Tensor:
+    log_det = torch.as_tensor(log_det)
+    if log_det.dim() and log_det.shape != (n,):
+        raise ValueError(f"log_det: expected one number for each example, ({n},), got {tuple(log_det.shape)}")
+    return log_det.expand(n)
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest value or 1; infinite where one is not a number."""
+    if a.shape != b.shape:
+        return math.inf
+    return ((a - b).abs().max() / max(1.0, b.abs().max().item())).nan_to_num(nan=math.inf).item()
+
+
+def _jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """(Entries of the output, entries of x), for a batch of one."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return _gradients(function(x).flatten(), x)
+
+
+def _gradients(z: Tensor, x: Tensor) -> Tensor:
+    """d z_i / d x for each of the numbers z, (len(z), entries of x)."""
+    if not z.requires_grad:
+        return z.new_zeros(len(z), x.numel())
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    try:
+        rows = torch.autograd.grad(z, x, torch.eye(len(z)), is_grads_batched=True, **options)[0]
+    except RuntimeError:  # an operation that vmap does not know
+        rows = torch.stack([torch.autograd.grad(z[i], x, **options)[0] for i in range(len(z))])
+    return rows.flatten(1)
+
+
+def _does_not_run(error: Exception) -> Finding:
+    message = str(error).partition("\n")[0]
+    cause = entry = ""
+    if "deepcopy protocol" in message:
+        message = "a tensor computed outside of forward is part of the flow"
+        cause, entry = "its graph is freed by the first backward; the second step dies", "F4"
+    elif "log_det" in message:
+        cause, entry = "sum the log-det over all dimensions but the batch's", "P15"
+    elif "initialize" in message:
+        cause, entry = "no first batch was seen, or the flag that says so was not saved", "F20"
+    return Finding("it runs", False, f"{type(error).__name__}: {message}", cause, entry)
+
+
+def _conducted(test: Callable[[_Case], Iterator[Finding]], case: _Case) -> list[Finding]:
+    """A test's findings. If it breaks on the reader's module it says so, and the others go on."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            return list(test(case))
+    except Exception as error:
+        message = str(error).partition("\n")[0][:100]
+        return [Finding(test.__name__.strip("_").replace("_", " "), None, f"{type(error).__name__}: {message}")]
+
+
+# --- the tests: is it a bijection, and does it know its volume? -------------------------------------------------------
+
+_DRAWN = "numbers of the latent are lost and drawn afresh: the inverse needs them all"
+_UNMASKED = "what the network reads is changed as well: mask its output"
+
+
+def _finite(case: _Case) -> Iterator[Finding]:
+    """Forward, on the data: the first layer that gives NaN or infinity."""
+    for record in case.run.leaves:
+        if record.z.isfinite().all() and record.log_det.isfinite().all():
+            continue
+        values = record.x.transpose(0, 1).flatten(1)
+        cause, entry = "a scale overflows: bound it, and start the networks' last layers at zero", "F21"
+        if not record.learned and (values.min() < 0 or values.max() > 1):
+            cause, entry = f"it is given {values.min():.4g} to {values.max():.4g}, more than the unit interval", "F9"
+        elif not record.learned:
+            cause, entry = "a logit of exactly 0 or 1: keep a margin", "F14"
+        elif (values.amin(1) == values.amax(1)).any():
+            cause, entry = "a channel is constant: no scale gives it a variance of 1", "F20"
+        elif _elementwise(record):
+            cause, entry = "a scale has grown for ever, as it does on data without noise", "F6"
+        yield Finding("finite", False, f"{record.title} makes NaN or infinity of the data", cause, entry)
+        return
+    low, high = case.run.log_p.min(), case.run.log_p.max()
+    yield Finding("finite", True, f"log p(x) from {low:.4g} to {high:.4g} nats")
+
+
+def _in_place(case: _Case) -> Iterator[Finding]:
+    """Whether a layer changes what it is given."""
+    for record in case.run.inner_first:
+        if record.overwritten:
+            measured = f"{record.title} changes its input in place"
+            yield Finding("input", False, measured, "the caller's data, or what another layer needs: make a copy", "P2")
+            return
+    yield Finding("input", True, "no layer changes what it is given")
+
+
+def _round_trip(case: _Case) -> Iterator[Finding]:
+    """The inverse of each layer's output against its input, and whether it is the same when asked twice."""
+    worst, broken = 0.0, set()
+    with torch.no_grad():
+        for record in case.run.inner_first:
+            if record.is_within(broken):
+                continue  # the one inside has been named
+            try:
+                back, again = record.back(), record.back()
+            except NotImplementedError:
+                continue
+            off = _relative(back.to(record.x.dtype), record.x)
+            measured = f"{record.title}: the inverse of its output is off by {off:.2g}"
+            if not torch.equal(back, again):
+                found = f"{record.title}: its inverse answers differently each time", _DRAWN, "F18"
+            elif off <= EXACT:
+                worst = max(worst, off)
+                continue
+            elif record.z[0].numel() < record.x[0].numel():
+                found = measured, _DRAWN, "F18"
+            elif _unmasked(record):
+                found = measured, _UNMASKED, "F3"
+            else:
+                found = measured, "forward and inverse are not inverse to each other", "P1"
+            broken.add(id(record.layer))
+            yield Finding("round trip", False, *found)
+    if not broken:
+        yield Finding("round trip", True, f"every layer's closes, to {worst:.0e}")
+
+
+def _log_det(case: _Case) -> Iterator[Finding]:
+    """Each layer's log-det of one example against autograd's Jacobian, on a corner of it where it is large."""
+    worst, compared, too_large = 0.0, 0, 0
+    broken = {id(case.noise.layer)} if case.noise else set()
+    for record in case.run.inner_first:
+        square = record.z[0].numel() == record.x[0].numel() and record.x.is_floating_point()
+        if record.is_within(broken) or not square:
+            continue
+        x = _corner(record)
+        if x is None:
+            too_large += 1
+            continue
+        claimed = record.again(x)[1].item()
+        true = torch.linalg.slogdet(_jacobian(lambda v, r=record: r.again(v)[0], x)).logabsdet.item()
+        off, compared = abs(claimed - true) / max(1.0, abs(true)), compared + 1
+        if off <= EXACT:
+            worst = max(worst, off)
+            continue
+        broken.add(id(record.layer))
+        cause = _cause_of_log_det(record, (claimed - true) / x.numel(), case.levels)
+        yield Finding("log-det", False, f"{record.title} says {claimed:.4f} nats, autograd {true:.4f}", *cause)
+    if len(broken) == (case.noise is not None):
+        left = f"; {too_large} are too large" if too_large else ""
+        yield Finding("log-det", True if compared else None, f"{compared} layers agree with autograd{left}")
+
+
+def _corner(record: _Record) -> Tensor | None:
+    """One example for the layer whose Jacobian is not too large; None if there is none."""
+    x = record.x[:1]
+    if x.numel() <= LARGEST:
+        return x
+    try:
+        corner = x[..., :4, :4]
+        return corner if corner.numel() <= LARGEST and record.again(corner)[0].numel() == corner.numel() else None
+    except (ValueError, RuntimeError, IndexError):
+        return None
+
+
+def _cause_of_log_det(record: _Record, each: float, n: int | None) -> tuple[str, str]:
+    """From how much the log-det is too large, in each dimension."""
+    if n and abs(each - math.log(n)) < 1e-6:
+        return f"a scaling by 1/{n} that is not counted", "F10"
+    if n and abs(abs(each) - math.log(n / (n - 1))) < 1e-6:
+        return f"one of {n} and {n - 1} scales, the other is counted", "F9"
+    if _unmasked(record):
+        return _UNMASKED, "F3"
+    return "its formula is not that of what forward does", "P15"
+
+
+def _unmasked(record: _Record) -> bool:
+    """Whether it has a mask and changes what that lets pass."""
+    masks = [b for b in record.layer.buffers() if b.dtype == torch.bool and b.shape == record.x.shape[1:]]
+    return any(not torch.equal(record.x[:, mask], record.z[:, mask]) for mask in masks)
+
+
+def _elementwise(record: _Record) -> bool:
+    """Whether moving the first number of an example moves the first number of the output, and no other."""
+    moved = record.x.clone()
+    moved.view(len(moved), -1)[:, 0] += 1
+    changed = (record.again(moved)[0] != record.z).flatten(1).any(0)
+    return changed.numel() == record.x[0].numel() and not changed[1:].any()
+
+
+def _sum_of_log_dets(case: _Case) -> Iterator[Finding]:
+    """What the flow returns against what its layers returned."""
+    total = sum(record.log_det for record in case.run.outermost)
+    off = (case.run.log_det - total).abs().max().item()
+    numbers = case.run.z[0].numel()
+    if off > EXACT * max(1.0, case.run.log_det.abs().max().item()):
+        yield Finding("sum", False, f"off by {off:.4g} nats", "a layer's log-det is not added, or added twice", "P15")
+    elif numbers != case.dims:
+        yield Finding("sum", False, f"{case.dims} numbers go in, {numbers} come out", _DRAWN, "F18")
+    else:
+        yield Finding("sum", True, "the layers' log-dets add up to the flow's")
+
+
+# --- the tests: is it a likelihood of these data? ---------------------------------------------------------------------
+
+
+def _noise(case: _Case) -> Iterator[Finding]:
+    """Discrete data need noise: fresh for every value, and nothing after it that makes them discrete again."""
+    noise, x = case.noise, case.x
+    if noise is None and case.spacing is not None:
+        shifted = [r for r in case.run.records if _adds_one_vector(r)]
+        if shifted:
+            measured = f"{shifted[0].title} adds the same numbers to every example, at every call"
+            yield Finding("noise", False, measured, "a shifted grid is as discrete as the grid", "F8")
+        else:
+            measured = f"data on a grid of step {case.spacing:.4g}, and the flow adds no noise"
+            yield Finding("noise", False, measured, "a density on a grid has no best value: dequantize", "F6")
+        return
+    if noise is not None:
+        with torch.no_grad():
+            rows, _ = noise.again(noise.x[:1].expand(8, *noise.x.shape[1:]))
+        if torch.equal(rows, rows[:1].expand_as(rows)):
+            measured = f"{noise.title} gives eight copies of an example the same noise"
+            yield Finding("noise", False, measured, "one vector for the whole batch: draw one for each value", "F8")
+            return
+    noisy = x if noise is None else noise.z
+    values, counts = noisy.unique(return_counts=True)
+    share = counts.max().item() / noisy.numel()
+    if counts.max() > 3 and share > 0.005:
+        measured = f"{100 * share:.1f} % of the values that enter are exactly {values[counts.argmax()]:.4g}"
+        yield Finding("noise", False, measured, "a clamp after the noise, or no noise there", "F7")
+    else:
+        yield Finding("noise", True, "real numbers" if noise is None else f"{noise.title}: fresh for every value")
+
+
+def _adds_one_vector(record: _Record) -> bool:
+    """Whether it adds to integers what is not the same for all dimensions, but for all examples."""
+    if record.x.shape != record.z.shape or record.learned:
+        return False
+    added = record.z - record.x
+    same = (added - added[:1]).abs().max() < 1e-9
+    return bool(same and added.flatten(1)[0].std() > 1e-3 and torch.equal(record.x, record.x.round()))
+
+
+def _bound(case: _Case) -> Iterator[Finding]:
+    """On discrete data no mean log-likelihood is honestly above D log(1 / step), since P(k) <= 1."""
+    if case.spacing is None:
+        yield Finding("D log n", None, "real numbers: no bound")
+        return
+    limit, reached = -case.dims * math.log(case.spacing), case.run.log_p.mean().item()
+    measured = f"mean log p(x) {reached:.4g} nats, the limit {limit:.4g}"
+    if reached > limit:
+        cause = "no noise, or a scaling that is not counted: a file of less than no length"
+        yield Finding("D log n", False, measured, cause, "F6" if case.noise is None else "F10")
+    else:
+        yield Finding("D log n", True, measured)
+
+
+def _bits(case: _Case) -> Iterator[Finding]:
+    """The flow's own bits_per_dim against -log p(x) / (D log 2)."""
+    own = getattr(case.flow, "bits_per_dim", None)
+    if not callable(own):
+        yield Finding("bits/dim", None, "the flow has no bits_per_dim")
+        return
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        said = own(*_given(case.x, case.context)).mean().item()
+    right = -case.run.log_p.mean().item() / (case.dims * math.log(2))
+    measured, off, n = f"says {said:.3f}, is {right:.3f}", said - right, case.levels
+    if abs(off) < 1e-4:
+        yield Finding("bits/dim", True, f"{right:.3f}")
+    elif n == 2 and abs(abs(off) - 1) < 1e-4:
+        yield Finding("bits/dim", False, measured, "log 2 for two levels, counted where nothing was scaled", "F26")
+    elif n and abs(abs(off) - math.log2(n)) < 1e-4:
+        yield Finding("bits/dim", False, measured, f"log {n} is left out, or counted twice", "F10")
+    elif n and 0 < -off < math.log2(n):
+        kept = case.dims * (1 + off / math.log2(n))
+        yield Finding("bits/dim", False, measured, f"D is {case.dims}, it counts {kept:.0f}", "F19")
+    else:
+        yield Finding("bits/dim", False, measured, "it is -log p(x) / (D log 2), D that of the data", "F10")
+
+
+# --- the tests: what can it learn? ------------------------------------------------------------------------------------
+
+
+def _volume(case: _Case) -> Iterator[Finding]:
+    """Whether any parameter moves any log-det."""
+    base = case.base_of(case.flow)
+    if isinstance(base, nn.Module) and any(True for _ in base.parameters()):
+        yield Finding("volume", None, "the prior has parameters")
+        return
+    run = case.through(case.flow, grad=True)
+    learned = [record for record in run.leaves if record.learned]
+    total = sum((record.log_det.sum() for record in learned), torch.zeros(()))
+    parameters = [p for p in case.flow.parameters() if p.requires_grad]
+    if not learned or not parameters:
+        yield Finding("volume", None, "no layer learns")
+        return
+    grads = [None] * len(parameters)
+    if total.requires_grad:
+        grads = torch.autograd.grad(total, parameters, allow_unused=True)
+    if all(g is None or not g.any() for g in grads) and not any(r.log_det.any() for r in learned):
+        cause = "every learned layer keeps volume, so log p stops at the prior's peak: add a scaling"
+        yield Finding("volume", False, "no parameter moves a log-det", cause, "F1")
+    else:
+        yield Finding("volume", True, "learned")
+
+
+def _changed(case: _Case) -> Iterator[Finding]:
+    """Of a woken copy: does every number of the latent depend on more than one of the data?"""
+    if case.dims < 2 or case.run.z[0].numel() > LARGEST:
+        yield Finding("masks", None, "one dimension" if case.dims < 2 else "too large for a Jacobian")
+        return
+    if not any(record.learned for record in case.run.records):
+        yield Finding("masks", None, "no layer learns")
+        return
+    entered, woken = [], case.woken()
+
+    def enter(u: Tensor) -> Tensor:
+        entered.append(u.detach().requires_grad_())
+        return entered[-1]
+
+    depends = torch.zeros(case.run.z[0].numel(), case.dims, dtype=torch.bool)
+    for i in (0, 1):
+        x, context = case.x[i : i + 1], None if case.context is None else case.context[i : i + 1]
+        if case.noise is None:
+            x = enter(x.to(torch.float64))
+        run = case.through(woken, x, context, grad=True, after_noise=enter)
+        depends |= _gradients(run.z.flatten(), entered[-1]) != 0
+    alone = (depends.sum(1) <= 1).float().mean().item()
+    if alone > 0:
+        measured = f"{100 * alone:.0f} % of the latent depends on one number of the data each"
+        yield Finding("masks", False, measured, "no coupling changes that part: alternate masks, or mix", "F2")
+    else:
+        yield Finding("masks", True, "every part of the vector is changed by another")
+
+
+def _dead(case: _Case) -> Iterator[Finding]:
+    """Four steps of training of a copy: is there a parameter that never has a gradient?"""
+    flow = _copied(case.flow)
+    named = {name: p for name, p in flow.named_parameters() if p.requires_grad}
+    if not named:
+        yield Finding("dead parameters", None, "no parameters")
+        return
+    alive, optimizer = set(), torch.optim.Adam(named.values(), lr=1e-3)
+    for step in range(4):
+        loss = -case.through(flow, seed=step, grad=True).log_p.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        alive |= {name for name, p in named.items() if p.grad is not None and p.grad.any()}
+        optimizer.step()
+    dead = [name for name in named if name not in alive]
+    if dead:
+        measured = f"{len(dead)} of {len(named)} tensors get no gradient: {', '.join(dead[:2])}"
+        yield Finding(
+            "dead parameters", False, measured, "two zeros in a row, or never used: zero the last only", "F24"
+        )
+    else:
+        yield Finding("dead parameters", True, f"all {len(named)} tensors get a gradient")
+
+
+def _mirrored(case: _Case) -> Iterator[Finding]:
+    """Of a woken copy: two tensors whose gradients are always opposite do one thing twice."""
+    seen: list[dict[str, Tensor]] = []
+    for rows in (slice(0, 4), slice(4, 8)):
+        flow = case.woken()
+        context = None if case.context is None else case.context[rows]
+        case.through(flow, case.x[rows], context, grad=True).log_p.mean().backward()
+        seen.append({n: p.grad.flatten() for n, p in flow.named_parameters() if p.grad is not None and p.grad.any()})
+    names = sorted(seen[0].keys() & seen[1].keys())
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            if all(s[a].shape == s[b].shape and (s[a] + s[b]).norm() < EXACT * s[a].norm() for s in seen):
+                cause = "only their difference counts, at twice the rate: keep one of them"
+                yield Finding("mirrored", False, f"{a} and {b} have opposite gradients", cause, "F4")
+                return
+    yield Finding("mirrored", True, "no two tensors do the same")
+
+
+def _scales(case: _Case) -> Iterator[Finding]:
+    """Couplings far from the data: is the log-scale bounded, and may it grow? Is a shift bounded?"""
+    far = {id(r.layer): r for r in case.woken_run.leaves if r.learned and r.x.is_floating_point()}
+    here = {r.name: r for r in case.run.leaves}
+    checked, one_sided = 0, 0
+    for record in far.values():
+        changed = _changes(record)
+        if changed is None:
+            continue
+        checked += 1
+        near, wide = (_log_scale_and_shift(record, changed, t) for t in (1e2, 1e4))
+        low, high = (_grows(-near[0].min(), -wide[0].min()), _grows(near[0].max(), wide[0].max()))
+        if high:
+            cause = "away from the data it grows without limit, and the inverse divides by it: g tanh"
+            yield Finding("scales", False, f"{record.title}: log-scale unbounded", cause, "F12")
+            return
+        one_sided += low
+        tenfold = copy.deepcopy(record.layer)
+        with torch.no_grad():
+            for parameter in tenfold.parameters():
+                parameter *= 10
+        moved = _log_scale_and_shift(replace(record, layer=tenfold), changed, 1e4)
+        for what, was, now in zip(("log-scale", "shift"), wide, moved, strict=True):
+            limit = was.abs().max()
+            fixed = limit > 1e-3 and abs(now.abs().max() / limit - 1) < 0.01
+            if fixed:
+                used = _log_scale_and_shift(here[record.name], changed, 1.0)[what == "shift"].abs() > 0.95 * limit
+                share = used.float().mean().item()
+                if share > 0.5 or what == "shift":
+                    measured = (
+                        f"{record.title}: {what} within {limit:.3g} whatever is learned, {100 * share:.0f} % there"
+                    )
+                    yield Finding("scales", False, measured, "a tanh without a gain: multiply by a learned one", "F13")
+                    return
+    note = f"; {one_sided} can shrink without limit" if one_sided else ""
+    measured = f"bounded in {checked - one_sided} of {checked} couplings{note}" if checked else "no affine couplings"
+    yield Finding("scales", True if checked else None, measured)
+
+
+def _grows(near: Tensor, wide: Tensor) -> bool:
+    return not wide.isfinite().item() or (wide > 10 * max(near.item(), 1.0)).item()
+
+
+def _changes(record: _Record) -> Tensor | None:
+    """What an affine coupling changes, as a mask of one example; None if the layer is none."""
+    if record.x.shape != record.z.shape:
+        return None
+    changed = (record.x != record.z).any(0)
+    if changed.all() or not changed.any():
+        return None
+    with torch.no_grad():
+        steps = [record.again(record.x + step * changed)[0] for step in (0.0, 1.0, 2.0)]
+    straight = _relative(steps[2] - steps[1], steps[1] - steps[0]) < EXACT
+    return changed if straight else None
+
+
+def _log_scale_and_shift(record: _Record, changed: Tensor, far: float) -> tuple[Tensor, Tensor]:
+    """Of what a coupling changes, with the numbers that pass so many times as far out, on both sides."""
+    scales, shifts = [], []
+    with torch.no_grad():
+        for x in (far * record.x * ~changed, -far * record.x * ~changed):
+            at_zero, at_one = (record.again(x + step * changed)[0][:, changed] for step in (0.0, 1.0))
+            scales.append((at_one - at_zero).abs().log().nan_to_num(nan=math.inf))
+            shifts.append(at_zero)
+    return torch.cat(scales), torch.cat(shifts)
+
+
+def _start(case: _Case) -> Iterator[Finding]:
+    """Would another start be likelier: scales at 0, a first batch again, networks that end in zeros and that, too?
+
+    In training mode: of running averages nothing is asked here.
+    """
+    now = case.log_p_of(_copied(case.flow).train())
+    arms = {
+        "F5": (lambda flow: _scales_at_zero(flow, case), "log-scales at 0", "log-scales that start at random: zeros"),
+        "F20": (lambda flow: _first_batch(flow, case), "initialised from this batch", "not initialised from data"),
+        "F21": (
+            lambda flow: _networks_at_zero(flow, case) | _first_batch(flow, case),
+            "the networks' last layers at zero",
+            "networks that do not start at zero",
+        ),
+    }
+    found = {}
+    for entry, (change, what, cause) in arms.items():
+        flow = _copied(case.flow)
+        with torch.no_grad():
+            if change(flow):
+                found[entry] = (case.log_p_of(flow.train()) - now, what, cause)
+    if not found:
+        yield Finding("start", None, "nothing that has a better start")
+        return
+    entry, (gain, what, cause) = max(found.items(), key=lambda item: item[1][0])
+    if gain > 0.15:
+        yield Finding("start", False, f"with {what} likelier by {gain:.2g} nats/dim", f"{cause}; or not trained", entry)
+    else:
+        yield Finding("start", True, "no fresh start is likelier")
+
+
+def _scales_at_zero(flow: nn.Module, case: _Case) -> bool:
+    """Set to 0 what scales each number by itself, and is not initialised from data."""
+    done = False
+    for record in case.run.leaves:
+        if record.learned and record.x.is_floating_point() and not _flags(record.layer) and _elementwise(record):
+            for parameter in _chain(flow).get_submodule(record.name).parameters():
+                parameter.zero_()
+                done = True
+    return done
+
+
+def _flags(module: nn.Module) -> list[Tensor]:
+    """Buffers that say whether a first batch has been seen, by their names in the common libraries."""
+    return [buffer for name, buffer in module.named_buffers() if "init" in name and buffer.numel() == 1]
+
+
+def _first_batch(flow: nn.Module, case: _Case) -> bool:
+    """Let the flow initialise itself from this batch."""
+    flags = _flags(flow)
+    for flag in flags:
+        flag.fill_(0)
+    if flags and hasattr(flow, "initialize"):
+        flow.initialize(case.x, case.context)
+    elif flags:
+        case.through(flow.train())
+    return bool(flags)
+
+
+def _networks_at_zero(flow: nn.Module, case: _Case) -> bool:
+    """Set to 0 the last linear or convolutional layer inside each coupling."""
+    done = False
+    for record in case.run.leaves:
+        layer = _chain(flow).get_submodule(record.name)
+        last = [m for m in layer.modules() if m is not layer and isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
+        if last:
+            for name, parameter in last[-1].named_parameters():
+                if not name.endswith("original1"):  # the direction of a normalised weight, whose length is original0
+                    parameter.zero_()
+            done = True
+    return done
+
+
+# --- the tests: images ------------------------------------------------------------------------------------------------
+
+
+def _mixing(case: _Case) -> Iterator[Finding]:
+    """Of images: do squeezes keep neighbours together, do channels mix, do couplings see the channels of a position?"""
+    fixed: Counter[tuple[int, ...]] = Counter()
+    mixed, blind, squeezed = set(), {}, False
+    for record in case.woken_run.leaves:
+        shape = tuple(record.x.shape[1:])
+        if len(shape) != 3 or record is case.noise or not record.x.is_floating_point():
+            continue
+        if not record.learned:
+            source = _sources(record)
+            if source is None:
+                continue
+            squeezed |= source.shape[-1] < shape[-1]
+            if source.shape != shape and _torn(source, shape):
+                measured = f"{record.title} puts pixels together that are no neighbours"
+                yield Finding("mixing", False, measured, "a reshape is no squeeze: pixel_unshuffle", "F17")
+                return
+            if source.shape == shape:
+                fixed[shape] += not torch.equal(source.flatten(), torch.arange(source.numel()))
+        elif record.x.shape == record.z.shape and min(shape[1:]) >= 2:
+            across, elsewhere = _effects(record)
+            if across and not elsewhere:
+                mixed.add(shape)
+            elif elsewhere and squeezed:
+                blind[shape] = blind.get(shape, True) and not across
+    for shape, count in fixed.items():
+        if count > 1 and shape[0] > 2 and shape not in mixed:
+            measured = f"{count} fixed permutations of {shape[0]} channels"
+            yield Finding("mixing", False, measured, "learn it: an invertible 1x1 convolution", "F22")
+            return
+    if any(blind.get(shape) for shape in mixed):
+        measured = "no coupling tells one channel of a position from another"
+        yield Finding("mixing", False, measured, "checkerboards after a squeeze: split the channels", "F23")
+    else:
+        images = case.x.dim() == 4
+        yield Finding("mixing", True if images else None, "squeezes and channels in order" if images else "no images")
+
+
+def _sources(record: _Record) -> Tensor | None:
+    """Where each value of the output comes from, if the layer only moves values: indices into the input."""
+    numbers = torch.arange(record.x[0].numel(), dtype=torch.float64)
+    try:
+        z = record.again(numbers.view(1, *record.x.shape[1:]))[0][0]
+    except ValueError:  # a layer that checks its values
+        return None
+    return z.long() if z.dim() == 3 and torch.equal(z.flatten().sort().values, numbers) else None
+
+
+def _torn(source: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether the channels of one position come from farther apart than the factor by which the image shrank."""
+    rows, columns = source % (shape[1] * shape[2]) // shape[2], source % shape[2]
+    spans = [(side.amax(0) - side.amin(0)).max().item() + 1 for side in (rows, columns)]
+    return spans[0] > shape[1] // source.shape[1] or spans[1] > shape[2] // source.shape[2]
+
+
+def _effects(record: _Record) -> tuple[bool, bool]:
+    """Whether a channel depends on others of its position, and on other positions: at two neighbouring positions."""
+    across = elsewhere = False
+    for column in (0, 1):
+        J = _jacobian(lambda v, c=column: record.again(v)[0][:, :, 1, c], record.x[:1]).abs()
+        J = J.view(-1, *record.x.shape[1:])  # (channel of z, channel, row, column of x)
+        here = J[:, :, 1, column].clone()
+        J[:, :, 1, column] = 0
+        across |= bool((here - here.diagonal().diag()).any())
+        elsewhere |= bool(J.any())
+    return across, elsewhere
+
+
+# --- the tests: how it is used ----------------------------------------------------------------------------------------
+
+
+def _latent(case: _Case) -> Iterator[Finding]:
+    """Mean and spread of the latents; after training they are those of the base density."""
+    z = case.run.z.flatten(1)
+    measured = f"mean {z.mean():.2f}, standard deviation {z.std():.2f}, largest {z.abs().max():.3g}"
+    yield Finding("latent moments", None, measured)
+
+
+def _flag_saved(case: _Case) -> Iterator[Finding]:
+    """A layer that initialises itself from data and says so in a plain attribute does it again after loading."""
+    forgetful = [
+        type(module).__name__
+        for module in case.given.modules()
+        if any("init" in name and isinstance(value, bool) for name, value in vars(module).items())
+        and not _flags(module)
+    ]
+    if forgetful:
+        measured = f"{forgetful[0]} keeps whether it is initialised in a plain attribute"
+        yield Finding("saved state", False, measured, "it starts again on load: make it a buffer", "F20")
+    else:
+        yield Finding("saved state", True, "nothing is kept outside of the state dict")
+
+
+def _neighbours(case: _Case) -> Iterator[Finding]:
+    """In the mode that the flow is in: the likelihood of four examples in the company of others."""
+    flow = copy.deepcopy(case.given).to("cpu", torch.float64)
+    context = None if case.context is None else torch.cat([case.context[:4], case.context[4:8]])
+    others = [case.x[4:8], case.x[-4:], case.x[:4]]
+    states, values = copy.deepcopy(flow.state_dict()), []
+    for company in others:
+        flow.load_state_dict(states)
+        values.append(case.through(flow, torch.cat([case.x[:4], company]), context).log_p[:4])
+    moved = max((a - values[0]).abs().max().item() for a in values[1:])
+    mode = "training" if flow.training else "evaluation"
+    if moved > EXACT * max(1.0, values[0].abs().max().item()):
+        measured = f"{mode} mode: log p(x) of one example moves by {moved:.3g} nats with the others"
+        yield Finding("neighbours", False, measured, "batch statistics: no density of one example; call eval()", "F15")
+    else:
+        yield Finding("neighbours", True, f"{mode} mode: an example's log p(x) is its own")
+
+
+def _two_modes(case: _Case) -> Iterator[Finding]:
+    """Training against evaluation mode: likelihood, and in the flow's own mode the round trip of the whole."""
+    if _fresh_averages(case.flow):
+        yield Finding("modes", None, "running averages that no batch has moved yet: nothing to compare")
+        return
+    training = _copied(case.flow).train()
+    gap = case.log_p_of(training) - case.run.log_p.mean().item() / case.dims
+    if case.given.training and abs(gap) > 1e-9:
+        off = _whole_round_trip(case, _copied(case.flow).train())
+        if off > 1e-3:
+            measured = f"training mode: data to latent and back is off by {off:.2g}"
+            yield Finding("modes", False, measured, "forward uses the batch, the inverse the averages: eval()", "F16")
+            return
+    if not abs(gap) < 0.5:
+        measured = f"training mode is likelier by {gap:.3g} nats/dim than evaluation"
+        yield Finding("modes", False, measured, "running averages that are not the data's: stale, or too early", "F15")
+    else:
+        yield Finding("modes", True, f"training and evaluation differ by {abs(gap):.1g} nats/dim")
+
+
+def _fresh_averages(flow: nn.Module) -> bool:
+    """Whether there are running averages, all of them as they are made: mean 0 and variance 1."""
+    buffers = {name: b for name, b in flow.named_buffers() if b.is_floating_point() and re.search("mean|var", name)}
+    return bool(buffers) and all((b == (1 if "var" in name else 0)).all() for name, b in buffers.items())
+
+
+def _whole_round_trip(case: _Case, flow: nn.Module) -> float:
+    """Largest relative error, noise left out, of the values that leave the noise layer (or of the data)."""
+    with torch.no_grad():
+        run = case.through(flow)
+        entered = case.x if case.noise is None else next(r.z for r in run.records if r.name == case.noise.name)
+        return _relative(_back_to_noise(case, flow, run.z), entered)
+
+
+def _back_to_noise(case: _Case, flow: nn.Module, z: Tensor) -> Tensor:
+    """The inverse of the whole flow, short of rounding: what would be rounded to levels."""
+    if case.noise is not None:
+        _chain(flow).get_submodule(case.noise.name).inverse = lambda z, context=None: z
+    context = None if case.context is None else case.context[torch.arange(len(z)) % len(case.context)]
+    x = _chain(flow).inverse(*_given(z, context))
+    return x[0] if isinstance(x, tuple) else x
+
+
+def _single_precision(case: _Case) -> Iterator[Finding]:
+    """The round trip of the whole in the flow's own precision."""
+    flow = _copied(case.flow).to(next((p.dtype for p in case.given.parameters()), torch.float32))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        single = copy.copy(case)
+        single.x = case.x.float() if case.x.is_floating_point() else case.x
+        single.context = None if case.context is None else case.context.float()
+        off = _whole_round_trip(single, flow.float())
+    finally:
+        torch.set_default_dtype(before)
+    if not off < 0.01:
+        measured = f"float32: data to latent and back is off by {off:.2g}"
+        yield Finding("precision", False, measured, "scales too small or too large in a row", "P11")
+    else:
+        yield Finding("precision", True, f"float32: data to latent and back to {off:.0e}")
+
+
+def _samples(case: _Case) -> Iterator[Finding]:
+    """Draws from the base, decoded: finite, of the data's size, within the range of levels."""
+    flow, n = _copied(case.flow), 256
+    if not hasattr(case.base_of(flow), "sample"):
+        yield Finding("samples", None, "the base density has no sample")
+        return
+    with torch.no_grad():
+        z = case.base_of(flow).sample(torch.empty(n, *case.run.z.shape[1:]))
+        drawn = _back_to_noise(case, flow, z)
+    lost = 1 - drawn.flatten(1).isfinite().all(1).float().mean().item()
+    entered = case.x if case.noise is None else case.noise.z
+    most = drawn.nan_to_num(nan=math.inf).abs().max() / entered.abs().max()
+    if lost or most > 1e3:
+        measured = f"{100 * lost:.0f} % not finite, the largest {most:.2g} times the data's"
+        yield Finding("samples", False, measured, "the inverse divides by a scale that is almost 0", "F12")
+        return
+    measured = f"{n} draws, the largest {most:.2g} times the data's"
+    top = case.levels * case.spacing if case.noise is not None and case.spacing is not None else None
+    if (
+        top and case.sound and case.run.log_p.mean() > -case.dims * math.log(top)
+    ):  # trained: better than knowing nothing
+        outside = ((drawn < -0.1 * top) | (drawn > 1.1 * top)).float().mean().item()
+        at_edges = ((case.x < case.spacing / 2) | (case.x > top - 1.5 * case.spacing)).float().mean().item()
+        measured += f", {100 * outside:.1f} % well outside the levels"
+        if outside > 0.02 and at_edges > 0.25:
+            yield Finding("samples", False, measured, "mass where no data can be: a logit after the noise", "F14")
+            return
+    yield Finding("samples", True, measured)
+
+
+def _edges(case: _Case) -> Iterator[Finding]:
+    """A layer without parameters that is given numbers of [0, 1): is it finite at 0, which a generator can return?"""
+    for record in case.run.leaves:
+        if record.learned or not record.x.is_floating_point() or record.x.min() < 0 or record.x.max() > 1:
+            continue
+        z, log_det = record.again(torch.zeros_like(record.x[:1]))
+        if not (z.isfinite().all() and log_det.isfinite().all()):
+            yield Finding("edges", False, f"{record.title} of 0 is not finite", "a logit without a margin", "F14")
+            return
+    yield Finding("edges", True, "finite at the edge of the unit interval")
+
+
+def _context(case: _Case) -> Iterator[Finding]:
+    """Each example under its own context and under another's."""
+    if case.context is None:
+        yield Finding("context", None, "none")
+        return
+    others = case.context.roll(1, 0)
+    margin = case.run.log_p - case.through(case.flow, context=others).log_p
+    mean, error = margin.mean().item(), margin.std().item() / math.sqrt(len(margin))
+    measured = f"its own makes an example likelier by {mean:.3g} ± {error:.1g} nats than another's"
+    if not margin.any():
+        flow = case.woken()
+        if not (case.through(flow).log_p - case.through(flow, context=others).log_p).any():
+            yield Finding("context", False, "it moves nothing", "it does not reach the layers", "F25")
+        else:
+            yield Finding("context", None, "not used yet: a fresh flow, or conditioning that never learns (F24)")
+    elif mean < 3 * error:
+        yield Finding("context", False, measured, "pairs mixed up, or the condition is ignored", "F25")
+    else:
+        yield Finding("context", True, measured)
+
+
+def _gradient_lengths(grad_norms: Sequence[float] | None) -> list[Finding]:
+    """The longest gradient that the optimizer took, in units of the median."""
+    if not grad_norms:
+        return [Finding("gradients", None, "no grad_norms given")]
+    values = torch.as_tensor(list(grad_norms), dtype=torch.float64)
+    ratio = (values.max() / values.median()).nan_to_num(nan=math.inf).item()
+    measured = f"the longest is {ratio:.3g} times the median"
+    if ratio > 10:
+        return [Finding("gradients", False, measured, "Adam's memory of it shortens every later step: clip", "F11")]
+    return [Finding("gradients", True, measured)]
+
+
+_TESTS = (
+    _finite,
+    _in_place,
+    _noise,
+    _round_trip,
+    _log_det,
+    _sum_of_log_dets,
+    _bound,
+    _bits,
+    _edges,
+    _neighbours,
+    _two_modes,
+    _single_precision,
+    _flag_saved,
+    _volume,
+    _changed,
+    _mirrored,
+    _dead,
+    _scales,
+    _start,
+    _mixing,
+    _context,
+    _samples,
+    _latent,
+)

@@ -1,0 +1,776 @@
+"""The doctor names the cause of every broken variant of the course, and finds nothing wrong with the mended ones.
+
+The broken layers are those of the chapters, taken out of the notebooks.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nflows_lib import ablations, data, doctor
+from nflows_lib.clinic import Finding
+from nflows_lib.convolution import ChannelPermutation, Invertible1x1Conv
+from nflows_lib.coupling import AffineCoupling, GlowCoupling, alternating_mask, channel_mask, checkerboard_mask
+from nflows_lib.dequantization import Logit, Rescale, UniformDequantize
+from nflows_lib.distributions import StandardLogistic, StandardNormal
+from nflows_lib.flow import Flow
+from nflows_lib.models import cglow, glow, nice, realnvp, realnvp_points
+from nflows_lib.multiscale import Squeeze
+from nflows_lib.networks import MLP, GlowNet, ResNet
+from nflows_lib.normalization import ActNorm, DiagonalScaling, FlowBatchNorm
+from nflows_lib.training import fit
+
+ROOT = Path(__file__).parents[1]
+
+
+@functools.cache
+def chapter(name: str) -> SimpleNamespace:
+    """The imports, classes and functions of a chapter; nothing else in it is run."""
+    cells = json.loads((ROOT / "chapters" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    kinds = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
+    namespace: dict = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, kinds):
+            with contextlib.suppress(NameError):  # a function whose defaults another cell computes
+                exec(compile(ast.Module([node], type_ignores=[]), name, "exec"), namespace)
+    return SimpleNamespace(**namespace)
+
+
+@functools.cache
+def digits() -> Tensor:
+    return data.digits("train").images  # (1498, 1, 8, 8)
+
+
+@functools.cache
+def patches() -> Tensor:
+    images = data.patches("train").images
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:512]]
+
+
+@dataclass
+class Patient:
+    flow: nn.Module
+    batch: Tensor
+    context: Tensor | None = None
+    options: dict = field(default_factory=dict)
+
+    def examined(self) -> list[Finding]:
+        return doctor(self.flow, self.batch, self.context, **self.options)
+
+
+def vectors(n: int = 64) -> Tensor:
+    return digits()[:n].flatten(1)
+
+
+def small_nice(**options: object) -> Flow:
+    return nice(64, levels=17, couplings=4, hidden=32, depth=2, **options)
+
+
+def with_layers(flow: Flow, layers: list) -> Flow:
+    return Flow(layers, flow.base, flow.shape)
+
+
+def first(layer: nn.Module, *rest: nn.Module) -> Flow:
+    """A small NICE with these layers in the place of its noise (and of its rescaling)."""
+    whole = small_nice()
+    return with_layers(whole, [layer, *rest, *[*whole.chain][1 + len(rest) :]])
+
+
+def toy(layers: list, base: object = None) -> Patient:
+    return Patient(Flow(layers, base or StandardNormal(), (2,)).eval(), data.toy("moons", 64))
+
+
+# --- the course's failures: each a function of whether the line is put back -------------------------------------------
+
+
+def f1(mended: bool) -> Patient:
+    whole = small_nice()
+    return Patient(whole if mended else with_layers(whole, [*whole.chain][:-1]), vectors())
+
+
+def f2(mended: bool) -> Patient:
+    layers = chapter("01_nice").AdditiveCoupling
+    couplings = [layers(alternating_mask(2, i % 2 if mended else 0), MLP(2, 2, hidden=64, depth=2)) for i in range(4)]
+    return toy([*couplings, DiagonalScaling(2)], StandardLogistic())
+
+
+def f3(mended: bool) -> Patient:
+    lesson = chapter("01_nice")
+    kind = lesson.Coupling if mended else lesson.Unmasked
+    layers = [kind(alternating_mask(8, i), lesson.random_mlp(8)) for i in (0, 1)]
+    flow = Flow([*layers, DiagonalScaling(8)], StandardLogistic(), (8,))
+    fit(flow, torch.randn(256, 8), steps=60, lr=5e-3)
+    return Patient(flow, torch.randn(64, 8))
+
+
+def f4(mended: bool) -> Patient:
+    return Patient(small_nice(base=None if mended else chapter("01_nice").LearnedLogistic(64)), vectors())
+
+
+def f4_graph(mended: bool) -> Patient:
+    """A scale of the prior that is computed once, outside of the loop."""
+
+    class Prior(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.log_scale = nn.Parameter(torch.zeros(64))
+            self.scale = None if mended else self.log_scale.exp()
+
+        def log_prob(self, z: Tensor) -> Tensor:
+            scale = self.log_scale.exp() if self.scale is None else self.scale
+            return StandardLogistic().log_prob(z / scale) - scale.log().sum()
+
+    flow = small_nice(base=Prior())
+    return Patient(with_layers(flow, [*flow.chain][:-1]), vectors())  # without the scaling that it would mirror
+
+
+def f5(mended: bool) -> Patient:
+    flow = small_nice()
+    if not mended:
+        nn.init.normal_(flow.chain[-1].log_scale)
+    return Patient(flow, vectors())
+
+
+def f6(mended: bool) -> Patient:
+    whole = nice(64, levels=2, couplings=2, hidden=64, depth=2)
+    binary = (digits().flatten(1) > 7).to(torch.uint8)
+    flow, values = (whole, binary) if mended else (with_layers(whole, [*whole.chain][1:]), binary.float())
+    fit(flow, values, 20 if mended else 600, batch_size=128, lr=1e-2)  # the mended one only just begun: see F14
+    return Patient(flow, values[:64])
+
+
+def f7(mended: bool) -> Patient:
+    k = torch.randint(4, (256, 2))
+    whole = nice(2, levels=4, couplings=2, hidden=16, depth=1)
+    noise = UniformDequantize(4) if mended else chapter("02_dequantization").Clamped(4)
+    return Patient(with_layers(whole, [noise, *[*whole.chain][1:]]), k)
+
+
+def f8_batch(mended: bool) -> Patient:
+    return Patient(first(UniformDequantize(17) if mended else chapter("02_dequantization").PerBatch(17)), vectors())
+
+
+def f8_run(mended: bool) -> Patient:
+    return Patient(first(UniformDequantize(17) if mended else chapter("02_dequantization").PerRun(17)), vectors())
+
+
+def f9(mended: bool) -> Patient:
+    class Wide(Rescale):  # (k + eps) / (n - 1), scored with D log n
+        def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return x / 16, super().forward(x)[1]
+
+        def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+            return 16 * z
+
+    return Patient(first(UniformDequantize(17), (Rescale if mended else Wide)(1 / 17)), vectors())
+
+
+def f10(mended: bool) -> Patient:
+    scale = Rescale if mended else chapter("02_dequantization").Scale
+    return Patient(first(UniformDequantize(17), scale(1 / 17)), vectors())
+
+
+def f11(mended: bool) -> Patient:
+    """Gradients of the recorded runs, each the longest of ten steps, as the optimizer took them."""
+    arm = "no batch norm, clipped at 1" if mended else "no batch norm, not clipped"
+    norms = ablations.load("realnvp-clipping")["results"][arm][0]["gradient"]
+    flow = realnvp_points(2)
+    return Patient(
+        flow, data.toy("moons", 64), options={"grad_norms": [min(g, 1.0) for g in norms] if mended else norms}
+    )
+
+
+def on_sine(kind: str, couplings: int, steps: int) -> Patient:
+    lesson = chapter("03_realnvp")
+    masks = [alternating_mask(2, i % 2) for i in range(couplings)]
+    flow = Flow([getattr(lesson, kind)(mask, lesson.mlp()) for mask in masks], StandardNormal(), (2,))
+    fit(flow, lesson.sine(5000), steps, lr=5e-3, clip=1.0)
+    return Patient(flow, lesson.sine(64))
+
+
+def f12(mended: bool) -> Patient:
+    return on_sine("WithGain" if mended else "Affine", couplings=4, steps=200)
+
+
+def f13(mended: bool) -> Patient:
+    return on_sine("WithGain" if mended else "TanhAlone", couplings=2, steps=400)
+
+
+def f14(mended: bool) -> Patient:
+    whole = realnvp((1, 8, 8), levels=17, couplings=4, hidden=16, blocks=1)
+    flow = with_layers(whole, [x for x in whole.chain if mended or not isinstance(x, Logit)])
+    fit(flow, digits(), steps=150, batch_size=64, lr=3e-3, clip=100.0, cosine=True)
+    return Patient(flow, digits()[:64])
+
+
+def f14_margin(mended: bool) -> Patient:
+    flow = nice(64, levels=17, couplings=2, hidden=16, depth=1)
+    logit = Logit(0.05)
+    logit.alpha = 0.05 if mended else 0.0
+    return Patient(with_layers(flow, [*[*flow.chain][:2], logit, *[*flow.chain][2:]]), vectors())
+
+
+def trained_realnvp() -> Flow:
+    flow = realnvp((1, 8, 8), levels=17, couplings=4, hidden=16, blocks=1)
+    fit(flow, digits(), steps=60, batch_size=64, lr=3e-3, clip=100.0)
+    return flow
+
+
+def f15(mended: bool) -> Patient:
+    return Patient(trained_realnvp().train(not mended), digits()[:64])
+
+
+def f15_stale(mended: bool) -> Patient:
+    flow = trained_realnvp()
+    for layer in flow.chain:
+        if isinstance(layer, FlowBatchNorm) and not mended:
+            layer.running_mean.zero_()
+            layer.running_variance.zero_()
+    return Patient(flow, digits()[:64])
+
+
+def f17(mended: bool) -> Patient:
+    squeeze = Squeeze() if mended else chapter("04_multiscale").BareReshape()
+    layers = [UniformDequantize(256), Rescale(1 / 256), Logit(0.05), squeeze]
+    for i in range(4):
+        network = ResNet(12, 24, hidden=8, blocks=1)
+        layers += [AffineCoupling(channel_mask((12, 8, 8), i % 2), network), FlowBatchNorm(12)]
+    flow = Flow(layers, StandardNormal(), (3, 16, 16))
+    fit(flow, patches(), steps=30, batch_size=64, lr=3e-3, clip=100.0)
+    return Patient(flow, patches()[:64])
+
+
+def f18(mended: bool) -> Patient:
+    Nested = chapter("04_multiscale").Nested
+
+    class Redrawn(Nested):  # the finished half is drawn by the inverse, not taken from z
+        def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+            done, inside = z.chunk(2, dim=1)
+            return super().inverse(torch.cat([torch.randn_like(done), inside], dim=1))
+
+    couplings = [AffineCoupling(channel_mask((4, 4, 4), i), ResNet(4, 8, 8, 1)) for i in (0, 1)]
+    inner = [AffineCoupling(channel_mask((2, 4, 4), i), ResNet(2, 4, 8, 1)) for i in (0, 1)]
+    split = (Nested if mended else Redrawn)(inner, (2, 4, 4))
+    flow = Flow([Squeeze(), *couplings, split], StandardNormal(), (1, 8, 8))
+    batch = torch.randn(256, 1, 8, 8)
+    fit(flow, batch, steps=100, lr=3e-3)  # past the random start of its networks
+    return Patient(flow, batch)
+
+
+def f18_coarse(mended: bool) -> Patient:
+    """A split whose forward hands on the coarse half alone, and whose inverse draws the other."""
+
+    class Split(Squeeze):
+        def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            z, log_det = super().forward(x)
+            self.done = z[:, 2:]
+            return z[:, :2], log_det + StandardNormal().log_prob(self.done)
+
+        def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+            return super().inverse(torch.cat([z, torch.randn_like(z)], dim=1))
+
+    flow = nn.Module()
+    flow = Flow([Squeeze()], StandardNormal(), (1, 4, 4))
+    if not mended:
+        flow.chain.layers[0] = Split()
+    return Patient(flow, torch.randn(64, 1, 4, 4))
+
+
+class Scored(Flow):
+    """A flow whose bits_per_dim is -log p(u) and a correction, by hand."""
+
+    def bits_per_dim(self, x: Tensor, context: Tensor | None = None, draws: int = 1) -> Tensor:
+        nats = -(self(x, context) + self.dims * math.log(self.levels))
+        return (nats + self.counted * math.log(self.levels)) / (self.dims * math.log(2))
+
+
+def f19(mended: bool) -> Patient:
+    whole = realnvp((1, 8, 8), levels=17, scales=2, couplings=2, hidden=8, blocks=1)
+    flow = Scored([*whole.chain], whole.base, whole.shape)
+    flow.counted = 64 if mended else 32
+    fit(flow, digits(), steps=30, batch_size=64, lr=3e-3, clip=100.0)
+    return Patient(flow, digits()[:64])
+
+
+def small_glow(images: Tensor | None = None) -> Flow:
+    flow = glow((3, 16, 16), scales=2, steps=4, hidden=16)
+    flow.initialize(patches()[64:128] if images is None else images)
+    return flow
+
+
+def f20(mended: bool) -> Patient:
+    noise = torch.randint(256, (64, 3, 16, 16))
+    return Patient(small_glow(None if mended else noise), patches()[:64])
+
+
+def f20_constant(mended: bool) -> Patient:
+    """A fourth channel that is always 1; mended: without it."""
+    x = torch.randn(64, 3, 4, 4) if mended else torch.cat([torch.randn(64, 3, 4, 4), torch.ones(64, 1, 4, 4)], dim=1)
+    norm = chapter("05_glow").ActNormByHand(x.shape[1])
+    norm.initialize(x)
+    flow = Flow([norm, Invertible1x1Conv(x.shape[1])], StandardNormal(), x.shape[1:])
+    return Patient(flow, x)
+
+
+def f20_flag(mended: bool) -> Patient:
+    class Forgetful(chapter("05_glow").ActNormByHand):
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels)
+            if not mended:
+                del self.initialized
+                self.initialized = False
+
+        def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+            if not self.initialized:
+                std, mean = torch.std_mean(x, dim=(0, 2, 3), correction=0)
+                self.log_scale.data = -std.log()[:, None, None]
+                self.bias.data = -(mean / std)[:, None, None]
+                self.initialized = torch.tensor(True) if mended else True
+
+    x = torch.randn(64, 4, 4, 4)
+    flow = Flow([Forgetful(4), Invertible1x1Conv(4)], StandardNormal(), (4, 4, 4))
+    flow.initialize(x)
+    return Patient(flow, x)
+
+
+def f20_no_batch(mended: bool) -> Patient:
+    flow = glow((1, 8, 8), levels=17, scales=1, steps=2, hidden=8)
+    if mended:
+        flow.initialize(digits()[64:128])
+    return Patient(flow, digits()[:64])
+
+
+def f21(mended: bool, exponential: bool = False) -> Patient:
+    flow = glow((3, 16, 16), scales=2, steps=4, hidden=32)
+    for module in flow.modules():
+        if isinstance(module, GlowNet) and not mended:
+            nn.init.normal_(module.layers[-1].weight, std=0.05)
+        if isinstance(module, GlowCoupling) and exponential:
+            module.scale = torch.exp
+    flow.initialize(patches()[64:128])
+    return Patient(flow, patches()[:64])
+
+
+def f21_exponential(mended: bool) -> Patient:
+    return f21(mended, exponential=not mended)
+
+
+def f22(mended: bool, order: str = "shuffle") -> Patient:
+    flow = glow((3, 16, 16), scales=2, steps=4, hidden=16)
+    orders = {"shuffle": torch.randperm, "reversal": lambda n: torch.arange(n).flip(0)}
+
+    def mixer(layer: Invertible1x1Conv) -> nn.Module:
+        return ChannelPermutation(orders.get(order, torch.arange)(layer.channels))
+
+    if not mended:
+        ablations.replace(flow, Invertible1x1Conv, mixer)
+    flow.initialize(patches()[64:128])
+    return Patient(flow, patches()[:64])
+
+
+def f22_reversal(mended: bool) -> Patient:
+    return f22(mended, "reversal")
+
+
+def f22_nothing(mended: bool) -> Patient:
+    return f22(mended, "nothing")
+
+
+def f23(mended: bool) -> Patient:
+    flow, count = glow((3, 16, 16), scales=1, steps=4, hidden=16), 0
+
+    def masked(layer: GlowCoupling) -> AffineCoupling:
+        nonlocal count
+        count += 1
+        mask = channel_mask if mended else checkerboard_mask
+        return AffineCoupling(mask((12, 8, 8), count % 2), GlowNet(12, 24, hidden=16))
+
+    ablations.replace(flow, GlowCoupling, masked)
+    flow.initialize(patches()[64:128])
+    return Patient(flow, patches()[:64])
+
+
+@functools.cache
+def halves() -> tuple[Tensor, Tensor]:
+    """Lower and upper halves. The levels are 8 to 24 of 33: on digits as they are, black and white at the edge, the
+    doctor finds what Glow's papers leave out, a logit.
+    """
+    pairs = data.digit_halves("train")
+    return pairs.images + 8, pairs.contexts
+
+
+def conditional(contexts: Tensor, steps: int, change: Callable[[Flow], None] = lambda flow: None) -> Patient:
+    flow = cglow((1, 4, 8), (1, 4, 8), levels=33, scales=1, steps=4, hidden=24, conditioning=24)
+    change(flow)
+    images, _ = halves()
+    flow.initialize(images[:128], contexts[:128])
+    if steps:
+        options = {"batch_size": 128, "clip": 50.0, "lr": 3e-3, "warmup": 30, "cosine": True, "ema": 0.98}
+        fit(flow, images, steps, context=contexts, **options)
+    return Patient(flow, images[:64], contexts[:64])
+
+
+def f24(mended: bool) -> Patient:
+    lesson = chapter("06_cglow")
+
+    def dead(flow: Flow) -> None:
+        for layer in flow.modules():
+            if isinstance(layer, lesson.ConditioningNetwork) and not mended:
+                lesson.all_zero(layer)
+
+    return conditional(halves()[1], 0, dead)
+
+
+def f25(mended: bool) -> Patient:
+    """The loader mixes the pairs up: those it is trained on, and those it is examined on."""
+    _, contexts = halves()
+    unseen = data.digit_halves("test")
+    mixed = torch.arange if mended else torch.randperm
+    flow = conditional(contexts[mixed(len(contexts))], 100).flow
+    return Patient(flow, unseen.images[:64] + 8, unseen.contexts[mixed(64)])
+
+
+def f25_deaf(mended: bool) -> Patient:
+    """The context reaches no layer."""
+
+    class Deaf(nn.Module):
+        def __init__(self, layers: nn.Module) -> None:
+            super().__init__()
+            self.layers = layers
+
+        def heard(self, context: Tensor) -> Tensor:
+            return context if mended else torch.zeros_like(context)
+
+        def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+            return self.layers(x, self.heard(context))
+
+        def inverse(self, z: Tensor, context: Tensor) -> Tensor:
+            return self.layers.inverse(z, self.heard(context))
+
+    patient = conditional(halves()[1], 60)
+    patient.flow = Deaf(patient.flow.chain).eval()
+    return patient
+
+
+def f26(mended: bool) -> Patient:
+    whole = nice(64, levels=2, couplings=2, hidden=32, depth=1)
+    layers = [*whole.chain] if mended else [layer for layer in whole.chain if not isinstance(layer, Rescale)]
+    flow = Scored(layers, whole.base, whole.shape)
+    flow.counted = 64 if mended else 128  # -D log 2 taken off once more than anything was scaled
+    return Patient(flow, (digits()[:64].flatten(1) > 7).to(torch.uint8))
+
+
+COURSE = {
+    "F1": f1,
+    "F2": f2,
+    "F3": f3,
+    "F4": f4,
+    "F4 graph": f4_graph,
+    "F5": f5,
+    "F6": f6,
+    "F7": f7,
+    "F8 batch": f8_batch,
+    "F8 run": f8_run,
+    "F9": f9,
+    "F10": f10,
+    "F11": f11,
+    "F12": f12,
+    "F13": f13,
+    "F14": f14,
+    "F14 margin": f14_margin,
+    "F15": f15,
+    "F15 stale": f15_stale,
+    "F16": f15,
+    "F17": f17,
+    "F18": f18,
+    "F18 coarse": f18_coarse,
+    "F19": f19,
+    "F20": f20,
+    "F20 constant": f20_constant,
+    "F20 flag": f20_flag,
+    "F20 no batch": f20_no_batch,
+    "F21": f21,
+    "F21 exponential": f21_exponential,
+    "F22": f22,
+    "F22 reversal": f22_reversal,
+    "F23": f23,
+    "F24": f24,
+    "F25": f25,
+    "F25 deaf": f25_deaf,
+    "F26": f26,
+}
+
+
+@pytest.mark.parametrize("name", COURSE)
+def test_it_names_the_cause_of_each_failure_of_the_course(name: str) -> None:
+    torch.manual_seed(0)
+    failed = [finding for finding in COURSE[name](False).examined() if finding.passed is False]
+    assert name.split()[0] in {finding.entry for finding in failed}, failed
+
+
+@pytest.mark.parametrize("name", COURSE)
+def test_it_finds_nothing_wrong_with_the_mended_ones(name: str) -> None:
+    torch.manual_seed(0)
+    findings = COURSE[name](True).examined()
+    assert [finding for finding in findings if finding.passed is False] == []
+
+
+def test_every_failure_of_the_course_has_a_patient() -> None:
+    assert {name.split()[0] for name in COURSE} == {f"F{i}" for i in range(1, 27)}
+
+
+# --- what is seen to go wrong in public code --------------------------------------------------------------------------
+
+
+class OffInForward(DiagonalScaling):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x, x.new_zeros(len(x))
+
+
+class InPlace(Logit):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, log_det = super().forward(x.clone())
+        x.mul_(1 - 2 * self.alpha).add_(self.alpha)
+        return z, log_det
+
+
+class MarginTwice(Logit):
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.alpha + (1 - 2 * self.alpha) * z.sigmoid()
+
+
+class WrongBothWays(AffineCoupling):
+    """A log-det of the wrong sign, which a test of forward against inverse never sees."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, log_det = super().forward(x)
+        return z, -log_det
+
+
+class EachDimension(DiagonalScaling):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super().forward(x)[0], self.log_scale.expand(len(x), -1)
+
+
+class BoundedShift(AffineCoupling):
+    def _log_scale_and_shift(self, name: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        log_scale, shift = super()._log_scale_and_shift(name, x, context)
+        return log_scale, shift.tanh()
+
+
+class Forgetting(nn.Module):
+    """A flow that leaves the log-det of its second layer out."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_det = self.layers[0](x)
+        return self.layers[1](z)[0], log_det
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return self.layers[0].inverse(self.layers[1].inverse(z))
+
+
+def randomised(flow: nn.Module, std: float = 0.3) -> nn.Module:
+    for parameter in flow.parameters():
+        nn.init.normal_(parameter, std=std)
+    return flow.eval()
+
+
+def on_points(*layers: nn.Module) -> Patient:
+    return toy([randomised(layer) for layer in layers])
+
+
+def coupling(kind: type[AffineCoupling], parity: int = 0, outputs: int = 4) -> AffineCoupling:
+    return kind(alternating_mask(2, parity), MLP(2, outputs, hidden=16, depth=2))
+
+
+class Normed(nn.Sequential):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+def batch_norm_inside() -> Patient:
+    networks = [Normed(nn.Linear(2, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)) for _ in range(2)]
+    couplings = [AffineCoupling(alternating_mask(2, i), network) for i, network in enumerate(networks)]
+    return Patient(Flow(couplings, StandardNormal(), (2,)).train(), data.toy("moons", 64))
+
+
+def five_bits() -> Patient:
+    """32 levels, scaled by 1/32 and scored with log 256."""
+
+    class Scored256(Rescale):
+        def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return super().forward(x)[0], x.new_full((len(x),), -64 * math.log(256))
+
+    flow = nice(64, levels=32, couplings=2, hidden=16, depth=1)
+    layers = [flow.chain[0], Scored256(1 / 32), *[*flow.chain][2:]]
+    return Patient(with_layers(flow, layers), torch.randint(32, (64, 64)))
+
+
+def deep_and_steep() -> Patient:
+    layers = []
+    for i in range(32):
+        layers.append(AffineCoupling(alternating_mask(8, i % 2), MLP(8, 16, 32, 2)))
+        nn.init.normal_(layers[-1].network.layers[-1].weight, std=0.3)
+        nn.init.constant_(layers[-1].gain, 2.0)
+    return Patient(Flow(layers, StandardNormal(), (8,)).eval(), torch.randn(64, 8))
+
+
+PUBLIC = {
+    "P1 scaling in one direction": ("P1", lambda: on_points(coupling(AffineCoupling), OffInForward(2))),
+    "P2 margin twice": ("P1", lambda: Patient(first(UniformDequantize(17), Rescale(1 / 17), MarginTwice()), vectors())),
+    "P2 in place": ("P2", lambda: Patient(first(UniformDequantize(17), Rescale(1 / 17), InPlace()), vectors())),
+    "P6 batch norm inside": ("F15", batch_norm_inside),
+    "P7 bounded shift": ("F13", lambda: on_points(coupling(BoundedShift), coupling(BoundedShift, 1))),
+    "P9 five bits": ("P15", five_bits),
+    "P11 deep and steep": ("P11", deep_and_steep),
+    "P15 sign": ("P15", lambda: on_points(coupling(WrongBothWays), coupling(AffineCoupling, 1))),
+    "P15 not summed": ("P15", lambda: on_points(coupling(AffineCoupling), EachDimension(2))),
+    "P15 not added": (
+        "P15",
+        lambda: Patient(
+            randomised(Forgetting(coupling(AffineCoupling), coupling(AffineCoupling, 1))), data.toy("moons", 64)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_it_names_what_goes_wrong_in_public_code(name: str) -> None:
+    torch.manual_seed(0)
+    entry, make = PUBLIC[name]
+    failed = [finding for finding in make().examined() if finding.passed is False]
+    assert entry in {finding.entry for finding in failed}, failed
+    assert failed[0].entry == entry, failed  # "mend the first one first"
+
+
+# --- how it behaves ---------------------------------------------------------------------------------------------------
+
+
+class TwoWays(nn.Module):
+    """No Flow and no Layer: a module of somebody else's, whose inverse returns a pair, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2))
+        self.log_scale = nn.Parameter(torch.zeros(4))
+
+    def parts(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        return self.network(kept), self.log_scale.sum()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = x.chunk(2, 1)
+        shift, log_det = self.parts(a)
+        return torch.cat([b + shift, a], 1) * self.log_scale.exp(), log_det
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        b, a = (z * (-self.log_scale).exp()).chunk(2, 1)
+        shift, log_det = self.parts(a)
+        return torch.cat([a, b - shift], 1), -log_det
+
+
+def test_it_takes_any_module_with_forward_and_inverse() -> None:
+    torch.manual_seed(0)
+    other = TwoWays()
+    findings = {finding.test: finding for finding in doctor(other, torch.randn(32, 4))}
+    assert findings["round trip"].passed
+    assert findings["log-det"].passed
+
+    class Beside(TwoWays):
+        def inverse(self, z: Tensor) -> Tensor:
+            return super().inverse(z)[0] + 0.1
+
+    findings = {finding.test: finding for finding in doctor(Beside(), torch.randn(32, 4))}
+    assert findings["round trip"].passed is False
+
+
+def test_the_base_density_is_the_one_that_is_given() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(32, 4)
+    by_default, logistic = (doctor(TwoWays(), x, base=base)[0].measured for base in (None, StandardLogistic()))
+    assert by_default != logistic
+
+
+def test_nothing_of_the_flow_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    flow = trained_realnvp().train()
+    before, rng = {k: v.clone() for k, v in flow.state_dict().items()}, torch.get_rng_state()
+    doctor(flow, digits()[:64])
+    after = flow.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert flow.training
+    assert all(p.grad is None or not p.grad.isnan().any() for p in flow.parameters())
+    assert torch.equal(rng, torch.get_rng_state())
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    findings = doctor(f1(False).flow, vectors())
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "64 examples of (64,), 6 layers with an inverse, training mode"
+    assert printed[-1] == f"1 of {len(findings)} tests failed: mend the first one first"
+    failed = next(i for i, line in enumerate(printed) if line.startswith("✗"))
+    assert re.fullmatch(r"✗ volume +no parameter moves a log-det", printed[failed])
+    assert re.fullmatch(r"  cause +every learned layer keeps volume.* \[F1\]", printed[failed + 1])
+    assert max(map(len, printed)) <= 110
+
+
+def test_a_test_that_breaks_says_so_and_the_others_go_on() -> None:
+    flow = realnvp_points(2)
+    flow.bits_per_dim = lambda x: 1 / 0
+    findings = {finding.test: finding for finding in doctor(flow.eval(), torch.randn(16, 2))}
+    assert findings["bits"].passed is None
+    assert findings["bits"].measured.startswith("ZeroDivisionError")
+    assert findings["log-det"].passed
+
+
+def test_large_images_are_compared_on_a_corner() -> None:
+    torch.manual_seed(0)
+    flow = glow((3, 64, 64), scales=1, steps=1, hidden=4)
+    batch = torch.randint(256, (8, 3, 64, 64))
+    flow.initialize(batch)
+    findings = {finding.test: finding for finding in doctor(flow, batch)}
+    assert findings["log-det"].passed
+    assert findings["log-det"].measured.startswith("5 layers")
+    assert findings["masks"].passed is None
+    norm = next(module for module in flow.modules() if isinstance(module, ActNorm))
+    norm.forward = lambda x, context=None: (2 * x, torch.zeros(len(x)))
+    assert "P15" in {finding.entry for finding in doctor(flow, batch)}
+
+
+@pytest.mark.parametrize(
+    ("flow", "batch", "context", "message"),
+    [
+        (
+            nn.Linear(2, 2),
+            torch.randn(8, 2),
+            None,
+            "flow: expected a Flow, or a module .*, got Linear",
+        ),
+        ("flow", torch.randn(8, 2), None, "flow: expected a Flow, or a module .*, got str"),
+        (realnvp_points(2), torch.randn(7, 2), None, r"batch: .*at least 8 examples, got \(7, 2\)"),
+        (realnvp_points(2), [1.0], None, r"batch: .*at least 8 examples, got list"),
+        (realnvp_points(2), torch.full((8, 2), math.nan), None, "batch: expected finite values, got NaN"),
+        (realnvp_points(2), torch.randn(8, 2), torch.randn(7, 1), "context: expected 8 rows"),
+    ],
+)
+def test_bad_input_is_named(flow: object, batch: object, context: Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        doctor(flow, batch, context)
