@@ -12,17 +12,25 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from nflows_lib.distributions import Base, StandardNormal
+from nflows_lib.distributions import Base
+from nflows_lib.examination import (
+    Case,
+    Record,
+    chain_of,
+    copied,
+    given,
+    gradients,
+    in_float64,
+    jacobian,
+    relative_error,
+)
 from nflows_lib.flow import check_context
 
-EXAMPLES = 64  # of the batch are looked at
 LARGEST = 1024  # dimensions of which a whole Jacobian is taken
 EXACT = 1e-6  # more than rounding leaves in float64, relative to the largest value
 
@@ -83,9 +91,9 @@ def doctor(
     """
     _check(flow, batch, context)
     findings: list[Finding] = []
-    with torch.random.fork_rng(devices=[]), _float64():
+    with torch.random.fork_rng(devices=[]), in_float64():
         try:
-            case = _Case(flow, batch, context, base)
+            case = Case(flow, batch, context, base)
             mode = "training" if flow.training else "evaluation"
             count = len({id(record.layer) for record in case.run.records})
             print(f"{len(case.x)} examples of {tuple(batch.shape[1:])}, {count} layers with an inverse, {mode} mode")
@@ -105,189 +113,8 @@ def doctor(
     return findings
 
 
-# --- the flow, and what happens inside it -----------------------------------------------------------------------------
-
-
-@dataclass
-class _Record:
-    """One call of one layer inside the flow."""
-
-    name: str
-    layer: nn.Module
-    x: Tensor
-    context: Tensor | None
-    z: Tensor
-    log_det: Tensor  # (B,)
-    overwritten: bool  # whether the layer has changed its input in place
-
-    @property
-    def title(self) -> str:
-        return f"{self.name} {type(self.layer).__name__}".strip()
-
-    @property
-    def learned(self) -> bool:
-        return next(self.layer.parameters(), None) is not None
-
-    def again(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the layer makes of other examples, under the contexts of the first ones."""
-        z, log_det = self.layer(*_given(x, self.context))
-        return z, _one_each(log_det, len(x))
-
-    def back(self) -> Tensor:
-        """The layer's inverse of its own output."""
-        x = self.layer.inverse(*_given(self.z, self.context))
-        return x[0] if isinstance(x, tuple) else x
-
-    def is_within(self, layers: set[int]) -> bool:
-        """Whether it is one of these layers (by id), or holds one."""
-        return any(id(module) in layers for module in self.layer.modules())
-
-
-@dataclass
-class _Run:
-    """One pass of a batch through the flow: what came out, and every layer's part in it, in the order of the calls."""
-
-    z: Tensor
-    log_det: Tensor
-    log_p: Tensor
-    records: list[_Record]
-
-    @property
-    def leaves(self) -> list[_Record]:
-        """Those with no layer inside them."""
-        layers = {id(record.layer) for record in self.records}
-        return [r for r in self.records if not any(id(m) in layers for m in r.layer.modules() if m is not r.layer)]
-
-    @property
-    def outermost(self) -> list[_Record]:
-        """Those that stand inside no other."""
-        inside = {id(m) for r in self.records for m in r.layer.modules() if m is not r.layer}
-        return [record for record in self.records if id(record.layer) not in inside]
-
-    @property
-    def inner_first(self) -> list[_Record]:
-        """All of them, each after those inside it: the first that is wrong is the one to blame."""
-        return sorted(self.records, key=lambda record: sum(1 for _ in record.layer.modules()))
-
-
-class _Case:
-    """A copy of the flow, the batch, and one pass of the one through the other."""
-
-    def __init__(self, flow: nn.Module, batch: Tensor, context: Tensor | None, base: Base | None) -> None:
-        self.given, self.base = flow, base
-        self.sound = True  # whether all tests so far have passed
-        self.flow = _copied(flow)
-        self.x = _as_float64(batch[:EXAMPLES])
-        self.context = None if context is None else _as_float64(context[:EXAMPLES])
-        self.dims = self.x[0].numel()
-        self.run = self.through(self.flow)
-
-    def through(
-        self,
-        flow: nn.Module,
-        x: Tensor | None = None,
-        context: Tensor | None = None,
-        *,
-        seed: int = 0,
-        grad: bool = False,
-        after_noise: Callable[[Tensor], Tensor] | None = None,
-    ) -> _Run:
-        """Send examples (the batch, where none are given) through a copy of the flow.
-
-        ``after_noise`` may put something else in the place of what the noise layer gives.
-        """
-        x = self.x if x is None else x
-        context = self.context if context is None else context
-        chain, records = _chain(flow), []
-
-        inputs: dict[str, Tensor] = {}
-
-        def keep(name: str, layer: nn.Module, args: tuple) -> None:
-            if args and isinstance(args[0], Tensor):
-                inputs[name] = args[0] if args[0].requires_grad else args[0].clone()
-
-        def note(name: str, layer: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
-            if not (args and isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], Tensor)):
-                return None
-            z, log_det = output[0], _one_each(output[1], len(output[0]))
-            if after_noise is not None and self.noise is not None and name == self.noise.name:
-                z = after_noise(z)
-            given = args[1] if len(args) > 1 else kwargs.get("context")
-            before = inputs[name]
-            records.append(_Record(name, layer, before, given, z, log_det, not torch.equal(before, args[0])))
-            return z, log_det
-
-        layers = {n: m for n, m in chain.named_modules() if n and callable(getattr(m, "inverse", None))}
-        hooks = []
-        for name, layer in (layers or {"": chain}).items():
-            hooks.append(layer.register_forward_pre_hook(lambda *call, name=name: keep(name, *call)))
-            hooks.append(layer.register_forward_hook(lambda *call, name=name: note(name, *call), with_kwargs=True))
-        try:
-            with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(grad):
-                torch.manual_seed(seed)
-                z, log_det = chain(*_given(x, context))
-                log_det = _one_each(log_det, len(x))
-                log_p = self.base_of(flow).log_prob(z.flatten(1)) + log_det
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return _Run(z, log_det, log_p, records)
-
-    def base_of(self, flow: nn.Module) -> Base:
-        own = getattr(flow, "base", None)
-        return self.base or (own if hasattr(own, "log_prob") else StandardNormal())
-
-    @cached_property
-    def noise(self) -> _Record | None:
-        """The first layer that answers differently when it is asked twice: dequantization."""
-        with torch.no_grad():
-            for record in self.run.records:
-                first, second = record.again(record.x)[0], record.again(record.x)[0]
-                if first.isfinite().all() and not torch.equal(first, second):
-                    return record
-        return None
-
-    def woken(self) -> nn.Module:
-        """A copy with every parameter moved at random: of a fresh flow, what it is built to depend on."""
-        flow = _copied(self.flow)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            for parameter in flow.parameters():
-                parameter += 0.05 * torch.randn_like(parameter)
-        return flow
-
-    @cached_property
-    def woken_run(self) -> _Run:
-        return self.through(self.woken())
-
-    @cached_property
-    def spacing(self) -> float | None:
-        """The step between two levels where the data are discrete, None where they are real numbers."""
-        if not self.x.is_floating_point():
-            return 1.0
-        levels = self.x.unique()
-        if not 2 <= len(levels) <= min(257, self.x.numel() // 4):
-            return None
-        step = levels.diff().min()
-        off = ((levels - levels[0]) / step).sub(((levels - levels[0]) / step).round()).abs().max()
-        return step.item() if off < 1e-3 else None
-
-    @cached_property
-    def levels(self) -> int | None:
-        """How many levels discrete data have, from the layer that says so, or counted."""
-        if self.spacing is None:
-            return None
-        named = (getattr(record.layer, "levels", None) for record in self.run.records)
-        counted = round(((self.x.max() - self.x.min()) / self.spacing).item()) + 1
-        return next((n for n in named if isinstance(n, int)), max(counted, 2))
-
-    def log_p_of(self, flow: nn.Module) -> float:
-        """Mean log-likelihood of the batch under a changed copy, in nats for each dimension; -inf if not a number."""
-        return (self.through(flow).log_p.mean() / self.dims).nan_to_num(nan=-math.inf).item()
-
-
 def _check(flow: nn.Module, batch: Tensor, context: Tensor | None) -> None:
-    if not isinstance(flow, nn.Module) or not callable(getattr(_chain(flow), "inverse", None)):
+    if not isinstance(flow, nn.Module) or not callable(getattr(chain_of(flow), "inverse", None)):
         raise ValueError(f"flow: expected a Flow, or a module with forward and inverse, got {type(flow).__name__}")
     if not isinstance(batch, Tensor) or batch.dim() < 2 or len(batch) < 8:
         got = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
@@ -295,66 +122,6 @@ def _check(flow: nn.Module, batch: Tensor, context: Tensor | None) -> None:
     if batch.is_floating_point() and not batch.isfinite().all():
         raise ValueError("batch: expected finite values, got NaN or infinity")
     check_context(context, len(batch))
-
-
-def _chain(flow: nn.Module) -> nn.Module:
-    """What takes data to latents: the chain of a Flow, or the module itself."""
-    return getattr(flow, "chain", flow)
-
-
-def _copied(flow: nn.Module) -> nn.Module:
-    return copy.deepcopy(flow).to("cpu", torch.float64).eval()
-
-
-def _as_float64(x: Tensor) -> Tensor:
-    return x.detach().cpu().to(torch.float64) if x.is_floating_point() else x.detach().cpu()
-
-
-@contextmanager
-def _float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _given(x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
-    return (x,) if context is None else (x, context[: len(x)])
-
-
-def _one_each(log_det: Tensor | float, n: int) -> Tensor:
-    log_det = torch.as_tensor(log_det)
-    if log_det.dim() and log_det.shape != (n,):
-        raise ValueError(f"log_det: expected one number for each example, ({n},), got {tuple(log_det.shape)}")
-    return log_det.expand(n)
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    """The largest difference, relative to the largest value or 1; infinite where one is not a number."""
-    if a.shape != b.shape:
-        return math.inf
-    return ((a - b).abs().max() / max(1.0, b.abs().max().item())).nan_to_num(nan=math.inf).item()
-
-
-def _jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """(Entries of the output, entries of x), for a batch of one."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        return _gradients(function(x).flatten(), x)
-
-
-def _gradients(z: Tensor, x: Tensor) -> Tensor:
-    """d z_i / d x for each of the numbers z, (len(z), entries of x)."""
-    if not z.requires_grad:
-        return z.new_zeros(len(z), x.numel())
-    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-    try:
-        rows = torch.autograd.grad(z, x, torch.eye(len(z)), is_grads_batched=True, **options)[0]
-    except RuntimeError:  # an operation that vmap does not know
-        rows = torch.stack([torch.autograd.grad(z[i], x, **options)[0] for i in range(len(z))])
-    return rows.flatten(1)
 
 
 def _does_not_run(error: Exception) -> Finding:
@@ -370,15 +137,21 @@ def _does_not_run(error: Exception) -> Finding:
     return Finding("it runs", False, f"{type(error).__name__}: {message}", cause, entry)
 
 
-def _conducted(test: Callable[[_Case], Iterator[Finding]], case: _Case) -> list[Finding]:
+def _conducted(test: Callable[[Case], Iterator[Finding]], case: Case) -> list[Finding]:
     """A test's findings. If it breaks on the reader's module it says so, and the others go on."""
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(2)
-            return list(test(case))
+            found = list(test(case))
     except Exception as error:
         message = str(error).partition("\n")[0][:100]
         return [Finding(test.__name__.strip("_").replace("_", " "), None, f"{type(error).__name__}: {message}")]
+    first_of = {finding.entry: finding for finding in reversed(found)}  # the same in many layers is said once
+    more = Counter(finding.entry for finding in found)
+    return [
+        replace(finding, measured=finding.measured + f" (and {more[entry] - 1} more)" * (more[entry] > 1))
+        for entry, finding in sorted(first_of.items(), key=lambda item: found.index(item[1]))
+    ]
 
 
 # --- the tests: is it a bijection, and does it know its volume? -------------------------------------------------------
@@ -387,7 +160,7 @@ _DRAWN = "numbers of the latent are lost and drawn afresh: the inverse needs the
 _UNMASKED = "what the network reads is changed as well: mask its output"
 
 
-def _finite(case: _Case) -> Iterator[Finding]:
+def _finite(case: Case) -> Iterator[Finding]:
     """Forward, on the data: the first layer that gives NaN or infinity."""
     for record in case.run.leaves:
         if record.z.isfinite().all() and record.log_det.isfinite().all():
@@ -408,7 +181,7 @@ def _finite(case: _Case) -> Iterator[Finding]:
     yield Finding("finite", True, f"log p(x) from {low:.4g} to {high:.4g} nats")
 
 
-def _in_place(case: _Case) -> Iterator[Finding]:
+def _in_place(case: Case) -> Iterator[Finding]:
     """Whether a layer changes what it is given."""
     for record in case.run.inner_first:
         if record.overwritten:
@@ -418,7 +191,7 @@ def _in_place(case: _Case) -> Iterator[Finding]:
     yield Finding("input", True, "no layer changes what it is given")
 
 
-def _round_trip(case: _Case) -> Iterator[Finding]:
+def _round_trip(case: Case) -> Iterator[Finding]:
     """The inverse of each layer's output against its input, and whether it is the same when asked twice."""
     worst, broken = 0.0, set()
     with torch.no_grad():
@@ -429,7 +202,7 @@ def _round_trip(case: _Case) -> Iterator[Finding]:
                 back, again = record.back(), record.back()
             except NotImplementedError:
                 continue
-            off = _relative(back.to(record.x.dtype), record.x)
+            off = relative_error(back.to(record.x.dtype), record.x)
             measured = f"{record.title}: the inverse of its output is off by {off:.2g}"
             if not torch.equal(back, again):
                 found = f"{record.title}: its inverse answers differently each time", _DRAWN, "F18"
@@ -448,7 +221,7 @@ def _round_trip(case: _Case) -> Iterator[Finding]:
         yield Finding("round trip", True, f"every layer's closes, to {worst:.0e}")
 
 
-def _log_det(case: _Case) -> Iterator[Finding]:
+def _log_det(case: Case) -> Iterator[Finding]:
     """Each layer's log-det of one example against autograd's Jacobian, on a corner of it where it is large."""
     worst, compared, too_large = 0.0, 0, 0
     broken = {id(case.noise.layer)} if case.noise else set()
@@ -461,7 +234,14 @@ def _log_det(case: _Case) -> Iterator[Finding]:
             too_large += 1
             continue
         claimed = record.again(x)[1].item()
-        true = torch.linalg.slogdet(_jacobian(lambda v, r=record: r.again(v)[0], x)).logabsdet.item()
+        if x.shape == record.x[:1].shape and abs(claimed - record.log_det[0].item()) > EXACT * max(1.0, abs(claimed)):
+            broken.add(id(record.layer))
+            measured = (
+                f"{record.title} says {claimed:.4f} nats for an example alone, {record.log_det[0]:.4f} in a batch"
+            )
+            yield Finding("log-det", False, measured, "sum over all dimensions but the batch's", "P15")
+            continue
+        true = torch.linalg.slogdet(jacobian(lambda v, r=record: r.again(v)[0], x)).logabsdet.item()
         off, compared = abs(claimed - true) / max(1.0, abs(true)), compared + 1
         if off <= EXACT:
             worst = max(worst, off)
@@ -474,7 +254,7 @@ def _log_det(case: _Case) -> Iterator[Finding]:
         yield Finding("log-det", True if compared else None, f"{compared} layers agree with autograd{left}")
 
 
-def _corner(record: _Record) -> Tensor | None:
+def _corner(record: Record) -> Tensor | None:
     """One example for the layer whose Jacobian is not too large; None if there is none."""
     x = record.x[:1]
     if x.numel() <= LARGEST:
@@ -486,7 +266,7 @@ def _corner(record: _Record) -> Tensor | None:
         return None
 
 
-def _cause_of_log_det(record: _Record, each: float, n: int | None) -> tuple[str, str]:
+def _cause_of_log_det(record: Record, each: float, n: int | None) -> tuple[str, str]:
     """From how much the log-det is too large, in each dimension."""
     if n and abs(each - math.log(n)) < 1e-6:
         return f"a scaling by 1/{n} that is not counted", "F10"
@@ -497,13 +277,13 @@ def _cause_of_log_det(record: _Record, each: float, n: int | None) -> tuple[str,
     return "its formula is not that of what forward does", "P15"
 
 
-def _unmasked(record: _Record) -> bool:
+def _unmasked(record: Record) -> bool:
     """Whether it has a mask and changes what that lets pass."""
     masks = [b for b in record.layer.buffers() if b.dtype == torch.bool and b.shape == record.x.shape[1:]]
     return any(not torch.equal(record.x[:, mask], record.z[:, mask]) for mask in masks)
 
 
-def _elementwise(record: _Record) -> bool:
+def _elementwise(record: Record) -> bool:
     """Whether moving the first number of an example moves the first number of the output, and no other."""
     moved = record.x.clone()
     moved.view(len(moved), -1)[:, 0] += 1
@@ -511,7 +291,7 @@ def _elementwise(record: _Record) -> bool:
     return changed.numel() == record.x[0].numel() and not changed[1:].any()
 
 
-def _sum_of_log_dets(case: _Case) -> Iterator[Finding]:
+def _sum_of_log_dets(case: Case) -> Iterator[Finding]:
     """What the flow returns against what its layers returned."""
     total = sum(record.log_det for record in case.run.outermost)
     off = (case.run.log_det - total).abs().max().item()
@@ -527,11 +307,11 @@ def _sum_of_log_dets(case: _Case) -> Iterator[Finding]:
 # --- the tests: is it a likelihood of these data? ---------------------------------------------------------------------
 
 
-def _noise(case: _Case) -> Iterator[Finding]:
+def _noise(case: Case) -> Iterator[Finding]:
     """Discrete data need noise: fresh for every value, and nothing after it that makes them discrete again."""
     noise, x = case.noise, case.x
     if noise is None and case.spacing is not None:
-        shifted = [r for r in case.run.records if _adds_one_vector(r)]
+        shifted = [record for record in case.run.records if _adds_one_vector(record)]
         if shifted:
             measured = f"{shifted[0].title} adds the same numbers to every example, at every call"
             yield Finding("noise", False, measured, "a shifted grid is as discrete as the grid", "F8")
@@ -556,7 +336,7 @@ def _noise(case: _Case) -> Iterator[Finding]:
         yield Finding("noise", True, "real numbers" if noise is None else f"{noise.title}: fresh for every value")
 
 
-def _adds_one_vector(record: _Record) -> bool:
+def _adds_one_vector(record: Record) -> bool:
     """Whether it adds to integers what is not the same for all dimensions, but for all examples."""
     if record.x.shape != record.z.shape or record.learned:
         return False
@@ -565,7 +345,7 @@ def _adds_one_vector(record: _Record) -> bool:
     return bool(same and added.flatten(1)[0].std() > 1e-3 and torch.equal(record.x, record.x.round()))
 
 
-def _bound(case: _Case) -> Iterator[Finding]:
+def _bound(case: Case) -> Iterator[Finding]:
     """On discrete data no mean log-likelihood is honestly above D log(1 / step), since P(k) <= 1."""
     if case.spacing is None:
         yield Finding("D log n", None, "real numbers: no bound")
@@ -579,7 +359,7 @@ def _bound(case: _Case) -> Iterator[Finding]:
         yield Finding("D log n", True, measured)
 
 
-def _bits(case: _Case) -> Iterator[Finding]:
+def _bits(case: Case) -> Iterator[Finding]:
     """The flow's own bits_per_dim against -log p(x) / (D log 2)."""
     own = getattr(case.flow, "bits_per_dim", None)
     if not callable(own):
@@ -587,7 +367,7 @@ def _bits(case: _Case) -> Iterator[Finding]:
         return
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        said = own(*_given(case.x, case.context)).mean().item()
+        said = own(*given(case.x, case.context)).mean().item()
     right = -case.run.log_p.mean().item() / (case.dims * math.log(2))
     measured, off, n = f"says {said:.3f}, is {right:.3f}", said - right, case.levels
     if abs(off) < 1e-4:
@@ -606,7 +386,7 @@ def _bits(case: _Case) -> Iterator[Finding]:
 # --- the tests: what can it learn? ------------------------------------------------------------------------------------
 
 
-def _volume(case: _Case) -> Iterator[Finding]:
+def _volume(case: Case) -> Iterator[Finding]:
     """Whether any parameter moves any log-det."""
     base = case.base_of(case.flow)
     if isinstance(base, nn.Module) and any(True for _ in base.parameters()):
@@ -629,7 +409,7 @@ def _volume(case: _Case) -> Iterator[Finding]:
         yield Finding("volume", True, "learned")
 
 
-def _changed(case: _Case) -> Iterator[Finding]:
+def _changed(case: Case) -> Iterator[Finding]:
     """Of a woken copy: does every number of the latent depend on more than one of the data?"""
     if case.dims < 2 or case.run.z[0].numel() > LARGEST:
         yield Finding("masks", None, "one dimension" if case.dims < 2 else "too large for a Jacobian")
@@ -649,7 +429,7 @@ def _changed(case: _Case) -> Iterator[Finding]:
         if case.noise is None:
             x = enter(x.to(torch.float64))
         run = case.through(woken, x, context, grad=True, after_noise=enter)
-        depends |= _gradients(run.z.flatten(), entered[-1]) != 0
+        depends |= gradients(run.z.flatten(), entered[-1]) != 0
     alone = (depends.sum(1) <= 1).float().mean().item()
     if alone > 0:
         measured = f"{100 * alone:.0f} % of the latent depends on one number of the data each"
@@ -658,9 +438,9 @@ def _changed(case: _Case) -> Iterator[Finding]:
         yield Finding("masks", True, "every part of the vector is changed by another")
 
 
-def _dead(case: _Case) -> Iterator[Finding]:
+def _dead(case: Case) -> Iterator[Finding]:
     """Four steps of training of a copy: is there a parameter that never has a gradient?"""
-    flow = _copied(case.flow)
+    flow = copied(case.flow)
     named = {name: p for name, p in flow.named_parameters() if p.requires_grad}
     if not named:
         yield Finding("dead parameters", None, "no parameters")
@@ -682,7 +462,7 @@ def _dead(case: _Case) -> Iterator[Finding]:
         yield Finding("dead parameters", True, f"all {len(named)} tensors get a gradient")
 
 
-def _mirrored(case: _Case) -> Iterator[Finding]:
+def _mirrored(case: Case) -> Iterator[Finding]:
     """Of a woken copy: two tensors whose gradients are always opposite do one thing twice."""
     seen: list[dict[str, Tensor]] = []
     for rows in (slice(0, 4), slice(4, 8)):
@@ -700,7 +480,7 @@ def _mirrored(case: _Case) -> Iterator[Finding]:
     yield Finding("mirrored", True, "no two tensors do the same")
 
 
-def _scales(case: _Case) -> Iterator[Finding]:
+def _scales(case: Case) -> Iterator[Finding]:
     """Couplings far from the data: is the log-scale bounded, and may it grow? Is a shift bounded?"""
     far = {id(r.layer): r for r in case.woken_run.leaves if r.learned and r.x.is_floating_point()}
     here = {r.name: r for r in case.run.leaves}
@@ -743,7 +523,7 @@ def _grows(near: Tensor, wide: Tensor) -> bool:
     return not wide.isfinite().item() or (wide > 10 * max(near.item(), 1.0)).item()
 
 
-def _changes(record: _Record) -> Tensor | None:
+def _changes(record: Record) -> Tensor | None:
     """What an affine coupling changes, as a mask of one example; None if the layer is none."""
     if record.x.shape != record.z.shape:
         return None
@@ -752,11 +532,11 @@ def _changes(record: _Record) -> Tensor | None:
         return None
     with torch.no_grad():
         steps = [record.again(record.x + step * changed)[0] for step in (0.0, 1.0, 2.0)]
-    straight = _relative(steps[2] - steps[1], steps[1] - steps[0]) < EXACT
+    straight = relative_error(steps[2] - steps[1], steps[1] - steps[0]) < EXACT
     return changed if straight else None
 
 
-def _log_scale_and_shift(record: _Record, changed: Tensor, far: float) -> tuple[Tensor, Tensor]:
+def _log_scale_and_shift(record: Record, changed: Tensor, far: float) -> tuple[Tensor, Tensor]:
     """Of what a coupling changes, with the numbers that pass so many times as far out, on both sides."""
     scales, shifts = [], []
     with torch.no_grad():
@@ -767,12 +547,12 @@ def _log_scale_and_shift(record: _Record, changed: Tensor, far: float) -> tuple[
     return torch.cat(scales), torch.cat(shifts)
 
 
-def _start(case: _Case) -> Iterator[Finding]:
+def _start(case: Case) -> Iterator[Finding]:
     """Would another start be likelier: scales at 0, a first batch again, networks that end in zeros and that, too?
 
     In training mode: of running averages nothing is asked here.
     """
-    now = case.log_p_of(_copied(case.flow).train())
+    now = case.log_p_of(copied(case.flow).train())
     arms = {
         "F5": (lambda flow: _scales_at_zero(flow, case), "log-scales at 0", "log-scales that start at random: zeros"),
         "F20": (lambda flow: _first_batch(flow, case), "initialised from this batch", "not initialised from data"),
@@ -784,7 +564,7 @@ def _start(case: _Case) -> Iterator[Finding]:
     }
     found = {}
     for entry, (change, what, cause) in arms.items():
-        flow = _copied(case.flow)
+        flow = copied(case.flow)
         with torch.no_grad():
             if change(flow):
                 found[entry] = (case.log_p_of(flow.train()) - now, what, cause)
@@ -798,12 +578,12 @@ def _start(case: _Case) -> Iterator[Finding]:
         yield Finding("start", True, "no fresh start is likelier")
 
 
-def _scales_at_zero(flow: nn.Module, case: _Case) -> bool:
+def _scales_at_zero(flow: nn.Module, case: Case) -> bool:
     """Set to 0 what scales each number by itself, and is not initialised from data."""
     done = False
     for record in case.run.leaves:
         if record.learned and record.x.is_floating_point() and not _flags(record.layer) and _elementwise(record):
-            for parameter in _chain(flow).get_submodule(record.name).parameters():
+            for parameter in chain_of(flow).get_submodule(record.name).parameters():
                 parameter.zero_()
                 done = True
     return done
@@ -814,7 +594,7 @@ def _flags(module: nn.Module) -> list[Tensor]:
     return [buffer for name, buffer in module.named_buffers() if "init" in name and buffer.numel() == 1]
 
 
-def _first_batch(flow: nn.Module, case: _Case) -> bool:
+def _first_batch(flow: nn.Module, case: Case) -> bool:
     """Let the flow initialise itself from this batch."""
     flags = _flags(flow)
     for flag in flags:
@@ -826,11 +606,11 @@ def _first_batch(flow: nn.Module, case: _Case) -> bool:
     return bool(flags)
 
 
-def _networks_at_zero(flow: nn.Module, case: _Case) -> bool:
+def _networks_at_zero(flow: nn.Module, case: Case) -> bool:
     """Set to 0 the last linear or convolutional layer inside each coupling."""
     done = False
     for record in case.run.leaves:
-        layer = _chain(flow).get_submodule(record.name)
+        layer = chain_of(flow).get_submodule(record.name)
         last = [m for m in layer.modules() if m is not layer and isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
         if last:
             for name, parameter in last[-1].named_parameters():
@@ -843,7 +623,7 @@ def _networks_at_zero(flow: nn.Module, case: _Case) -> bool:
 # --- the tests: images ------------------------------------------------------------------------------------------------
 
 
-def _mixing(case: _Case) -> Iterator[Finding]:
+def _mixing(case: Case) -> Iterator[Finding]:
     """Of images: do squeezes keep neighbours together, do channels mix, do couplings see the channels of a position?"""
     fixed: Counter[tuple[int, ...]] = Counter()
     mixed, blind, squeezed = set(), {}, False
@@ -881,7 +661,7 @@ def _mixing(case: _Case) -> Iterator[Finding]:
         yield Finding("mixing", True if images else None, "squeezes and channels in order" if images else "no images")
 
 
-def _sources(record: _Record) -> Tensor | None:
+def _sources(record: Record) -> Tensor | None:
     """Where each value of the output comes from, if the layer only moves values: indices into the input."""
     numbers = torch.arange(record.x[0].numel(), dtype=torch.float64)
     try:
@@ -898,11 +678,11 @@ def _torn(source: Tensor, shape: tuple[int, ...]) -> bool:
     return spans[0] > shape[1] // source.shape[1] or spans[1] > shape[2] // source.shape[2]
 
 
-def _effects(record: _Record) -> tuple[bool, bool]:
+def _effects(record: Record) -> tuple[bool, bool]:
     """Whether a channel depends on others of its position, and on other positions: at two neighbouring positions."""
     across = elsewhere = False
     for column in (0, 1):
-        J = _jacobian(lambda v, c=column: record.again(v)[0][:, :, 1, c], record.x[:1]).abs()
+        J = jacobian(lambda v, c=column: record.again(v)[0][:, :, 1, c], record.x[:1]).abs()
         J = J.view(-1, *record.x.shape[1:])  # (channel of z, channel, row, column of x)
         here = J[:, :, 1, column].clone()
         J[:, :, 1, column] = 0
@@ -914,14 +694,14 @@ def _effects(record: _Record) -> tuple[bool, bool]:
 # --- the tests: how it is used ----------------------------------------------------------------------------------------
 
 
-def _latent(case: _Case) -> Iterator[Finding]:
+def _latent(case: Case) -> Iterator[Finding]:
     """Mean and spread of the latents; after training they are those of the base density."""
     z = case.run.z.flatten(1)
     measured = f"mean {z.mean():.2f}, standard deviation {z.std():.2f}, largest {z.abs().max():.3g}"
     yield Finding("latent moments", None, measured)
 
 
-def _flag_saved(case: _Case) -> Iterator[Finding]:
+def _flag_saved(case: Case) -> Iterator[Finding]:
     """A layer that initialises itself from data and says so in a plain attribute does it again after loading."""
     forgetful = [
         type(module).__name__
@@ -936,7 +716,7 @@ def _flag_saved(case: _Case) -> Iterator[Finding]:
         yield Finding("saved state", True, "nothing is kept outside of the state dict")
 
 
-def _neighbours(case: _Case) -> Iterator[Finding]:
+def _neighbours(case: Case) -> Iterator[Finding]:
     """In the mode that the flow is in: the likelihood of four examples in the company of others."""
     flow = copy.deepcopy(case.given).to("cpu", torch.float64)
     context = None if case.context is None else torch.cat([case.context[:4], case.context[4:8]])
@@ -954,15 +734,15 @@ def _neighbours(case: _Case) -> Iterator[Finding]:
         yield Finding("neighbours", True, f"{mode} mode: an example's log p(x) is its own")
 
 
-def _two_modes(case: _Case) -> Iterator[Finding]:
+def _two_modes(case: Case) -> Iterator[Finding]:
     """Training against evaluation mode: likelihood, and in the flow's own mode the round trip of the whole."""
     if _fresh_averages(case.flow):
         yield Finding("modes", None, "running averages that no batch has moved yet: nothing to compare")
         return
-    training = _copied(case.flow).train()
+    training = copied(case.flow).train()
     gap = case.log_p_of(training) - case.run.log_p.mean().item() / case.dims
     if case.given.training and abs(gap) > 1e-9:
-        off = _whole_round_trip(case, _copied(case.flow).train())
+        off = _whole_round_trip(case, copied(case.flow).train())
         if off > 1e-3:
             measured = f"training mode: data to latent and back is off by {off:.2g}"
             yield Finding("modes", False, measured, "forward uses the batch, the inverse the averages: eval()", "F16")
@@ -980,26 +760,26 @@ def _fresh_averages(flow: nn.Module) -> bool:
     return bool(buffers) and all((b == (1 if "var" in name else 0)).all() for name, b in buffers.items())
 
 
-def _whole_round_trip(case: _Case, flow: nn.Module) -> float:
+def _whole_round_trip(case: Case, flow: nn.Module) -> float:
     """Largest relative error, noise left out, of the values that leave the noise layer (or of the data)."""
     with torch.no_grad():
         run = case.through(flow)
         entered = case.x if case.noise is None else next(r.z for r in run.records if r.name == case.noise.name)
-        return _relative(_back_to_noise(case, flow, run.z), entered)
+        return relative_error(_back_to_noise(case, flow, run.z), entered)
 
 
-def _back_to_noise(case: _Case, flow: nn.Module, z: Tensor) -> Tensor:
+def _back_to_noise(case: Case, flow: nn.Module, z: Tensor) -> Tensor:
     """The inverse of the whole flow, short of rounding: what would be rounded to levels."""
     if case.noise is not None:
-        _chain(flow).get_submodule(case.noise.name).inverse = lambda z, context=None: z
+        chain_of(flow).get_submodule(case.noise.name).inverse = lambda z, context=None: z
     context = None if case.context is None else case.context[torch.arange(len(z)) % len(case.context)]
-    x = _chain(flow).inverse(*_given(z, context))
+    x = chain_of(flow).inverse(*given(z, context))
     return x[0] if isinstance(x, tuple) else x
 
 
-def _single_precision(case: _Case) -> Iterator[Finding]:
+def _single_precision(case: Case) -> Iterator[Finding]:
     """The round trip of the whole in the flow's own precision."""
-    flow = _copied(case.flow).to(next((p.dtype for p in case.given.parameters()), torch.float32))
+    flow = copied(case.flow).to(next((p.dtype for p in case.given.parameters()), torch.float32))
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -1016,9 +796,9 @@ def _single_precision(case: _Case) -> Iterator[Finding]:
         yield Finding("precision", True, f"float32: data to latent and back to {off:.0e}")
 
 
-def _samples(case: _Case) -> Iterator[Finding]:
+def _samples(case: Case) -> Iterator[Finding]:
     """Draws from the base, decoded: finite, of the data's size, within the range of levels."""
-    flow, n = _copied(case.flow), 256
+    flow, n = copied(case.flow), 256
     if not hasattr(case.base_of(flow), "sample"):
         yield Finding("samples", None, "the base density has no sample")
         return
@@ -1046,7 +826,7 @@ def _samples(case: _Case) -> Iterator[Finding]:
     yield Finding("samples", True, measured)
 
 
-def _edges(case: _Case) -> Iterator[Finding]:
+def _edges(case: Case) -> Iterator[Finding]:
     """A layer without parameters that is given numbers of [0, 1): is it finite at 0, which a generator can return?"""
     for record in case.run.leaves:
         if record.learned or not record.x.is_floating_point() or record.x.min() < 0 or record.x.max() > 1:
@@ -1058,7 +838,7 @@ def _edges(case: _Case) -> Iterator[Finding]:
     yield Finding("edges", True, "finite at the edge of the unit interval")
 
 
-def _context(case: _Case) -> Iterator[Finding]:
+def _context(case: Case) -> Iterator[Finding]:
     """Each example under its own context and under another's."""
     if case.context is None:
         yield Finding("context", None, "none")

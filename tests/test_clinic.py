@@ -566,6 +566,12 @@ class EachDimension(DiagonalScaling):
         return super().forward(x)[0], self.log_scale.expand(len(x), -1)
 
 
+class OverTheBatch(AffineCoupling):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, log_det = super().forward(x)
+        return z, log_det.sum()
+
+
 class BoundedShift(AffineCoupling):
     def _log_scale_and_shift(self, name: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         log_scale, shift = super()._log_scale_and_shift(name, x, context)
@@ -642,6 +648,7 @@ PUBLIC = {
     "P9 five bits": ("P15", five_bits),
     "P11 deep and steep": ("P11", deep_and_steep),
     "P15 sign": ("P15", lambda: on_points(coupling(WrongBothWays), coupling(AffineCoupling, 1))),
+    "P15 over the batch": ("P15", lambda: on_points(coupling(OverTheBatch), coupling(OverTheBatch, 1))),
     "P15 not summed": ("P15", lambda: on_points(coupling(AffineCoupling), EachDimension(2))),
     "P15 not added": (
         "P15",
@@ -730,6 +737,13 @@ def test_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"✗ volume +no parameter moves a log-det", printed[failed])
     assert re.fullmatch(r"  cause +every learned layer keeps volume.* \[F1\]", printed[failed + 1])
     assert max(map(len, printed)) <= 110
+
+
+def test_what_many_layers_share_is_said_once() -> None:
+    findings = on_points(*[coupling(WrongBothWays, i % 2) for i in range(4)]).examined()
+    found = [finding for finding in findings if finding.test == "log-det"]
+    assert len(found) == 1
+    assert found[0].measured.endswith("(and 3 more)")
 
 
 def test_a_test_that_breaks_says_so_and_the_others_go_on() -> None:
