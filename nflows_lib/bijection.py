@@ -131,7 +131,7 @@ def initialize_network(network: nn.Module | None, x: Tensor, context: Tensor | N
 
 
 def check_shape(name: str, x: Tensor | None, shape: Shape) -> None:
-    """Raise a ValueError unless x is there and a batch of examples of this shape, (B, *shape)."""
+    """Raise a ValueError unless x is there and a batch of examples of this shape, ``(B, *shape)``."""
     if x is None or x.dim() == 0 or tuple(x.shape[1:]) != tuple(shape):
         expected = ", ".join(["B", *map(str, shape)])
         raise ValueError(f"{name}: expected shape ({expected}), got {None if x is None else tuple(x.shape)}")

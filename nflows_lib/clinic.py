@@ -50,8 +50,8 @@ class Finding:
     entry: str = ""
 
     def __str__(self) -> str:
-        line = f"{ {True: '✓', False: '✗', None: '–'}[self.passed] } {self.test:19} {self.measured}"
-        return f"{line}\n  {'cause':19} {self.cause} [{self.entry}]" if self.entry else line
+        line = f"{ {True: '✓', False: '✗', None: '–'}[self.passed] } {self.test:15} {self.measured}"
+        return f"{line}\n  {'cause':15} {self.cause} [{self.entry}]" if self.entry else line
 
 
 def doctor(
@@ -236,9 +236,7 @@ def _log_det(case: Case) -> Iterator[Finding]:
         claimed = record.again(x)[1].item()
         if x.shape == record.x[:1].shape and abs(claimed - record.log_det[0].item()) > EXACT * max(1.0, abs(claimed)):
             broken.add(id(record.layer))
-            measured = (
-                f"{record.title} says {claimed:.4f} nats for an example alone, {record.log_det[0]:.4f} in a batch"
-            )
+            measured = f"{record.title}: {claimed:.4f} alone, {record.log_det[0]:.4f} in the batch"
             yield Finding("log-det", False, measured, "sum over all dimensions but the batch's", "P15")
             continue
         true = torch.linalg.slogdet(jacobian(lambda v, r=record: r.again(v)[0], x)).logabsdet.item()
@@ -728,10 +726,10 @@ def _neighbours(case: Case) -> Iterator[Finding]:
     moved = max((a - values[0]).abs().max().item() for a in values[1:])
     mode = "training" if flow.training else "evaluation"
     if moved > EXACT * max(1.0, values[0].abs().max().item()):
-        measured = f"{mode} mode: log p(x) of one example moves by {moved:.3g} nats with the others"
-        yield Finding("neighbours", False, measured, "batch statistics: no density of one example; call eval()", "F15")
+        measured = f"log p(x) moves by {moved:.3g} nats with the neighbours, {mode} mode"
+        yield Finding("neighbours", False, measured, "batch statistics make no density of one example: eval()", "F15")
     else:
-        yield Finding("neighbours", True, f"{mode} mode: an example's log p(x) is its own")
+        yield Finding("neighbours", True, f"an example's log p(x) is its own, {mode} mode")
 
 
 def _two_modes(case: Case) -> Iterator[Finding]:

@@ -94,7 +94,7 @@ class AdditiveCoupling(_Coupling):
 
     Args:
         mask: b, boolean, of the shape of one example; True passes unchanged.
-        network: t, called as ``network(x, context)``; maps (B, *shape) to (B, *shape).
+        network: t, called as ``network(x, context)``; maps ``(B, *shape)`` to ``(B, *shape)``.
 
     Raises:
         ValueError: the mask is not boolean, or passes everything or nothing.

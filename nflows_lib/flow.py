@@ -46,7 +46,7 @@ class Flow(nn.Module):
         self.levels: int | None = getattr(self.chain[0], "levels", None) if len(self.chain) else None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """log p(x) in nats: (B, *shape) to (B,). The same as :meth:`log_prob`, and what wrappers of modules call.
+        """log p(x) in nats: ``(B, *shape)`` to (B,). The same as :meth:`log_prob`, and what wrappers of modules call.
 
         Raises:
             ValueError: x has another shape or type than the flow's data, or values that are not finite or out of range.
@@ -56,11 +56,11 @@ class Flow(nn.Module):
         return self.base.log_prob(z.flatten(1)) + contribution
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """log p(x) in nats: (B, *shape) to (B,)."""
+        """log p(x) in nats: ``(B, *shape)`` to (B,)."""
         return self(x, context)
 
     def bits_per_dim(self, x: Tensor, context: Tensor | None = None, draws: int = 1) -> Tensor:
-        """-log2 p(x) / D, averaged over that many draws of the noise: (B, *shape) to (B,).
+        """-log2 p(x) / D, averaged over that many draws of the noise: ``(B, *shape)`` to (B,).
 
         D counts the dimensions of the input. The average of logs is the bound; it does not tighten with more draws,
         it only gets less noisy.
@@ -71,19 +71,19 @@ class Flow(nn.Module):
         return -log_prob / (self.dims * math.log(2))
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The latent of x: (B, *shape) to (B, D)."""
+        """The latent of x: ``(B, *shape)`` to (B, D)."""
         check_data(x, context, self.shape, self.levels)
         return self.chain(x, context)[0].flatten(1)
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """The data whose latent is z: (B, D) to (B, *shape)."""
+        """The data whose latent is z: (B, D) to ``(B, *shape)``."""
         check_shape("z", z, (self.dims,))
         check_context(context, len(z))
         return self.chain.inverse(z.unflatten(1, self.latent_shape), context)
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, context: Tensor | None = None) -> Tensor:
-        """n draws, (n, *shape). The latent is multiplied by the temperature; below 1 it stays nearer the mode.
+        """n draws, ``(n, *shape)``. The latent is multiplied by the temperature; below 1 it stays nearer the mode.
 
         A context holds one row for each sample.
         """

@@ -34,12 +34,12 @@ class PixelClassifier(nn.Module):
         """There is nothing to do."""
 
     def forward(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """log P(y | x) in nats: (B, *shape), integers, and contexts, to (B,)."""
+        """log P(y | x) in nats: ``(B, *shape)``, integers, and contexts, to (B,)."""
         check_data(y, context, self.shape, self.levels)
         return -F.cross_entropy(self.logits(context), y.long(), reduction="none").flatten(1).sum(1)
 
     def logits(self, context: Tensor | None) -> Tensor:
-        """(B, K, H, W) to (B, levels, *shape)."""
+        """(B, K, H, W) to ``(B, levels, *shape)``."""
         if context is None:
             raise ValueError("context: expected one row for each example, got None")
         output = self.network(context)
@@ -48,7 +48,7 @@ class PixelClassifier(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, context: Tensor | None = None) -> Tensor:
-        """n draws, (n, *shape), each pixel for itself; a context holds one row for each.
+        """n draws, ``(n, *shape)``, each pixel for itself; a context holds one row for each.
 
         The logits are divided by the temperature; at 0 each pixel has its likeliest level.
         """
@@ -61,6 +61,6 @@ class PixelClassifier(nn.Module):
 
     @torch.no_grad()
     def mean(self, context: Tensor) -> Tensor:
-        """The expected y: contexts (B, K, H, W) to (B, *shape)."""
+        """The expected y: contexts (B, K, H, W) to ``(B, *shape)``."""
         levels = torch.arange(self.levels, device=context.device, dtype=torch.float32)
         return torch.einsum("bl...,l->b...", self.logits(context).softmax(1), levels)

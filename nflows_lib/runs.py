@@ -402,8 +402,8 @@ def train(
         compiled: let torch.compile make one graph of the flow: about a minute at first, then faster steps.
 
     Raises:
-        ValueError: an unknown run, a folder with a checkpoint and no resume, or compiled under torchrun.
-        and what :func:`nflows_lib.training.fit` raises.
+        ValueError: an unknown run, a folder with a checkpoint and no resume, or compiled under torchrun; and
+            what :func:`nflows_lib.training.fit` raises.
     """
     run = find(name)
     if compiled and parallel.torchrun():

@@ -39,7 +39,7 @@ def calibration(probabilities: Tensor, true: Tensor, bins: int = 10) -> tuple[li
 
     Returns:
         For each interval that is not empty the mean probability, the share of ones, the number of pixels; and the
-        expected calibration error, the mean of |share - probability| over all pixels (Guo et al. 2017, eq. 3).
+        expected calibration error, the mean of ``|share - probability|`` over all pixels (Guo et al. 2017, eq. 3).
 
     Raises:
         ValueError: the shapes differ, a probability is out of range, or bins is below 1.
@@ -62,7 +62,7 @@ def calibration(probabilities: Tensor, true: Tensor, bins: int = 10) -> tuple[li
 
 
 def draws(model: Flow | PixelClassifier, contexts: Tensor, n: int = 100, temperature: float = 1.0) -> Tensor:
-    """n samples for each of B contexts: (n, B, *shape), floats, on the CPU."""
+    """n samples for each of B contexts: ``(n, B, *shape)``, floats, on the CPU."""
     return torch.stack([model.sample(len(contexts), temperature, contexts).cpu() for _ in range(n)]).float()
 
 

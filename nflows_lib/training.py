@@ -131,7 +131,7 @@ def fit(
 
     Args:
         flow: initialised on the first batch (:meth:`Flow.initialize`), then trained in place.
-        data: all examples, (N, *flow.shape), on the CPU or on the flow's device.
+        data: all examples, ``(N, *flow.shape)``, on the CPU or on the flow's device.
         steps: number of updates.
         budget: in place of steps, the seconds that the whole run may take; the first steps are timed, then the number
             of steps is fixed. A resumed run keeps that number unless it is given another budget: then the rest of the

@@ -1,0 +1,84 @@
+"""The pages beside the chapters say what is so: the clinic, its entries and pictures, the path, the library."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import nflows_lib
+from nflows_lib.clinic import doctor
+
+ROOT = Path(__file__).parents[1]
+CHAPTERS = ROOT / "chapters"
+sys.path.insert(0, str(ROOT / "tools"))
+import thumbnails  # noqa: E402  (a script, not a package)
+
+CLINIC = (CHAPTERS / "clinic.md").read_text(encoding="utf-8")
+NUMBER = re.compile(r"-?\d+\.?\d*(?:e[+-]?\d+)?")
+
+
+def test_the_clinics_report_is_what_its_code_prints() -> None:
+    code, report = (re.search(rf"```{kind}\n(.+?)```", CLINIC, re.DOTALL)[1] for kind in ("python", "text"))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "clinic.md", "exec"), {"__name__": "clinic"})
+    shown, now = ([NUMBER.sub("#", line) for line in text.splitlines()] for text in (report, printed.getvalue()))
+    assert shown == now
+    assert max(map(len, report.splitlines())) <= 88  # what the page shows without scrolling
+
+
+def test_every_entry_that_the_doctor_names_is_in_the_clinic() -> None:
+    source = Path(doctor.__code__.co_filename).read_text(encoding="utf-8")
+    named = set(re.findall(r'"([FP]\d+)"', source))
+    entries = {
+        f"{kind.upper()}{number}" for kind, number in re.findall(r"^\(clinic-([fp])(\d+)\)=", CLINIC, re.MULTILINE)
+    }
+    assert named <= entries
+    assert {f"F{i}" for i in range(1, 27)} <= entries
+
+
+def test_every_entry_has_cause_test_and_mend() -> None:
+    entries = re.split(r"^\(clinic-", CLINIC.split("\n## Seen in public code")[0], flags=re.MULTILINE)[1:]
+    for entry in entries:
+        for part in ("**Cause.**", "**Test.**", "**Mend.**"):
+            assert part in entry, f"{entry.splitlines()[1]}: expected {part}"
+    failures = [entry for entry in entries if entry.startswith("f")]
+    assert all("assets/clinic/" in entry and ":alt:" in entry for entry in failures)
+    assert all(re.search(r"\{(?:ref|numref)\}`[^`]*(?:sec|fig)-", entry) for entry in failures)
+
+
+@pytest.mark.parametrize("failure", thumbnails.SOURCES)
+def test_a_thumbnail_is_its_chapters_figure(failure: str) -> None:
+    """Up to the noise of another run: `python tools/thumbnails.py` cuts them anew."""
+    stored = Image.open(thumbnails.FOLDER / f"{failure}.png").convert("L").resize((48, 48))
+    now = thumbnails.thumbnail(failure).convert("L").resize((48, 48))
+    assert np.abs(np.asarray(stored, float) - np.asarray(now, float)).mean() < 6
+
+
+def test_the_path_gives_the_chapters_own_times() -> None:
+    rows = re.findall(
+        r"^\| \d \| .*<(\d\d_\w+)>.*\| (\d+) \| (\d+) \|$", (CHAPTERS / "index.md").read_text("utf-8"), re.M
+    )
+    assert [name for name, _, _ in rows] == sorted(path.stem for path in CHAPTERS.glob("0*.ipynb"))
+    for name, read, run in rows:
+        cells = json.loads((CHAPTERS / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+        box = "".join(cells[0]["source"])
+        assert f"**Time to read**: {read} minutes" in box
+        assert f"**Time to run**: {run} minutes on one CPU core" in box
+
+
+def test_the_page_on_the_library_has_every_module() -> None:
+    """But for its command lines, and what the doctor is made of."""
+    page = (CHAPTERS / "api.md").read_text(encoding="utf-8")
+    modules = {path.stem for path in Path(nflows_lib.__file__).parent.glob("*.py")}
+    listed = set(re.findall(r"automodule:: nflows_lib\.(\w+)", page))
+    assert listed == modules - {"__init__", "__main__", "notebook", "examination"}
+    assert set(re.findall(r"py:mod\}`~nflows_lib\.(\w+)`", page)) == listed
