@@ -47,10 +47,11 @@ seeds: $(READY)  ## the chapters under other seeds (NFLOWS_SEED 1 to 4)
 	    report=$$(NFLOWS_SEED=$$1 $(BIN)/pytest -q -p no:cacheprovider $(NBVAL) $(CHAPTER) 2>&1); status=$$?; \
 	    printf "NFLOWS_SEED=%s\n%s\n" "$$1" "$$report"; exit $$status' seeds
 
-notebooks: $(READY)  ## format the chapters, execute them in place and normalise them
+notebooks: $(READY)  ## format and run the chapters in place, cut the clinic's pictures anew
 	$(BIN)/ruff check --fix --quiet $(CHAPTER)
 	$(BIN)/ruff format --quiet $(CHAPTER)
 	$(BIN)/python tests/notebooks.py $(CHAPTER)
+	$(BIN)/python tools/thumbnails.py
 
 ablations: export OMP_NUM_THREADS := 1
 ablations: export NFLOWS_PROGRESS := 0

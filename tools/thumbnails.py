@@ -1,6 +1,6 @@
 """Cut the clinic's thumbnails out of the chapters' figures: ``python tools/thumbnails.py``.
 
-A thumbnail is a figure of a chapter, or a part of one, made small; run this again after a figure has changed.
+A thumbnail is a figure of a chapter, or a part of one, made small. `make notebooks` runs this after the chapters.
 """
 
 from __future__ import annotations
@@ -72,4 +72,3 @@ if __name__ == "__main__":
     for failure in SOURCES:
         picture = thumbnail(failure).quantize(64, dither=Image.Dither.NONE)
         picture.save(FOLDER / f"{failure}.png", optimize=True)
-        print(f"{failure}: {picture.size}, {(FOLDER / f'{failure}.png').stat().st_size:,} bytes")
