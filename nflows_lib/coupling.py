@@ -146,7 +146,7 @@ class GlowCoupling(ChannelBijection):
     """z = (x1, (x2 + t) sigmoid(h + 2)), where h and t are functions of x1, the first half of the channels.
 
     The log-determinant is the sum of log sigmoid(h + 2). Every scale is between 0 and 1: what must grow is left to the
-    other layers. A scale that underflows (h below -104 in float32) makes the log-determinant -inf: nothing could be
+    other layers. A scale that underflows (h below -90 in float32) makes the log-determinant -inf: nothing could be
     inverted there (the code of Kingma and Dhariwal 2018; the paper's table 1 has an exponential in general terms).
 
     Args:

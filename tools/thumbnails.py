@@ -42,7 +42,7 @@ SOURCES: dict[str, tuple[str, str, tuple[float, float, float, float]]] = {
     "f22": ("05_glow", "fig-ablations", (0, 0, 0.345, 1)),
     "f23": ("05_glow", "fig-glow-jacobian", (0, 0, 1, 1)),
     "f24": ("06_cglow", "fig-dead", (0, 0, 1, 1)),
-    "f25": ("06_cglow", "fig-margins", (0, 0, 0.53, 1)),
+    "f25": ("06_cglow", "fig-margins", (0, 0, 0.555, 1)),
     "f26": ("06_cglow", "fig-one-bit", (0, 0, 1, 1)),
 }
 
