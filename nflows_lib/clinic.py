@@ -32,6 +32,7 @@ from nflows_lib.examination import (
 from nflows_lib.flow import check_context
 
 LARGEST = 1024  # dimensions of which a whole Jacobian is taken
+BEYOND = torch.finfo(torch.float32).max  # what float32 cannot hold, even if float64 can
 EXACT = 1e-6  # more than rounding leaves in float64, relative to the largest value
 
 
@@ -163,7 +164,7 @@ _UNMASKED = "what the network reads is changed as well: mask its output"
 def _finite(case: Case) -> Iterator[Finding]:
     """Forward, on the data: the first layer that gives NaN or infinity."""
     for record in case.run.leaves:
-        if record.z.isfinite().all() and record.log_det.isfinite().all():
+        if (record.z.abs() < BEYOND).all() and (record.log_det.abs() < BEYOND).all():
             continue
         values = record.x.transpose(0, 1).flatten(1)
         cause, entry = "a scale overflows: bound it, and start the networks' last layers at zero", "F21"
@@ -178,6 +179,11 @@ def _finite(case: Case) -> Iterator[Finding]:
         yield Finding("finite", False, f"{record.title} makes NaN or infinity of the data", cause, entry)
         return
     low, high = case.run.log_p.min(), case.run.log_p.max()
+    if not (case.run.log_p.abs() < BEYOND).all():
+        most = case.run.z.abs().max()
+        cause = "values grow from layer to layer: start the networks' last layers at zero"
+        yield Finding("finite", False, f"log p(x) is not finite: latents up to {most:.2g}", cause, "F21")
+        return
     yield Finding("finite", True, f"log p(x) from {low:.4g} to {high:.4g} nats")
 
 
@@ -282,7 +288,7 @@ def _unmasked(record: Record) -> bool:
 
 def _elementwise(record: Record) -> bool:
     """Whether moving the first number of an example moves the first number of the output, and no other."""
-    moved = record.x.clone()
+    moved = record.x.clone(memory_format=torch.contiguous_format)
     moved.view(len(moved), -1)[:, 0] += 1
     changed = (record.again(moved)[0] != record.z).flatten(1).any(0)
     return changed.numel() == record.x[0].numel() and not changed[1:].any()
