@@ -89,7 +89,12 @@ class Case:
         self.x = as_float64(batch[:EXAMPLES])
         self.context = None if context is None else as_float64(context[:EXAMPLES])
         self.dims = self.x[0].numel()
+        graphs = [name for name, value in kept(flow) if not value.is_leaf]
+        before = {name: id(value) for name, value in kept(self.flow)}
         self.run = self.through(self.flow)
+        after = {name: id(value) for name, value in kept(self.flow)}
+        if any(after.get(name) == before[name] for name in graphs):
+            raise ValueError("a tensor computed outside of forward is part of the flow")
 
     def through(
         self,
@@ -136,7 +141,10 @@ class Case:
                 torch.manual_seed(seed)
                 z, log_det = chain(*given(x, context))
                 log_det = one_each(log_det, len(x))
-                log_p = self.base_of(flow).log_prob(z.flatten(1)) + log_det
+                log_p = self.base_of(flow).log_prob(z.flatten(1))
+                if log_p.shape != log_det.shape:
+                    raise ValueError(f"base: expected log_prob of shape {(len(x),)}, got {tuple(log_p.shape)}")
+                log_p = log_p + log_det
         finally:
             for hook in hooks:
                 hook.remove()
@@ -152,7 +160,7 @@ class Case:
         with torch.no_grad():
             for record in self.run.records:
                 first, second = record.again(record.x)[0], record.again(record.x)[0]
-                if first.isfinite().all() and not torch.equal(first, second):
+                if not torch.equal(first, second):
                     return record
         return None
 
@@ -197,11 +205,27 @@ class Case:
 
 def chain_of(flow: nn.Module) -> nn.Module:
     """What takes data to latents: the chain of a Flow, or the module itself."""
-    return getattr(flow, "chain", flow)
+    chain = getattr(flow, "chain", None)
+    return chain if callable(getattr(chain, "inverse", None)) else flow
 
 
 def copied(flow: nn.Module) -> nn.Module:
-    return copy.deepcopy(flow).to("cpu", torch.float64).eval()
+    return detached(flow).to("cpu", torch.float64).eval()
+
+
+def detached(flow: nn.Module) -> nn.Module:
+    """A copy in which what a forward has kept, its last log-det say, has lost the graph that it hangs on."""
+    memo = {id(value): value.detach().clone() for _, value in kept(flow) if not value.is_leaf}
+    return copy.deepcopy(flow, memo)
+
+
+def kept(flow: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that the modules hold in plain attributes, alone or in lists and tuples, with where they are held."""
+    for name, module in flow.named_modules():
+        for key, value in vars(module).items():
+            for one in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(one, Tensor):
+                    yield f"{name}.{key}", one
 
 
 def as_float64(x: Tensor) -> Tensor:

@@ -20,12 +20,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nflows_lib import ablations, data, doctor
+from nflows_lib import ablations, clinic, data, doctor
+from nflows_lib.bijection import Chain
 from nflows_lib.clinic import Finding
 from nflows_lib.convolution import ChannelPermutation, Invertible1x1Conv
 from nflows_lib.coupling import AffineCoupling, GlowCoupling, alternating_mask, channel_mask, checkerboard_mask
 from nflows_lib.dequantization import Logit, Rescale, UniformDequantize
 from nflows_lib.distributions import StandardLogistic, StandardNormal
+from nflows_lib.examination import Case, in_float64
 from nflows_lib.flow import Flow
 from nflows_lib.models import cglow, glow, nice, realnvp, realnvp_points
 from nflows_lib.multiscale import Squeeze
@@ -283,7 +285,6 @@ def f18_coarse(mended: bool) -> Patient:
         def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
             return super().inverse(torch.cat([z, torch.randn_like(z)], dim=1))
 
-    flow = nn.Module()
     flow = Flow([Squeeze()], StandardNormal(), (1, 4, 4))
     if not mended:
         flow.chain.layers[0] = Split()
@@ -477,6 +478,7 @@ def f26(mended: bool) -> Patient:
 COURSE = {
     "F1": f1,
     "F2": f2,
+    "F2 nothing mixes": f22_nothing,
     "F3": f3,
     "F4": f4,
     "F4 graph": f4_graph,
@@ -711,13 +713,6 @@ def test_it_takes_any_module_with_forward_and_inverse() -> None:
     assert findings["round trip"].passed is False
 
 
-def test_the_base_density_is_the_one_that_is_given() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(32, 4)
-    by_default, logistic = (doctor(TwoWays(), x, base=base)[0].measured for base in (None, StandardLogistic()))
-    assert by_default != logistic
-
-
 def test_nothing_of_the_flow_changes(capsys: pytest.CaptureFixture[str]) -> None:
     flow = realnvp((1, 8, 8), levels=17, couplings=2, hidden=4, blocks=0).train()
     before, rng = {k: v.clone() for k, v in flow.state_dict().items()}, torch.get_rng_state()
@@ -753,8 +748,8 @@ def test_a_test_that_breaks_says_so_and_the_others_go_on() -> None:
     flow = realnvp_points(2)
     flow.bits_per_dim = lambda x: 1 / 0
     findings = {finding.test: finding for finding in doctor(flow.eval(), torch.randn(16, 2))}
-    assert findings["bits"].passed is None
-    assert findings["bits"].measured.startswith("ZeroDivisionError")
+    assert findings["bits/dim"].passed is None
+    assert findings["bits/dim"].measured.startswith("ZeroDivisionError")
     assert findings["log-det"].passed
 
 
@@ -785,9 +780,347 @@ def test_large_images_are_compared_on_a_corner() -> None:
         (realnvp_points(2), torch.randn(7, 2), None, r"batch: .*at least 8 examples, got \(7, 2\)"),
         (realnvp_points(2), [1.0], None, r"batch: .*at least 8 examples, got list"),
         (realnvp_points(2), torch.full((8, 2), math.nan), None, "batch: expected finite values, got NaN"),
+        (realnvp_points(2), torch.tensor([[math.nan, 0.0]] * 8), None, "batch: expected finite values, got NaN"),
         (realnvp_points(2), torch.randn(8, 2), torch.randn(7, 1), "context: expected 8 rows"),
     ],
 )
 def test_bad_input_is_named(flow: object, batch: object, context: Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         doctor(flow, batch, context)
+
+
+# --- what the mutants of the doctor showed to be unseen ---------------------------------------------------------------
+
+
+def found(flow: nn.Module, batch: Tensor, context: Tensor | None = None, **options: object) -> dict[str, Finding]:
+    return {finding.test: finding for finding in doctor(flow, batch, context, **options)}
+
+
+def test_of_a_layer_and_what_holds_it_the_inner_one_is_named() -> None:
+    torch.manual_seed(0)
+    inner = Chain([coupling(WrongBothWays), coupling(AffineCoupling, 1)])
+    patient = on_points(Chain([inner]))
+    measured = found(patient.flow, patient.batch)["log-det"].measured
+    assert measured.startswith("layers.0.layers.0.layers.0 WrongBothWays says ")
+    assert "more)" not in measured
+    patient = on_points(Chain([Chain([OffInForward(2)]), coupling(AffineCoupling)]))
+    measured = found(patient.flow, patient.batch)["round trip"].measured
+    assert measured.startswith("layers.0.layers.0.layers.0 OffInForward: ")
+    assert "more)" not in measured
+
+
+def test_each_seed_is_another_noise() -> None:
+    with in_float64():
+        case = Case(small_nice(), vectors(), None, None)
+        first, same, other = (case.through(case.flow, seed=seed).z for seed in (0, 0, 1))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("x", "spacing", "levels"),
+    [
+        (torch.arange(64).remainder(5).view(8, 8), 1.0, 5),
+        (torch.arange(64).remainder(5).view(8, 8) / 4, 0.25, 5),
+        (torch.tensor([0.0, 1.0, 3.0, 4.0] * 16).view(8, 8), 1.0, 5),
+        (torch.tensor([0.0, 1.0, 2.05, 3.05] * 16).view(8, 8), None, None),
+        (torch.arange(64.0).view(8, 8), None, None),  # each value once: nothing says that they are levels
+        (torch.arange(4096.0).remainder(512).view(64, 64), None, None),
+    ],
+)
+def test_the_levels_of_data(x: Tensor, spacing: float | None, levels: int | None) -> None:
+    with in_float64():
+        case = Case(Chain([Rescale(0.5)]), x, None, None)
+        assert case.spacing == spacing
+        assert case.levels == levels
+
+
+class BareLogit(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.logit(), -(x * (1 - x)).log().sum(1)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return z.sigmoid()
+
+
+def overflowing(layer: nn.Module) -> nn.Module:
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, 1e3)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("flow", "value", "entry"),
+    [
+        (BareLogit(), 1.5, "F9"),
+        (BareLogit(), -0.5, "F9"),
+        (BareLogit(), 0.0, "F14"),
+        (BareLogit(), 1.0, "F14"),
+        (overflowing(DiagonalScaling(2)), 0.5, "F6"),
+        (overflowing(Invertible1x1Conv(2, lu=False)), 0.5, "F21"),
+    ],
+)
+def test_of_what_is_not_finite_it_names_the_cause_and_stops(flow: nn.Module, value: float, entry: str) -> None:
+    x = torch.linspace(0.1, 0.9, 32).view(16, 2)
+    x[3, 1] = value
+    findings = doctor(flow, x)
+    assert [finding.test for finding in findings] == ["finite", "gradients"]
+    assert findings[0].entry == entry
+
+
+def test_a_layer_that_says_that_it_has_no_inverse_is_passed_over() -> None:
+    class OneWay(DiagonalScaling):
+        def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+            raise NotImplementedError("one way")
+
+    torch.manual_seed(0)
+    patient = on_points(OneWay(2), coupling(AffineCoupling))
+    assert found(patient.flow, patient.batch)["round trip"].passed
+
+
+@pytest.mark.parametrize("off", [1e-3, 0.1])
+def test_a_round_trip_need_not_be_far_off(off: float) -> None:
+    class Beside(DiagonalScaling):
+        def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+            return super().inverse(z) + off
+
+    patient = on_points(Beside(2), coupling(AffineCoupling))
+    assert found(patient.flow, patient.batch)["round trip"].entry == "P1"
+
+
+def test_a_round_trip_from_fewer_numbers_is_a_loss() -> None:
+    class Coarse(Squeeze):
+        def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            z, log_det = super().forward(x)
+            return z[:, :2], log_det
+
+        def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+            return super().inverse(torch.cat([z, torch.zeros_like(z)], dim=1))
+
+    flow = Flow([Squeeze()], StandardNormal(), (1, 4, 4))
+    flow.chain.layers[0] = Coarse()
+    findings = found(flow, torch.randn(64, 1, 4, 4))
+    assert findings["round trip"].entry == "F18"
+    assert findings["sum"].entry == "F18"
+
+
+def test_the_findings_do_not_hang_on_the_random_generator() -> None:
+    flow, findings = small_nice(), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        findings.append(doctor(flow, vectors()))
+    assert findings[0] == findings[1]
+
+
+@pytest.mark.parametrize(("sound", "least"), [(True, 0), (False, 0), (True, 1)])
+def test_mass_where_no_data_can_be_is_looked_for_in_a_sound_flow(sound: bool, least: int) -> None:
+    torch.manual_seed(0)
+    x = least + torch.where(torch.rand(64, 8) < 0.8, 0, torch.randint(9, (64, 8)))
+    layers = [UniformDequantize(17), Rescale(1 / 17), ActNorm(8), *[Invertible1x1Conv(8)] * sound]
+    flow = Flow(layers, StandardNormal(), (8,))
+    flow.initialize(x)
+    findings = found(flow, x)
+    assert findings["masks"].passed is sound
+    assert findings["samples"].entry == ("F14" if sound and not least else "")
+
+
+class Claims(Rescale):
+    """Claims two nats more for each value than it scales by."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, log_det = super().forward(x)
+        return z, log_det + 2 * x[0].numel()
+
+
+def test_above_the_bound_it_asks_whether_there_is_noise() -> None:
+    x = (torch.arange(512).view(64, 8) % 32 == 0).long()
+    bare = DiagonalScaling(8)
+    nn.init.constant_(bare.log_scale, 1.5)
+    assert found(bare, x.float())["D log n"].entry == "F6"
+    noisy = Flow([UniformDequantize(2), Claims(0.5), DiagonalScaling(8)], StandardNormal(), (8,))
+    assert found(noisy, x)["D log n"].entry == "F10"
+    finding = found(DiagonalScaling(8), x / 4)["D log n"]
+    assert finding.passed
+    assert finding.measured.endswith("the limit 11.09")  # 8 log 4
+
+
+def test_how_many_dimensions_are_counted() -> None:
+    whole = small_nice()
+    flow = Scored([*whole.chain], whole.base, whole.shape)
+    flow.counted = 48
+    assert found(flow, vectors())["bits/dim"].cause == "D is 64, it counts 48"
+
+
+def test_a_volume_that_is_not_1_is_no_lack_of_scaling() -> None:
+    class Twice(DiagonalScaling):
+        def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return 2 * (x + self.log_scale), x.new_full((len(x),), 2 * math.log(2))
+
+        def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+            return z / 2 - self.log_scale
+
+    assert found(Twice(2), data.toy("moons", 64))["volume"].passed
+
+
+class Shrinking(nn.Module):
+    """A coupling whose log-scale has a limit above, and none below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Linear(1, 2)
+        nn.init.constant_(self.network.weight, 0.1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        raw, shift = self.network(x[:, :1]).chunk(2, 1)
+        log_scale = nn.functional.logsigmoid(raw)
+        return torch.cat([x[:, :1], x[:, 1:] * log_scale.exp() + shift], 1), log_scale.sum(1)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        raw, shift = self.network(z[:, :1]).chunk(2, 1)
+        return torch.cat([z[:, :1], (z[:, 1:] - shift) / raw.sigmoid()], 1)
+
+
+def test_a_scale_that_can_shrink_without_limit_is_mentioned() -> None:
+    torch.manual_seed(0)
+    finding = found(Shrinking(), data.toy("moons", 64))["scales"]
+    assert finding.passed
+    assert finding.measured == "bounded in 0 of 1 couplings; 1 can shrink without limit"
+
+
+def test_looking_at_the_scales_leaves_the_woken_copy_alone() -> None:
+    torch.manual_seed(0)
+    with in_float64():
+        case = Case(Shrinking(), data.toy("moons", 64), None, None)
+        before = [p.clone() for p in case.woken_run.records[0].layer.parameters()]
+        list(clinic._scales(case))
+    assert all(map(torch.equal, before, case.woken_run.records[0].layer.parameters()))
+
+
+def test_another_start_is_compared_in_training_mode() -> None:
+    torch.manual_seed(0)
+    norm = FlowBatchNorm(2)
+    norm.running_mean.fill_(30.0)  # stale: of this the modes speak, not the start
+    couplings = [AffineCoupling(alternating_mask(2, i), MLP(2, 4, hidden=16, depth=2)) for i in (0, 1)]
+    patient = toy([*couplings, norm])
+    findings = found(patient.flow, patient.batch)
+    assert findings["modes"].entry == "F15"
+    assert findings["start"].passed
+
+
+def test_a_start_is_sought_in_the_last_layer_of_the_networks() -> None:
+    torch.manual_seed(0)
+    layer = coupling(AffineCoupling)
+    nn.init.normal_(layer.network.layers[-1].weight, std=0.3)
+    nn.init.constant_(layer.network.layers[-1].bias, 5.0)
+    patient = toy([layer, coupling(AffineCoupling, 1)])
+    assert found(patient.flow, patient.batch)["start"].entry == "F21"
+
+
+def test_averages_that_no_batch_has_moved_are_not_compared() -> None:
+    patient = toy([coupling(AffineCoupling), coupling(AffineCoupling, 1), FlowBatchNorm(2)])
+    assert found(patient.flow, patient.batch)["modes"].passed is None
+
+
+def test_what_single_precision_cannot_hold() -> None:
+    class Far(DiagonalScaling):
+        def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            z, log_det = super().forward(x)
+            return z + 1e7, log_det
+
+        def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+            return super().inverse(z - 1e7)
+
+    with in_float64():
+        (finding,) = clinic._single_precision(Case(Far(2), data.toy("moons", 64), None, None))
+        assert torch.get_default_dtype() == torch.float64
+    assert finding.entry == "P11"
+
+
+class FirstBatch(DiagonalScaling):
+    """Takes its scale from the first batch that it is given in training mode."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__(dims)
+        self.from_init = False  # an option, beside the flag
+        self.register_buffer("initialized", torch.tensor(False))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.training and not self.initialized:
+            self.log_scale.data = -x.std(0).log()
+            self.initialized.fill_(True)
+        return super().forward(x)
+
+
+def test_a_first_batch_is_company_too() -> None:
+    findings = found(FirstBatch(2).train(), data.toy("moons", 64))
+    assert findings["neighbours"].entry == "F15"
+    assert findings["saved state"].passed
+
+
+def on_images(shape: tuple[int, ...], *layers: nn.Module) -> Finding:
+    torch.manual_seed(0)
+    flow = Flow([randomised(layer, 0.1) for layer in layers], StandardNormal(), shape)
+    return found(flow.eval(), torch.randn(16, *shape))["mixing"]
+
+
+def test_which_permutations_are_too_few() -> None:
+    def layers(channels: int, *more: nn.Module) -> list[nn.Module]:
+        swap = ChannelPermutation(torch.arange(channels).flip(0))
+        mask, network = channel_mask((channels, 4, 4), 0), ResNet(channels, 2 * channels, hidden=8, blocks=1)
+        return [swap, AffineCoupling(mask, network), ChannelPermutation(torch.arange(channels).flip(0)), *more]
+
+    assert on_images((4, 4, 4), *layers(4)).entry == "F22"
+    assert on_images((2, 4, 4), *layers(2)).passed  # of two there is no other
+    assert on_images((4, 4, 4), *layers(4, Invertible1x1Conv(4))).passed
+
+
+def test_checkerboards_without_a_squeeze_leave_channels_to_a_convolution() -> None:
+    boards = [AffineCoupling(checkerboard_mask((3, 4, 4), i), ResNet(3, 6, hidden=8, blocks=1)) for i in (0, 1)]
+    assert on_images((3, 4, 4), Invertible1x1Conv(3), *boards).passed
+
+
+def test_a_squeeze_takes_neighbours_and_no_others() -> None:
+    class Halves(Squeeze):  # column j with column j + 2
+        def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return super().forward(x[..., [0, 2, 1, 3]])
+
+        def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+            return super().inverse(z)[..., [0, 2, 1, 3]]
+
+    assert on_images((1, 4, 4), Halves(), Invertible1x1Conv(4)).entry == "F17"
+    assert on_images((1, 4, 4), Squeeze(), Invertible1x1Conv(4)).passed
+
+
+def test_draws_beyond_the_data_may_be_far_away() -> None:
+    class Steep(nn.Module):
+        def log_scale(self, kept: Tensor) -> Tensor:
+            return -10 * (kept.abs() - 1).relu()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            log_scale = self.log_scale(x[:, :1])
+            return torch.cat([x[:, :1], x[:, 1:] * log_scale.exp()], 1), log_scale.sum(1)
+
+        def inverse(self, z: Tensor) -> Tensor:
+            return torch.cat([z[:, :1], z[:, 1:] * (-self.log_scale(z[:, :1])).exp()], 1)
+
+    torch.manual_seed(0)
+    x = torch.cat([2 * torch.rand(64, 1) - 1, torch.randn(64, 1)], dim=1)
+    assert found(Steep(), x)["samples"].entry == "F12"
+
+
+def test_a_layer_of_the_unit_interval_is_asked_about_0() -> None:
+    class Log(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.log(), -x.log().sum(1)
+
+        def inverse(self, z: Tensor) -> Tensor:
+            return z.exp()
+
+    assert found(Log(), torch.linspace(0.1, 0.9, 32).view(16, 2))["edges"].entry == "F14"
+
+
+def test_of_one_flow_another_base_is_another_density() -> None:
+    torch.manual_seed(0)
+    flow, x = TwoWays(), torch.randn(32, 4)
+    by_default, logistic = (doctor(flow, x, base=base)[0].measured for base in (None, StandardLogistic()))
+    assert by_default != logistic
