@@ -339,7 +339,8 @@ def _noise(case: Case) -> Iterator[Finding]:
     share = counts.max().item() / noisy.numel()
     if counts.max() > 3 and share > 0.005:
         measured = f"{100 * share:.1f} % of the values that enter are exactly {values[counts.argmax()]:.4g}"
-        yield Finding("noise", False, measured, "a clamp after the noise, or no noise there", "F7")
+        cause = "a clamp after the noise" if noise is not None else "clamped after the noise, or discrete in part"
+        yield Finding("noise", False, measured, cause, "F7")
     else:
         yield Finding("noise", True, "real numbers" if noise is None else f"{noise.title}: fresh for every value")
 
