@@ -495,38 +495,24 @@ def _mirrored(case: Case) -> Iterator[Finding]:
 
 def _scales(case: Case) -> Iterator[Finding]:
     """Couplings far from the data: is the log-scale bounded, and may it grow? Is a shift bounded?"""
-    far = {id(r.layer): r for r in case.woken_run.leaves if r.learned and r.x.is_floating_point()}
-    here = {r.name: r for r in case.run.leaves}
+    here = {record.name: record for record in case.run.leaves}
     checked, one_sided = 0, 0
-    for record in far.values():
-        changed = _changes(record)
-        if changed is None:
+    for record in case.woken_run.leaves:
+        changes = _changes(record) if record.learned and record.x.is_floating_point() else None
+        if changes is None:
             continue
         checked += 1
-        near, wide = (_log_scale_and_shift(record, changed, t) for t in (1e2, 1e4))
-        low, high = (_grows(-near[0].min(), -wide[0].min()), _grows(near[0].max(), wide[0].max()))
-        if high:
+        (near, _), (wide, shift) = (_log_scale_and_shift(record, *changes, far) for far in (1e2, 1e4))
+        if _grows(near.max(), wide.max()):
             cause = "away from the data it grows without limit, and the inverse divides by it: g tanh"
             yield Finding("scales", False, f"{record.title}: log-scale unbounded", cause, "F12")
             return
-        one_sided += low
-        tenfold = copy.deepcopy(record.layer)
-        with torch.no_grad():
-            for parameter in tenfold.parameters():
-                parameter *= 10
-        moved = _log_scale_and_shift(replace(record, layer=tenfold), changed, 1e4)
-        for what, was, now in zip(("log-scale", "shift"), wide, moved, strict=True):
-            limit = was.abs().max()
-            fixed = limit > 1e-3 and abs(now.abs().max() / limit - 1) < 0.01
-            if fixed:
-                used = _log_scale_and_shift(here[record.name], changed, 1.0)[what == "shift"].abs() > 0.95 * limit
-                share = used.float().mean().item()
-                if share > 0.5 or what == "shift":
-                    measured = (
-                        f"{record.title}: {what} within {limit:.3g} whatever is learned, {100 * share:.0f} % there"
-                    )
-                    yield Finding("scales", False, measured, "a tanh without a gain: multiply by a learned one", "F13")
-                    return
+        one_sided += _grows(-near.min(), -wide.min())
+        limit = _limit_for_ever(record, changes, wide, shift, here[record.name])
+        if limit:
+            cause = "a bound that nothing can move: multiply by a learned gain"
+            yield Finding("scales", False, f"{record.title}: {limit}", cause, "F13")
+            return
     note = f"; {one_sided} can shrink without limit" if one_sided else ""
     measured = f"bounded in {checked - one_sided} of {checked} couplings{note}" if checked else "no affine couplings"
     yield Finding("scales", True if checked else None, measured)
@@ -536,26 +522,48 @@ def _grows(near: Tensor, wide: Tensor) -> bool:
     return not wide.isfinite().item() or (wide > 10 * max(near.item(), 1.0)).item()
 
 
-def _changes(record: Record) -> Tensor | None:
-    """What an affine coupling changes, as a mask of one example; None if the layer is none."""
-    if record.x.shape != record.z.shape:
-        return None
-    changed = (record.x != record.z).any(0)
-    if changed.all() or not changed.any():
+def _limit_for_ever(
+    record: Record, changes: tuple[Tensor, Tensor], log_scale: Tensor, shift: Tensor, here: Record
+) -> str:
+    """What is bounded whatever is learned, if it is a shift, or a log-scale that has come there; "" if nothing is."""
+    tenfold = copy.deepcopy(record.layer)
+    with torch.no_grad():
+        for parameter in tenfold.parameters():
+            parameter *= 10
+    moved = _log_scale_and_shift(replace(record, layer=tenfold), *changes, 1e4)
+    now = _log_scale_and_shift(here, *changes, 1.0)
+    for i, (what, far) in enumerate({"log-scale": log_scale, "shift": shift}.items()):
+        limit = far.abs().max()
+        share = 100 * (now[i].abs() > 0.95 * limit).double().mean().item()
+        if limit > 1e-3 and abs(moved[i].abs().max() / limit - 1) < 0.01 and (share > 50 or what == "shift"):
+            return f"{what} within {limit:.3g} whatever is learned, {share:.0f} % there"
+    return ""
+
+
+def _changes(record: Record) -> tuple[Tensor, Tensor] | None:
+    """What an affine coupling changes: masks of an example's numbers before it and, flat, after it. None if it is none.
+
+    What passes may have been moved: it is known by its values.
+    """
+    before, after = (list(map(tuple, side.flatten(1).T.tolist())) for side in (record.x, record.z))
+    passing, known = set(after), set(before)
+    changed = torch.tensor([column not in passing for column in before]).view(record.x.shape[1:])
+    outputs = torch.tensor([column not in known for column in after])
+    if changed.all() or not changed.any() or changed.sum() != outputs.sum():
         return None
     with torch.no_grad():
-        steps = [record.again(record.x + step * changed)[0] for step in (0.0, 1.0, 2.0)]
+        steps = [record.again(record.x + step * changed)[0].flatten(1)[:, outputs] for step in (0.0, 1.0, 2.0)]
     straight = relative_error(steps[2] - steps[1], steps[1] - steps[0]) < EXACT
-    return changed if straight else None
+    return (changed, outputs) if straight else None
 
 
-def _log_scale_and_shift(record: Record, changed: Tensor, far: float) -> tuple[Tensor, Tensor]:
+def _log_scale_and_shift(record: Record, changed: Tensor, outputs: Tensor, far: float) -> tuple[Tensor, Tensor]:
     """Of what a coupling changes, with the numbers that pass so many times as far out, on both sides."""
     scales, shifts = [], []
     with torch.no_grad():
         for x in (far * record.x * ~changed, -far * record.x * ~changed):
-            at_zero, at_one = (record.again(x + step * changed)[0][:, changed] for step in (0.0, 1.0))
-            scales.append((at_one - at_zero).abs().log().nan_to_num(nan=math.inf))
+            at_zero, at_one = (record.again(x + step * changed)[0].flatten(1)[:, outputs] for step in (0.0, 1.0))
+            scales.append((at_one - at_zero).abs().log().nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf))
             shifts.append(at_zero)
     return torch.cat(scales), torch.cat(shifts)
 
@@ -638,39 +646,37 @@ def _networks_at_zero(flow: nn.Module, case: Case) -> bool:
 
 def _mixing(case: Case) -> Iterator[Finding]:
     """Of images: do squeezes keep neighbours together, do channels mix, do couplings see the channels of a position?"""
-    fixed: Counter[tuple[int, ...]] = Counter()
-    mixed, blind, squeezed = set(), {}, False
-    for record in case.woken_run.leaves:
-        shape = tuple(record.x.shape[1:])
-        if len(shape) != 3 or record is case.noise or not record.x.is_floating_point():
-            continue
-        if not record.learned:
-            source = _sources(record)
-            if source is None:
-                continue
-            squeezed |= source.shape[-1] < shape[-1]
-            if source.shape != shape and _torn(source, shape):
-                measured = f"{record.title} puts pixels together that are no neighbours"
-                yield Finding("mixing", False, measured, "a reshape is no squeeze: pixel_unshuffle", "F17")
-                return
-            if source.shape == shape:
-                fixed[shape] += not torch.equal(source.flatten(), torch.arange(source.numel()))
-        elif record.x.shape == record.z.shape and min(shape[1:]) >= 2:
-            across, elsewhere = _effects(record)
-            if across and not elsewhere:
-                mixed.add(shape)
-            elif elsewhere and squeezed:
-                blind[shape] = blind.get(shape, True) and not across
-    for shape, count in fixed.items():
-        if count > 1 and shape[0] > 2 and shape not in mixed:
-            measured = f"{count} fixed permutations of {shape[0]} channels"
-            yield Finding("mixing", False, measured, "learn it: an invertible 1x1 convolution", "F22")
+    images = [r for r in case.woken_run.leaves if r.x.dim() == 4 and r.x.is_floating_point() and r is not case.noise]
+    moved = [(record, source) for record in images if not record.learned and (source := _sources(record)) is not None]
+    squeezes = [(record, source) for record, source in moved if source.shape != record.x.shape[1:]]
+    for record, source in squeezes:
+        if _torn(source, tuple(record.x.shape[1:])):
+            measured = f"{record.title} puts pixels together that are no neighbours"
+            yield Finding("mixing", False, measured, "a reshape is no squeeze: pixel_unshuffle", "F17")
             return
-    if any(blind.get(shape) for shape in mixed):
+    mixed, sees = set(), {}  # by shape: is there a learned matrix; does a coupling see the channels of a position
+    for record in images:
+        shape = tuple(record.x.shape[1:])
+        if record.learned and record.x.shape == record.z.shape and min(shape[1:]) >= 2:
+            across, elsewhere = _effects(record)
+            if elsewhere:
+                sees[shape] = sees.get(shape, False) or across
+            elif across:
+                mixed.add(shape)
+    fixed = Counter(
+        tuple(source.shape)
+        for record, source in moved
+        if source.shape == record.x.shape[1:] and not torch.equal(source.flatten(), torch.arange(source.numel()))
+    )
+    fixed = {shape: n for shape, n in fixed.items() if n > 1 and shape[0] > 2 and shape not in mixed}
+    if fixed:
+        shape, n = next(iter(fixed.items()))
+        measured = f"{n} fixed permutations of {shape[0]} channels"
+        yield Finding("mixing", False, measured, "learn it: an invertible 1x1 convolution", "F22")
+    elif squeezes and not all(sees.get(shape, True) for shape in mixed):
         measured = "no coupling tells one channel of a position from another"
         yield Finding("mixing", False, measured, "checkerboards after a squeeze: split the channels", "F23")
     else:
-        images = case.x.dim() == 4
         yield Finding("mixing", True if images else None, "squeezes and channels in order" if images else "no images")
 
 
