@@ -504,7 +504,7 @@ def _scales(case: Case) -> Iterator[Finding]:
         checked += 1
         (near, _), (wide, shift) = (_log_scale_and_shift(record, *changes, far) for far in (1e2, 1e4))
         if _grows(near.max(), wide.max()):
-            cause = "away from the data it grows without limit, and the inverse divides by it: g tanh"
+            cause = "the inverse divides by it, far from the data: g tanh"
             yield Finding("scales", False, f"{record.title}: log-scale unbounded", cause, "F12")
             return
         one_sided += _grows(-near.min(), -wide.min())
