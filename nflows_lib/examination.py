@@ -89,6 +89,7 @@ class Case:
         self.x = as_float64(batch[:EXAMPLES])
         self.context = None if context is None else as_float64(context[:EXAMPLES])
         self.dims = self.x[0].numel()
+        # What hangs on a graph before a forward pass, and is not replaced by one, was computed outside of it (F4).
         graphs = [name for name, value in kept(flow) if not value.is_leaf]
         before = {name: id(value) for name, value in kept(self.flow)}
         self.run = self.through(self.flow)
@@ -113,7 +114,6 @@ class Case:
         x = self.x if x is None else x
         context = self.context if context is None else context
         chain, records = chain_of(flow), []
-
         inputs: dict[str, Tensor] = {}
 
         def keep(name: str, layer: nn.Module, args: tuple) -> None:
