@@ -5,8 +5,20 @@ one list of :mod:`bijections <nflows_lib.bijection>`, is trained in :mod:`~nflow
 :mod:`~nflows_lib.plotting`.
 """
 
-from nflows_lib.clinic import doctor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nflows_lib.clinic import doctor
 
 __all__ = ["doctor"]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """``nflows_lib.doctor``, imported when it is asked for: what needs no torch should not wait for it."""
+    if name == "doctor":
+        from nflows_lib.clinic import doctor
+
+        return doctor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

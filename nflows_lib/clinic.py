@@ -22,6 +22,7 @@ from nflows_lib.examination import (
     Case,
     Record,
     chain_of,
+    computing_by_default_in,
     copied,
     detached,
     given,
@@ -435,7 +436,7 @@ def _changed(case: Case) -> Iterator[Finding]:
 
     depends = torch.zeros(case.run.z[0].numel(), case.dims, dtype=torch.bool)
     for i in (0, 1):
-        x, context = case.x[i : i + 1], None if case.context is None else case.context[i : i + 1]
+        x, context = case.rows(slice(i, i + 1))
         if case.noise is None:
             x = enter(x.to(torch.float64))
         run = case.through(woken, x, context, grad=True, after_noise=enter)
@@ -480,8 +481,7 @@ def _mirrored(case: Case) -> Iterator[Finding]:
         return
     for rows in (slice(0, 4), slice(4, 8)):
         flow = case.woken()
-        context = None if case.context is None else case.context[rows]
-        case.through(flow, case.x[rows], context, grad=True).log_p.mean().backward()
+        case.through(flow, *case.rows(rows), grad=True).log_p.mean().backward()
         seen.append({n: p.grad.flatten() for n, p in flow.named_parameters() if p.grad is not None and p.grad.any()})
     names = sorted(seen[0].keys() & seen[1].keys())
     for i, a in enumerate(names):
@@ -738,7 +738,7 @@ def _flag_saved(case: Case) -> Iterator[Finding]:
 def _neighbours(case: Case) -> Iterator[Finding]:
     """In the mode that the flow is in: the likelihood of four examples in the company of others."""
     flow = detached(case.given).to("cpu", torch.float64)
-    context = None if case.context is None else torch.cat([case.context[:4], case.context[4:8]])
+    _, context = case.rows(slice(0, 8))
     others = [case.x[4:8], case.x[-4:], case.x[:4]]
     states, runs = copy.deepcopy(flow.state_dict()), []
     for company in others:
@@ -804,17 +804,12 @@ def _back_to_noise(case: Case, flow: nn.Module, z: Tensor) -> Tensor:
 
 
 def _single_precision(case: Case) -> Iterator[Finding]:
-    """The round trip of the whole in the flow's own precision."""
-    flow = copied(case.flow).to(next((p.dtype for p in case.given.parameters()), torch.float32))
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        single = copy.copy(case)
-        single.x = case.x.float() if case.x.is_floating_point() else case.x
-        single.context = None if case.context is None else case.context.float()
-        off = _whole_round_trip(single, flow.float())
-    finally:
-        torch.set_default_dtype(before)
+    """The round trip of the whole in float32."""
+    single = copy.copy(case)
+    single.x = case.x.float() if case.x.is_floating_point() else case.x
+    single.context = None if case.context is None else case.context.float()
+    with computing_by_default_in(torch.float32):
+        off = _whole_round_trip(single, copied(case.flow).float())
     if not off < 0.01:
         measured = f"float32: data to latent and back is off by {off:.2g}"
         yield Finding("precision", False, measured, "scales too small or too large in a row", "P11")
@@ -843,9 +838,8 @@ def _samples(case: Case) -> Iterator[Finding]:
         return
     measured = f"{n} draws, the largest {most:.2g} times the data's"
     top = case.levels * case.spacing if case.noise is not None and case.spacing is not None else None
-    if (
-        top and case.sound and case.run.log_p.mean() > -case.dims * math.log(top)
-    ):  # trained: better than knowing nothing
+    learned = top is not None and case.run.log_p.mean() > -case.dims * math.log(top)  # more than knowing nothing
+    if learned and case.sound:
         outside = ((drawn < -0.1 * top) | (drawn > 1.1 * top)).float().mean().item()
         at_edges = ((case.x < case.spacing / 2) | (case.x > top - 1.5 * case.spacing)).float().mean().item()
         measured += f", {100 * outside:.1f} % well outside the levels"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -150,6 +150,10 @@ class Case:
                 hook.remove()
         return Run(z, log_det, log_p, records)
 
+    def rows(self, which: slice) -> tuple[Tensor, Tensor | None]:
+        """Some examples of the batch, and their contexts."""
+        return self.x[which], None if self.context is None else self.context[which]
+
     def base_of(self, flow: nn.Module) -> Base:
         own = getattr(flow, "base", None)
         return self.base or (own if hasattr(own, "log_prob") else StandardNormal())
@@ -233,13 +237,18 @@ def as_float64(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def in_float64() -> Iterator[None]:
+def computing_by_default_in(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors, noise for example, are of this type inside."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def in_float64() -> AbstractContextManager[None]:
+    return computing_by_default_in(torch.float64)
 
 
 def given(x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:

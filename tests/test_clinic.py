@@ -12,6 +12,8 @@ import functools
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import nflows_lib
 from nflows_lib import ablations, clinic, data, doctor
 from nflows_lib.bijection import Chain
 from nflows_lib.clinic import Finding
@@ -1130,3 +1133,11 @@ def test_of_one_flow_another_base_is_another_density() -> None:
     flow, x = TwoWays(), torch.randn(32, 4)
     by_default, logistic = (doctor(flow, x, base=base)[0].measured for base in (None, StandardLogistic()))
     assert by_default != logistic
+
+
+def test_the_package_alone_does_not_wait_for_torch() -> None:
+    code = "import sys, nflows_lib.settings; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert nflows_lib.doctor is doctor is clinic.doctor
+    with pytest.raises(AttributeError, match="no attribute 'surgeon'"):
+        _ = nflows_lib.surgeon
