@@ -71,11 +71,11 @@ lab: $(READY)  ## JupyterLab in the course's environment
 
 # The markers in the file cover every Python and system that pyproject.toml allows. The benchmark's own file names the
 # other libraries alone: all that they import is in the first one.
-lock:  ## resolve both requirements.lock anew (needs uv)
-	uv pip compile pyproject.toml --extra data --extra book --extra dev --universal --python-version 3.11 \
+lock: $(READY)  ## resolve both requirements.lock anew
+	$(BIN)/uv pip compile pyproject.toml --extra data --extra book --extra dev --universal --python-version 3.11 \
 	    --generate-hashes --no-header --no-annotate --upgrade --quiet --output-file requirements.lock
 	awk -F '"' '/^bench = / { for (i = 2; i < NF; i += 2) print $$i }' pyproject.toml | \
-	    uv pip compile - --no-deps --universal --python-version 3.11 \
+	    $(BIN)/uv pip compile - --no-deps --universal --python-version 3.11 \
 	    --generate-hashes --no-header --no-annotate --upgrade --quiet --output-file benchmarks/requirements.lock
 
 clean:  ## remove what was built, keep .venv

@@ -65,7 +65,14 @@ def nice(
     return Flow(layers, base or StandardLogistic(), (dims,))
 
 
-def realnvp_points(dims: int, *, couplings: int = 6, hidden: int = 64, depth: int = 2) -> Flow:
+def realnvp_points(
+    dims: int,
+    *,
+    couplings: int = 6,
+    hidden: int = 64,
+    depth: int = 2,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+) -> Flow:
     """RealNVP (Dinh et al. 2016) on points: affine couplings with alternating halves, normal prior.
 
     Args:
@@ -73,10 +80,12 @@ def realnvp_points(dims: int, *, couplings: int = 6, hidden: int = 64, depth: in
         couplings: number of affine couplings, at least two.
         hidden: width of the networks' hidden layers.
         depth: number of hidden layers in each network.
+        activation: builds the networks' nonlinearity.
     """
     _check_couplings(couplings)
     layers = [
-        AffineCoupling(alternating_mask(dims, i % 2), MLP(dims, 2 * dims, hidden, depth)) for i in range(couplings)
+        AffineCoupling(alternating_mask(dims, i % 2), MLP(dims, 2 * dims, hidden, depth, activation))
+        for i in range(couplings)
     ]
     return Flow(layers, StandardNormal(), (dims,))
 

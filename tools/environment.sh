@@ -49,13 +49,18 @@ if [[ ! -e .venv ]]; then
     fi
 fi
 
-if has_uv; then
-    install=(uv pip install --quiet --python .venv/bin/python)
-else
-    install=(.venv/bin/python -m pip install --quiet)
+# uv installs in a minute what takes pip several. Where it is missing, pip fetches the one in the lock; pip alone also does.
+uv=uv
+if ! has_uv; then
+    sed -n '/^uv==/,/[^\\]$/p' requirements.lock >.venv/uv.txt
+    .venv/bin/python -m pip install --quiet --only-binary :all: --require-hashes -r .venv/uv.txt || true
+    uv=.venv/bin/uv
 fi
+install() {
+    "$uv" pip install --quiet --python .venv/bin/python "$@" || .venv/bin/python -m pip install --quiet "$@"
+}
 
 # The lock is complete, so nothing is resolved here: --no-deps. The package builds with the lock's setuptools.
-"${install[@]}" --no-deps --require-hashes -r requirements.lock
-"${install[@]}" --no-deps --no-build-isolation --editable .
+install --no-deps --require-hashes -r requirements.lock
+install --no-deps --no-build-isolation --editable .
 touch .venv/.ready

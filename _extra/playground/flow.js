@@ -1,0 +1,138 @@
+// The playground's mathematics: a flow of vectors, read from what nflows_lib.export.to_json wrote, both ways and layer
+// by layer. It needs no page: tests/test_playground.py runs it in Node and compares it with PyTorch.
+"use strict";
+{
+  // The one name that this file adds to the page.
+  globalThis.PlaygroundFlow = class {
+    static decodeHalves = decodeHalves;
+
+    constructor({ dims, base, layers }) {
+      this.dims = dims;
+      this.layers = layers.map(readLayer);
+      this.logBase = one(BASES, base);
+    }
+
+    // From position k on, where the vector h is, to both ends. states[i] is the vector after i layers, so states[0] is
+    // data and the last one latent; logDets[i] is what layer i adds to log p.
+    path(h, k = 0) {
+      const states = Array(this.layers.length + 1);
+      const logDets = Array(this.layers.length);
+      states[k] = h;
+      for (let i = k; i < this.layers.length; i++) [states[i + 1], logDets[i]] = this.layers[i].forward(states[i]);
+      for (let i = k - 1; i >= 0; i--) [states[i], logDets[i]] = this.layers[i].inverse(states[i + 1]);
+      const logDet = logDets.reduce((sum, value) => sum + value, 0);
+      const logBase = this.logBase(states.at(-1));
+      return { states, logDets, logDet, logBase, logProb: logBase + logDet };
+    }
+
+    // log p of the vector h after k layers: what is left of the way gives its density.
+    logProb(h, k = 0) {
+      let logDet = 0;
+      for (const layer of this.layers.slice(k)) {
+        let contribution;
+        [h, contribution] = layer.forward(h);
+        logDet += contribution;
+      }
+      return this.logBase(h) + logDet;
+    }
+  };
+
+  const BASES = {
+    normal: (z) => z.reduce((sum, v) => sum - 0.5 * (v * v + Math.log(2 * Math.PI)), 0),
+    logistic: (z) => z.reduce((sum, v) => sum - Math.abs(v) - 2 * Math.log1p(Math.exp(-Math.abs(v))), 0),
+  };
+
+  const ACTIVATIONS = {
+    relu: (v) => Math.max(v, 0),
+    silu: (v) => v / (1 + Math.exp(-v)),
+    tanh: Math.tanh,
+  };
+
+  const KINDS = { scaling: readScaling, additive: readCoupling, affine: readCoupling };
+
+  function readLayer(layer) {
+    return one(KINDS, layer.kind)(layer);
+  }
+
+  // Every layer: forward(x) gives [z, log-det]; inverse(z) gives [x, the same log-det, that of forward].
+  function readScaling({ log_scale: logScale }) {
+    const logDet = logScale.reduce((sum, s) => sum + s, 0);
+    return {
+      kind: "scaling",
+      forward: (x) => [x.map((v, i) => v * Math.exp(logScale[i])), logDet],
+      inverse: (z) => [z.map((v, i) => v * Math.exp(-logScale[i])), logDet],
+    };
+  }
+
+  function readCoupling({ kind, passes, gain, widths, activation, weights }) {
+    const kept = passes.flatMap((p, i) => (p ? [i] : []));
+    const changed = passes.flatMap((p, i) => (p ? [] : [i]));
+    const affine = kind === "affine";
+    const network = readNetwork(kept.length, widths, changed.length * (affine ? 2 : 1), activation, weights);
+    // The failure "no tanh" is a coupling whose gain was left out: its log-scale is what the network says.
+    const tame = gain === undefined ? (raw) => raw : (raw) => gain * Math.tanh(raw);
+    const parts = (h) => {
+      const output = network(kept.map((i) => h[i]));
+      const shift = affine ? output.slice(changed.length) : output;
+      return { logScale: changed.map((_, j) => (affine ? tame(output[j]) : 0)), shift };
+    };
+    const sum = (values) => values.reduce((total, v) => total + v, 0);
+    return {
+      kind,
+      changed,
+      forward(x) {
+        const { logScale, shift } = parts(x);
+        const z = [...x];
+        changed.forEach((i, j) => (z[i] = x[i] * Math.exp(logScale[j]) + shift[j]));
+        return [z, sum(logScale)];
+      },
+      inverse(z) {
+        const { logScale, shift } = parts(z);
+        const x = [...z];
+        changed.forEach((i, j) => (x[i] = (z[i] - shift[j]) * Math.exp(-logScale[j])));
+        return [x, sum(logScale)];
+      },
+    };
+  }
+
+  function readNetwork(inputs, widths, outputs, activation, weights) {
+    const bend = one(ACTIVATIONS, activation);
+    const values = decodeHalves(weights);
+    let start = 0;
+    const take = (n) => values.subarray(start, (start += n));
+    const layers = [...widths, outputs].map((width, i) => {
+      const columns = i ? widths[i - 1] : inputs;
+      return { columns, matrix: take(width * columns), bias: take(width) };
+    });
+    if (start !== values.length) throw new Error(`weights: expected ${start} numbers, got ${values.length}`);
+    return (h) => {
+      layers.forEach(({ columns, matrix, bias }, i) => {
+        const next = Array(bias.length);
+        for (let row = 0; row < bias.length; row++) {
+          let total = bias[row];
+          for (let column = 0; column < columns; column++) total += matrix[row * columns + column] * h[column];
+          next[row] = i < layers.length - 1 ? bend(total) : total;
+        }
+        h = next;
+      });
+      return h;
+    };
+  }
+
+  // Base64 of little-endian float16 numbers: 1 bit sign, 5 bits exponent, 10 bits fraction.
+  function decodeHalves(text) {
+    const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+    return Float64Array.from({ length: bytes.length / 2 }, (_, i) => {
+      const bits = bytes[2 * i] | (bytes[2 * i + 1] << 8);
+      const sign = bits & 0x8000 ? -1 : 1;
+      const exponent = (bits >> 10) & 0x1f;
+      const fraction = (bits & 0x3ff) / 1024;
+      return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction) : 2 ** -14 * fraction);
+    });
+  }
+
+  function one(table, name) {
+    if (!Object.hasOwn(table, name)) throw new Error(`expected one of ${Object.keys(table).join(", ")}, got ${name}`);
+    return table[name];
+  }
+}

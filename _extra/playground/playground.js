@@ -1,0 +1,683 @@
+// <flow-playground>: two panes, data and latent, and the layers between them, for a hand to play with. The flows are in
+// flows.js (written by tools/playground.py), their mathematics in flow.js. What the element holds in the page (a
+// picture and its text) is what a reader without scripts sees. No library, no network, no build step.
+"use strict";
+{
+  const SETS = globalThis.playgroundSets;
+  const MODELS = { nice: "NICE", realnvp: "RealNVP" };
+  const FAILURES = { nothing: "nothing", scaling: "scaling", alternation: "alternation", tanh: "tanh" };
+  const GRID = { reach: 3, lines: 13, steps: 120 }; // from -reach to reach, so many lines each way, so many pieces a line
+  const HEAT = 72; // pixels across a picture of the density
+  const EXTENT = 3.4; // half the width of a pane, in units of the data; wider where a layer spreads the points
+  const WIDEST = 12;
+  const STEP = 0.1; // of an arrow key
+  const TWEEN = 350; // milliseconds from one layer to the next
+
+  const STORIES = {
+    nice: {
+      nothing:
+        "Each coupling shears the plane: it slides points along one axis, by an amount that depends on the other. " +
+        "Shears keep areas. Only the last layer, the scaling, changes them, by the same factor everywhere.",
+      scaling:
+        "Without the scaling layer nothing can change an area: the log-det is 0 wherever you drag the point. " +
+        "The data fill too little of the plane to become a whole Gaussian.",
+      alternation:
+        "Every coupling has the same mask. x₁ decides, x₂ moves, in all of them: the path only goes up and down, " +
+        "and the Gaussian's first coordinate is x₁ itself, scaled.",
+    },
+    realnvp: {
+      nothing:
+        "Each coupling slides and stretches along one axis, both by amounts that depend on the other. Areas change from place to " +
+        "place, so the log-det does: look at it in the middle of the data and beside them.",
+      alternation:
+        "Every coupling has the same mask. x₂ is squeezed and slid as x₁ says, as often as you like; x₁ comes out as it " +
+        "went in, whatever its distribution.",
+      tanh:
+        "The log-scale is what the network says, without g tanh(·) around it. Near the data all seems well. Drag the point away " +
+        "from them: one layer's exponential feeds the next, and soon z and log p are no numbers any more.",
+    },
+  };
+
+  const STYLE = `
+    :host { --text: var(--pst-color-text-base, #222832); --muted: var(--pst-color-text-muted, #48566b);
+      --ground: var(--pst-color-background, #fff); --surface: var(--pst-color-surface, #f3f4f5);
+      --border: var(--pst-color-border, #c9c9c9); --accent: var(--pst-color-primary, #0a7d91);
+      --bad: var(--pst-color-danger, #b4233a); --ring: var(--pst-color-link, #0a7d91);
+      color: var(--text); container-type: inline-size; display: block; font-size: 1rem; line-height: 1.4;
+      margin-block: 1.5rem; }
+    * { box-sizing: border-box; }
+    fieldset { border: 0; display: flex; flex-wrap: wrap; gap: .25rem; margin: 0; min-width: 0; padding: 0; }
+    legend { float: left; font-weight: 600; padding: 0; }
+    .choices { display: grid; gap: .5rem .75rem; grid-template-columns: max-content 1fr; margin-bottom: .75rem; }
+    .choices fieldset { display: contents; }
+    .choices legend { align-self: center; }
+    .options { display: flex; flex-wrap: wrap; gap: .25rem; }
+    label.pill { cursor: pointer; position: relative; }
+    label.pill input { cursor: pointer; height: 100%; inset: 0; margin: 0; opacity: 0; position: absolute; width: 100%; }
+    label.pill span, button.plain { background: var(--surface); border: 1px solid var(--border); border-radius: 1.25rem;
+      color: var(--text); display: inline-block; font: inherit; min-height: 2.5rem; padding: .4rem .8rem; }
+    label.pill input:checked + span { background: var(--accent); border-color: var(--accent); color: var(--ground); }
+    label.pill.broken input:checked + span { background: var(--bad); border-color: var(--bad); }
+    label.pill input:focus-visible + span, button:focus-visible, input:focus-visible {
+      outline: 3px solid var(--ring); outline-offset: 2px; }
+    button.plain { cursor: pointer; }
+    button.plain[aria-pressed="true"] { background: var(--accent); border-color: var(--accent); color: var(--ground); }
+    .panes { display: grid; gap: .75rem 1rem; grid-template-columns: 1fr; }
+    @container (min-width: 34rem) { .panes { grid-template-columns: 1fr 1fr; } }
+    .title { font-weight: 600; margin: 0 0 .25rem; }
+    .pane { aspect-ratio: 1; background: var(--ground); border: 1px solid var(--border); border-radius: .4rem;
+      overflow: hidden; position: relative; }
+    canvas { cursor: crosshair; display: block; height: 100%; touch-action: pan-y; width: 100%; }
+    .drawing canvas { cursor: cell; touch-action: none; }
+    .handle { background: transparent; border: 0; border-radius: 50%; cursor: grab; height: 44px; left: 0; margin: -22px;
+      padding: 0; position: absolute; top: 0; touch-action: none; width: 44px; }
+    .handle::before { background: var(--bad); border: 3px solid var(--ground); border-radius: 50%;
+      box-shadow: 0 0 0 1.5px var(--text); content: ""; height: 18px; inset: 0; margin: auto; position: absolute; width: 18px; }
+    .handle.outside::before { border-radius: 0; transform: rotate(45deg); }
+    .handle:focus-visible { outline-offset: -8px; }
+    .way { align-items: center; display: flex; gap: .5rem; margin: .75rem 0 .25rem; }
+    .way input { accent-color: var(--accent); flex: 1; min-height: 2.25rem; min-width: 6rem; }
+    .now { margin: 0 0 .5rem; min-height: 2.8em; }
+    .bars { align-items: stretch; border-bottom: 1px solid var(--border); border-top: 1px solid var(--border); display: flex; gap: 2px; height: 5.5rem;
+      margin: .25rem 0; padding: 0; }
+    .bars span { border-radius: .2rem; flex: 1; position: relative; }
+    .bars span.here { background: var(--surface); }
+    .bars i { background: var(--accent); left: 15%; position: absolute; right: 15%; }
+    .bars i.down { background: var(--bad); }
+    .bars span::after { background: var(--border); content: ""; height: 1px; left: 0; position: absolute; right: 0; top: 50%; }
+    .numbers { align-items: start; display: grid; gap: .5rem 1.5rem; grid-template-columns: 1fr; }
+    @container (min-width: 34rem) { .numbers { grid-template-columns: 1fr 1fr; } }
+    .point { align-items: center; display: flex; flex-wrap: wrap; gap: .35rem; margin-bottom: .35rem; }
+    .point b { min-width: 4.5rem; }
+    .point input { background: var(--ground); border: 1px solid var(--muted); border-radius: .3rem; color: var(--text); font: inherit;
+      min-height: 2.25rem; padding: .1rem .4rem; width: 6.5rem; }
+    .sum { font-variant-numeric: tabular-nums; margin: .25rem 0; white-space: pre-line; }
+    .story { border-left: 4px solid var(--accent); margin: .75rem 0; padding: .1rem 0 .1rem .75rem; }
+    .story.broken { border-color: var(--bad); }
+    .tools { display: flex; flex-wrap: wrap; gap: .35rem; margin-top: .5rem; }
+    .hidden { clip-path: inset(50%); height: 1px; overflow: hidden; position: absolute; white-space: nowrap; width: 1px; }
+    @media print { .tools, .way button { display: none; } }
+  `;
+
+  class FlowPlayground extends HTMLElement {
+    connectedCallback() {
+      if (this.shadowRoot) return;
+      this.attachShadow({ mode: "open" });
+      this.state = {
+        data: "moons", model: "realnvp", without: "nothing", layer: 0, x: null,
+        points: true, grid: true, density: true, gridOn: "data", pen: false,
+      };
+      this.strokes = []; // what the reader drew, as points of the data
+      this.drawn = null; // samples in the place of the data
+      this.opened = null; // a flow of the reader's own, in the place of ours: its name and its JSON
+      this.shown = 0; // the layer that is on the screen: on its way to state.layer
+      this.readAddress();
+      this.build();
+      this.choose();
+      new ResizeObserver(() => this.draw()).observe(this.panes.data.canvas);
+      new MutationObserver(() => this.draw()).observe(document.documentElement, { attributeFilter: ["data-theme"] });
+      addEventListener("hashchange", () => {
+        if (!this.readAddress()) return;
+        this.opened = this.drawn = null;
+        this.choose();
+        this.scrollIntoView();
+      });
+    }
+
+    // --- what is chosen ---------------------------------------------------------------------------------------------
+
+    // From an address such as #data=moons&model=nice&without=scaling&layer=3, which a chapter or a friend may link to.
+    readAddress() {
+      const wanted = new URLSearchParams(location.hash.slice(1));
+      const { state } = this;
+      if (wanted.has("data") && wanted.get("data") in SETS) this.takeData(wanted.get("data"));
+      if (wanted.has("model") && wanted.get("model") in MODELS) state.model = wanted.get("model");
+      if (wanted.has("without")) state.without = wanted.get("without");
+      if (wanted.has("layer")) state.layer = Math.max(0, Math.round(Number(wanted.get("layer")) || 0));
+      if (["data", "latent"].includes(wanted.get("grid"))) state.gridOn = wanted.get("grid");
+      return wanted.has("data") || wanted.has("model") || wanted.has("without");
+    }
+
+    // Another set of points: the point that is shown begins as one of them.
+    takeData(name) {
+      if (name !== this.state.data) this.state.x = null;
+      this.state.data = name;
+    }
+
+    writeAddress() {
+      const { data, model, without, layer, gridOn: grid } = this.state;
+      history.replaceState(null, "", `#${new URLSearchParams({ data, model, without, layer, grid })}`);
+    }
+
+    // Read the flow that is chosen, and let everything that depends on it follow.
+    choose() {
+      const { state } = this;
+      const set = SETS[state.data];
+      const flows = set.flows[state.model];
+      if (!Object.hasOwn(flows, state.without)) state.without = "nothing";
+      this.flow = new PlaygroundFlow(this.opened?.json ?? flows[state.without]);
+      this.last = this.flow.layers.length;
+      state.layer = Math.min(state.layer, this.last);
+      this.shown = state.layer;
+      this.slider.max = this.last;
+      const numbers = PlaygroundFlow.decodeHalves(set.points);
+      this.setPoints = Array.from({ length: numbers.length / 2 }, (_, i) => [numbers[2 * i], numbers[2 * i + 1]]);
+      state.x ??= this.setPoints[0];
+      if (this.drawn || this.opened) this.drawn = this.samples();
+      this.follow();
+      this.layGrid();
+      this.heats = [];
+      for (const [name, radios] of Object.entries(this.radios)) {
+        for (const [value, radio] of Object.entries(radios)) {
+          radio.checked = state[name] === value && !this.opened;
+          if (name === "without") radio.parentElement.hidden = !Object.hasOwn(flows, value);
+        }
+      }
+      for (const show of this.toggles) show();
+      const broken = state.without !== "nothing" && !this.opened;
+      const average = (flow) => number(flow.log_prob);
+      const slower = flows[state.without].lr < flows.nothing.lr;
+      this.story.className = broken ? "story broken" : "story";
+      this.story.textContent = this.opened
+        ? `${this.opened.name}: ${this.last} layers. The points are samples from it.`
+        : `${STORIES[state.model][state.without]} On new points its log p is ${average(flows[state.without])} nats on average` +
+          (broken ? `; with nothing left out, ${average(flows.nothing)}.` : ".") +
+          (slower ? ` At the others' learning rate, ${flows.nothing.lr}, its training did not stay finite; it took ${flows[state.without].lr}.` : "");
+      this.moveTo(this.flow.path(state.x));
+    }
+
+    // A flow from a file that nflows_lib.export wrote. What cannot be read leaves everything as it was.
+    async open(file) {
+      try {
+        const json = JSON.parse(await file.text());
+        if (new PlaygroundFlow(json).dims !== 2) throw new Error(`expected points in the plane, got ${json.dims} dimensions`);
+        this.opened = { name: file.name, json };
+        this.choose();
+      } catch (error) {
+        this.story.className = "story broken";
+        this.story.textContent = `${file.name} holds no flow that can be shown: ${error.message}.`;
+      }
+    }
+
+    // Where the points, and what the reader drew, are after every layer.
+    follow() {
+      this.points = (this.drawn ?? this.setPoints).map((x) => this.flow.path(x).states);
+      this.lines = this.strokes.map((stroke) => stroke.map((x) => this.flow.path(x).states));
+      this.extents = Array.from({ length: this.last + 1 }, (_, k) => {
+        const sizes = this.points.map((states) => Math.max(...states[k].map(Math.abs))).filter(Number.isFinite);
+        sizes.sort((a, b) => a - b);
+        return Math.min(Math.max(EXTENT, 1.1 * sizes[Math.floor(0.99 * sizes.length)]), WIDEST);
+      });
+    }
+
+    // The grid, straight in the data or in the latent, and where each of its points is after every layer.
+    layGrid() {
+      const k = this.state.gridOn === "data" ? 0 : this.last;
+      const at = (i, n) => GRID.reach * ((2 * i) / n - 1);
+      this.grid = [];
+      for (const across of [0, 1]) {
+        for (let line = 0; line < GRID.lines; line++) {
+          this.grid.push(
+            Array.from({ length: GRID.steps + 1 }, (_, step) => {
+              const h = [at(line, GRID.lines - 1), at(step, GRID.steps)];
+              return this.flow.path(across ? h : h.reverse(), k).states;
+            }),
+          );
+        }
+      }
+    }
+
+    samples() {
+      return this.setPoints.map(() => this.flow.path([normal(), normal()], this.last).states[0]).filter((x) => x.every(Number.isFinite));
+    }
+
+    // --- the point ---------------------------------------------------------------------------------------------------
+
+    moveTo(path) {
+      this.path = path;
+      if (path.states[0].every(Number.isFinite)) this.state.x = path.states[0];
+      this.report();
+      this.draw();
+    }
+
+    // The point is at h in one of the panes: in the data's, or in the other one, after so many layers.
+    place(pane, h) {
+      this.moveTo(this.flow.path(h, pane === "data" ? 0 : this.state.layer));
+    }
+
+    // --- the page ----------------------------------------------------------------------------------------------------
+
+    build() {
+      this.radios = {};
+      this.toggles = [];
+      const root = this.shadowRoot;
+      root.append(element("style", {}, STYLE));
+      const titles = Object.fromEntries(Object.entries(SETS).map(([name, set]) => [name, set.title]));
+      root.append(
+        element("div", { class: "choices" },
+          this.radioGroup("Data", "data", titles),
+          this.radioGroup("Model", "model", MODELS),
+          this.radioGroup("Left out", "without", FAILURES)),
+        (this.story = element("p", { class: "story" })),
+        element("div", { class: "panes" }, this.pane("data"), this.pane("latent")),
+        this.way(),
+        (this.now = element("p", { class: "now" })),
+        element("div", { class: "numbers" },
+          element("div", {}, this.pointInputs("data", "x"), this.pointInputs("latent", "z"), (this.sum = element("p", { class: "sum" }))),
+          element("div", {},
+            element("p", { class: "sum" }, "What each layer adds to log p, in nats:"),
+            (this.bars = element("div", { class: "bars", "aria-hidden": "true" })))),
+        this.tools(),
+        (this.spoken = element("p", { class: "hidden", role: "status" })),
+      );
+    }
+
+    radioGroup(title, name, options) {
+      this.radios[name] = {};
+      const labels = Object.entries(options).map(([value, text]) => {
+        const radio = element("input", { type: "radio", name, value });
+        radio.addEventListener("change", () => {
+          if (name === "data") this.takeData(value);
+          else this.state[name] = value;
+          if (this.opened) this.opened = this.drawn = null;
+          this.choose();
+          this.writeAddress();
+        });
+        this.radios[name][value] = radio;
+        const broken = name === "without" && value !== "nothing";
+        return element("label", { class: broken ? "pill broken" : "pill" }, radio, element("span", {}, text));
+      });
+      return element("fieldset", {}, element("legend", {}, title), element("div", { class: "options" }, ...labels));
+    }
+
+    pane(name) {
+      const canvas = element("canvas", { role: "img" });
+      const handle = element("button", { type: "button", class: "handle" });
+      const title = element("p", { class: "title" });
+      const frame = element("div", { class: "pane" }, canvas, handle);
+      this.panes = { ...this.panes, [name]: { canvas, handle, title, frame } };
+      let stroke = null;
+
+      const where = (event) => {
+        const box = canvas.getBoundingClientRect();
+        const extent = this.extent(name);
+        return [
+          extent * ((2 * (event.clientX - box.left)) / box.width - 1),
+          extent * (1 - (2 * (event.clientY - box.top)) / box.height),
+        ];
+      };
+      const move = (event) => {
+        if (!this.state.pen) return this.place(name, where(event));
+        stroke.push(this.flow.path(where(event), name === "data" ? 0 : this.state.layer).states[0]);
+        this.follow();
+        this.draw();
+      };
+      // A finger on the canvas may want to scroll: it moves the point by a tap, or drags the handle.
+      const start = (event) => {
+        const scrolls = event.pointerType === "touch" && event.target === canvas && !this.state.pen;
+        if (scrolls || event.button !== 0) return;
+        event.preventDefault();
+        this.settle();
+        if (this.state.pen) this.strokes.push((stroke = []));
+        else handle.focus({ preventScroll: true, focusVisible: false });
+        frame.setPointerCapture(event.pointerId);
+        move(event);
+      };
+      frame.addEventListener("pointerdown", start);
+      frame.addEventListener("pointermove", (event) => frame.hasPointerCapture(event.pointerId) && move(event));
+      canvas.addEventListener("click", (event) => event.pointerType === "touch" && !this.state.pen && this.place(name, where(event)));
+      handle.addEventListener("keydown", (event) => {
+        const [across, up] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key] ?? [0, 0];
+        if (!across && !up) return;
+        event.preventDefault();
+        const step = event.shiftKey ? STEP / 10 : STEP;
+        const [h1, h2] = this.path.states[name === "data" ? 0 : this.state.layer];
+        this.place(name, [h1 + step * across, h2 + step * up]);
+      });
+      return element("div", {}, title, frame);
+    }
+
+    way() {
+      const step = (change) => () => this.goTo(this.state.layer + change);
+      this.slider = element("input", { type: "range", min: 0, value: 0, step: 1, "aria-label": "layers passed" });
+      this.slider.addEventListener("input", () => this.goTo(Number(this.slider.value)));
+      this.player = element("button", { type: "button", class: "plain" }, "Play");
+      this.player.addEventListener("click", () => this.play());
+      return element("div", { class: "way" },
+        this.player,
+        button("◀", step(-1), { "aria-label": "one layer back" }),
+        this.slider,
+        button("▶", step(1), { "aria-label": "one layer on" }));
+    }
+
+    pointInputs(pane, letter) {
+      const inputs = [0, 1].map((i) => {
+        const input = element("input", { type: "number", step: STEP, "aria-label": `${letter}${"₁₂"[i]}` });
+        input.addEventListener("input", () => {
+          const h = inputs.map((one) => one.valueAsNumber);
+          if (h.every(Number.isFinite)) this.moveTo(this.flow.path(h, pane === "data" ? 0 : this.last));
+        });
+        return input;
+      });
+      this.panes[pane].inputs = inputs;
+      return element("div", { class: "point" }, element("b", {}, pane === "data" ? "data x" : "latent z"), ...inputs);
+    }
+
+    tools() {
+      const toggle = (text, read, write) => {
+        const one = button(text, () => {
+          write(!read());
+          show();
+          this.draw();
+        });
+        const show = () => one.setAttribute("aria-pressed", read());
+        this.toggles.push(show);
+        return one;
+      };
+      const { state } = this;
+      return element("div", { class: "tools" },
+        toggle("points", () => state.points, (on) => (state.points = on)),
+        toggle("grid", () => state.grid, (on) => (state.grid = on)),
+        toggle("density", () => state.density, (on) => (state.density = on)),
+        toggle("grid straight in the latent", () => state.gridOn === "latent", (on) => {
+          state.gridOn = on ? "latent" : "data";
+          this.layGrid();
+        }),
+        toggle("samples instead of data", () => this.drawn !== null, (on) => {
+          this.drawn = on ? this.samples() : null;
+          this.follow();
+        }),
+        toggle("pen", () => state.pen, (on) => {
+          state.pen = on;
+          for (const { frame } of Object.values(this.panes)) frame.classList.toggle("drawing", on);
+        }),
+        button("wipe", () => {
+          this.strokes = [];
+          this.follow();
+          this.draw();
+        }),
+        this.opener());
+    }
+
+    opener() {
+      const input = element("input", { type: "file", accept: ".json,application/json", "aria-label": "open a flow" });
+      input.addEventListener("change", () => {
+        if (input.files.length) this.open(input.files[0]);
+        input.value = ""; // so that the same file can be opened again
+      });
+      return element("label", { class: "pill" }, input, element("span", { "aria-hidden": "true" }, "open a flow…"));
+    }
+
+    // --- from layer to layer -----------------------------------------------------------------------------------------
+
+    goTo(layer) {
+      this.state.layer = Math.min(Math.max(layer, 0), this.last);
+      this.report();
+      this.writeAddress();
+      if (matchMedia("(prefers-reduced-motion: reduce)").matches) return this.settle();
+      const from = this.shown;
+      const began = performance.now();
+      cancelAnimationFrame(this.frame);
+      const tick = (time) => {
+        const part = Math.min(Math.max((time - began) / TWEEN, 0), 1);
+        this.shown = from + (this.state.layer - from) * part;
+        this.draw();
+        if (part < 1) this.frame = requestAnimationFrame(tick);
+      };
+      this.frame = requestAnimationFrame(tick);
+    }
+
+    // Be where the slider says, at once.
+    settle() {
+      cancelAnimationFrame(this.frame);
+      this.shown = this.state.layer;
+      this.draw();
+    }
+
+    play() {
+      const stop = () => {
+        clearInterval(this.playing);
+        this.playing = null;
+        this.player.textContent = "Play";
+      };
+      if (this.playing) return stop();
+      this.goTo(this.state.layer === this.last ? 0 : this.state.layer + 1);
+      this.player.textContent = "Stop";
+      this.playing = setInterval(() => {
+        if (this.state.layer === this.last) stop();
+        else this.goTo(this.state.layer + 1);
+      }, 3 * TWEEN);
+    }
+
+    // --- words and numbers -------------------------------------------------------------------------------------------
+
+    report() {
+      const { state, path, last } = this;
+      const layer = this.flow.layers[state.layer - 1];
+      const added = path.logDets[state.layer - 1];
+      this.slider.value = state.layer;
+      this.slider.setAttribute("aria-valuetext", `${state.layer} of ${last}`);
+      this.panes.data.title.textContent = "data x";
+      this.panes.latent.title.textContent =
+        state.layer === 0 ? "before the first layer: still x" : state.layer === last ? `after all ${last} layers: latent z` : `after layer ${state.layer} of ${last}`;
+      this.now.textContent = layer
+        ? `Layer ${state.layer}, ${describe(layer)} It adds ${signed(added)} nats here.`
+        : "Move the slider, or press Play, to send the plane through the layers.";
+      this.sum.textContent = `log p(x) = log p(z) + log-det\n${number(path.logProb)} nats = ${number(path.logBase)} ${signed(path.logDet)}`;
+      this.fill("data", path.states[0]);
+      this.fill("latent", path.states[last]);
+
+      const largest = Math.max(1, ...path.logDets.map(Math.abs).filter(Number.isFinite));
+      this.bars.replaceChildren(
+        ...path.logDets.map((value, i) => {
+          const bar = element("i", { class: value < 0 ? "down" : "up" });
+          const half = Number.isFinite(value) ? (50 * Math.abs(value)) / largest : 50;
+          bar.style.cssText = `height: ${half}%; ${value < 0 ? "top" : "bottom"}: 50%`;
+          const slot = element("span", { class: i === state.layer - 1 ? "here" : "" }, bar);
+          slot.addEventListener("click", () => this.goTo(i + 1));
+          return slot;
+        }),
+      );
+
+      const [x, h, z] = [path.states[0], path.states[state.layer], path.states[last]].map(pair);
+      this.panes.data.handle.setAttribute("aria-label", `point in the data at ${x}; arrow keys move it`);
+      this.panes.latent.handle.setAttribute("aria-label", `its image after ${state.layer} layers at ${h}; arrow keys move it`);
+      const drawn = `${this.drawn ? "samples" : "points"}, density and grid`;
+      this.panes.data.canvas.setAttribute("aria-label", `The data's plane: ${drawn}.`);
+      this.panes.latent.canvas.setAttribute("aria-label", `The same after ${state.layer} of ${last} layers: ${drawn}, and the point's path.`);
+      clearTimeout(this.speaking); // say the last of many, not each
+      this.speaking = setTimeout(() => {
+        this.spoken.textContent = `x ${x}, after layer ${state.layer} ${h}, z ${z}. log p ${number(path.logProb)}, log-det ${number(path.logDet)} nats.`;
+      }, 500);
+    }
+
+    // The numbers of a point, but not into the field where the reader is typing.
+    fill(pane, h) {
+      this.panes[pane].inputs.forEach((input, i) => {
+        if (this.shadowRoot.activeElement !== input) input.value = Number.isFinite(h[i]) ? Number(h[i].toPrecision(4)) : "";
+      });
+    }
+
+    // --- the panes ---------------------------------------------------------------------------------------------------
+
+    extent(name) {
+      if (name === "data") return this.extents[0];
+      const before = Math.floor(this.shown);
+      const [a, b] = [this.extents[before], this.extents[Math.min(before + 1, this.last)]];
+      return a + (b - a) * (this.shown - before);
+    }
+
+    draw() {
+      if (!this.path) return;
+      this.drawPane("data", 0);
+      this.drawPane("latent", this.shown);
+    }
+
+    // One pane at a position between 0 and the number of layers. Between two layers everything is on a straight line.
+    drawPane(name, position) {
+      const { canvas, handle } = this.panes[name];
+      const size = canvas.clientWidth;
+      if (!size) return;
+      const ratio = devicePixelRatio || 1;
+      canvas.width = canvas.height = Math.round(size * ratio);
+      const pen = canvas.getContext("2d");
+      pen.scale(ratio, ratio);
+      const css = getComputedStyle(this);
+      const colour = (property) => css.getPropertyValue(property).trim();
+      const extent = this.extent(name);
+      const before = Math.floor(position);
+      const part = position - before;
+      const at = (states) => {
+        const [a, b] = [states[before], states[Math.min(before + 1, this.last)]];
+        return [0, 1].map((i) => (part ? a[i] + (b[i] - a[i]) * part : a[i]));
+      };
+      const toPixels = ([h1, h2]) => [(size / 2) * (1 + h1 / extent), (size / 2) * (1 - h2 / extent)];
+      const trace = (points) => {
+        pen.beginPath();
+        for (const point of points) {
+          const [left, top] = toPixels(point);
+          if (Math.abs(left) < 1e4 && Math.abs(top) < 1e4) pen.lineTo(left, top);
+        }
+        pen.stroke();
+      };
+
+      if (this.state.density) pen.drawImage(this.heat(Math.round(position), colour("--accent")), 0, 0, size, size);
+      if (this.state.grid) {
+        pen.strokeStyle = colour("--muted");
+        pen.globalAlpha = 0.55;
+        pen.lineWidth = 1;
+        for (const line of this.grid) trace(line.map(at));
+        pen.globalAlpha = 1;
+      }
+      if (this.state.points) {
+        for (const states of this.points) {
+          const [left, top] = toPixels(at(states));
+          pen.fillStyle = hue(states[0]);
+          pen.beginPath();
+          pen.arc(left, top, 2.6, 0, 2 * Math.PI);
+          pen.fill();
+        }
+      }
+      pen.strokeStyle = colour("--text");
+      pen.lineWidth = 3;
+      pen.lineJoin = pen.lineCap = "round";
+      for (const line of this.lines) trace(line.map(at));
+      this.drawAxes(pen, size, extent, colour("--text"));
+      if (name === "latent") this.drawPath(pen, toPixels, trace, position, colour("--bad"), colour("--ground"));
+
+      // A point that left the pane, or is no number any more, waits at its edge, as a diamond.
+      const h = at(this.path.states);
+      const inside = toPixels(h.map((v) => (Number.isNaN(v) ? extent : Math.min(Math.max(v, -extent), extent))));
+      handle.classList.toggle("outside", !h.every((v) => Math.abs(v) <= extent));
+      handle.style.transform = `translate(${inside[0]}px, ${inside[1]}px)`;
+    }
+
+    drawAxes(pen, size, extent, ink) {
+      const every = extent > 6 ? 4 : extent > 4 ? 2 : 1;
+      pen.fillStyle = ink;
+      pen.font = "11px sans-serif";
+      for (let tick = -every * Math.floor(extent / every); tick <= extent; tick += every) {
+        const where = (size / 2) * (1 + tick / extent);
+        if (where < 14 || where > size - 14) continue;
+        pen.fillRect(where, size - 4, 1, 4);
+        pen.fillRect(0, size - where, 4, 1);
+        pen.textAlign = "center";
+        pen.fillText(minus(tick), where, size - 7);
+        pen.textAlign = "left";
+        pen.fillText(minus(tick), 7, size - where + 4);
+      }
+    }
+
+    // Where the point was after each layer; what it has still to go is fainter.
+    drawPath(pen, toPixels, trace, position, ink, ground) {
+      pen.strokeStyle = pen.fillStyle = ink;
+      pen.lineWidth = 2;
+      this.path.states.forEach((state, k) => {
+        pen.globalAlpha = k <= position ? 1 : 0.4;
+        if (k) trace([this.path.states[k - 1], state]);
+        const [left, top] = toPixels(state);
+        pen.beginPath();
+        pen.arc(left, top, 3.5, 0, 2 * Math.PI);
+        pen.fill();
+        pen.strokeStyle = ground;
+        pen.lineWidth = 1;
+        pen.stroke();
+        pen.strokeStyle = ink;
+        pen.lineWidth = 2;
+      });
+      pen.globalAlpha = 1;
+    }
+
+    // The flow's density after k layers, as a small picture: the more of the accent's colour, the denser.
+    heat(k, colour) {
+      const cached = this.heats[k];
+      if (cached?.colour === colour) return cached.picture;
+      const extent = this.extents[k];
+      const picture = element("canvas", { width: HEAT, height: HEAT });
+      const pen = picture.getContext("2d");
+      pen.fillStyle = colour;
+      pen.fillRect(0, 0, HEAT, HEAT);
+      const pixels = pen.getImageData(0, 0, HEAT, HEAT);
+      const density = Array.from({ length: HEAT * HEAT }, (_, i) => {
+        const h = [i % HEAT, HEAT - 1 - Math.floor(i / HEAT)].map((v) => extent * ((2 * (v + 0.5)) / HEAT - 1));
+        const p = Math.exp(this.flow.logProb(h, k));
+        return Number.isFinite(p) ? p : 0;
+      });
+      // Thin ridges are far denser than the rest: the top of the scale is what 1 in 100 pixels exceeds.
+      const top = density.toSorted((a, b) => a - b)[Math.floor(0.99 * density.length)] || 1;
+      density.forEach((p, i) => (pixels.data[4 * i + 3] = 190 * Math.sqrt(Math.min(p / top, 1))));
+      pen.putImageData(pixels, 0, 0);
+      this.heats[k] = { colour, picture };
+      return picture;
+    }
+  }
+
+  function describe({ kind, changed }) {
+    if (kind === "scaling") return "scaling: both coordinates are multiplied, everywhere alike.";
+    const [moves, decides] = changed[0] ? ["h₂", "h₁"] : ["h₁", "h₂"];
+    return kind === "additive"
+      ? `coupling: ${moves} moves, ${decides} decides how far.`
+      : `coupling: ${moves} moves and stretches, ${decides} decides how much.`;
+  }
+
+  function element(tag, attributes, ...children) {
+    const made = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    made.append(...children);
+    return made;
+  }
+
+  function button(text, act, attributes = {}) {
+    const made = element("button", { type: "button", class: "plain", ...attributes }, text);
+    made.addEventListener("click", act);
+    return made;
+  }
+
+  // A point's colour is where it is in the data: the angle gives the hue, the distance the lightness.
+  function hue([x1, x2]) {
+    return `hsl(${(Math.atan2(x2, x1) * 180) / Math.PI} 75% ${Math.min(35 + 8 * Math.hypot(x1, x2), 58)}%)`;
+  }
+
+  function normal() {
+    return Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random());
+  }
+
+  function number(value) {
+    if (!Number.isFinite(value)) return Number.isNaN(value) ? "not a number" : value > 0 ? "∞" : "−∞";
+    return minus(Math.abs(value) < 1e4 ? value.toFixed(2) : value.toExponential(0));
+  }
+
+  function signed(value) {
+    return value < 0 ? number(value).replace("−", "− ") : `+ ${number(value)}`;
+  }
+
+  function minus(value) {
+    return String(value).replace("-", "−");
+  }
+
+  function pair(h) {
+    return `(${h.map(number).join(", ")})`;
+  }
+
+  customElements.define("flow-playground", FlowPlayground);
+}

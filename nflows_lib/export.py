@@ -1,0 +1,151 @@
+"""A flow of vectors as JSON, for programs without PyTorch: the playground in the book runs on it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nflows_lib.bijection import Layer
+from nflows_lib.coupling import AdditiveCoupling, AffineCoupling
+from nflows_lib.distributions import StandardLogistic, StandardNormal
+from nflows_lib.flow import Flow
+from nflows_lib.networks import MLP
+from nflows_lib.normalization import DiagonalScaling
+
+BASES = {"normal": StandardNormal, "logistic": StandardLogistic}
+COUPLINGS = {"additive": AdditiveCoupling, "affine": AffineCoupling}
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
+
+
+def to_json(flow: Flow) -> dict[str, Any]:
+    """What a program needs to run the flow both ways, as an object that ``json.dumps`` takes.
+
+    ``{"dims": D, "base": ..., "layers": [...]}``, the layers from data to latent, each with its ``kind``:
+
+    - ``scaling``: z = exp(s) x, with ``log_scale`` s, D numbers.
+    - ``additive``, ``affine``: ``passes`` is the mask, D times 0 or 1; ``gain`` the g of an affine one; ``widths`` and
+      ``activation`` describe the network, and ``weights`` are its numbers, layer by layer the matrix, row by row, and
+      then the bias, as float16, little-endian, in base64. What a coupling never uses is left out of the first matrix
+      (columns of what is changed, which come in as 0) and out of the last (rows of what passes).
+
+    Weights are rounded to float16, three decimal digits: what :func:`from_json` reads back is a flow beside this one,
+    and it is that flow which the other program runs.
+
+    Raises:
+        ValueError: the flow is not one of vectors, has a part that is not listed here (a subclass neither, since it may
+            compute something else), or has a weight that float16 cannot hold.
+    """
+    if len(flow.shape) != 1:
+        raise ValueError(f"flow: expected one of vectors, got examples of shape {flow.shape}")
+    return {
+        "dims": flow.dims,
+        "base": _name_of(flow.base, BASES, "base"),
+        "layers": [_layer_to_json(layer) for layer in flow.chain],
+    }
+
+
+def from_json(content: Mapping[str, Any]) -> Flow:
+    """The flow that :func:`to_json` described, with its rounded weights, in evaluation mode.
+
+    Raises:
+        ValueError: the content names something unknown or has another number of weights than its widths need.
+    """
+    layers = [_layer_from_json(layer, content["dims"]) for layer in content["layers"]]
+    return Flow(layers, _find(content["base"], BASES, "base")(), (content["dims"],)).eval()
+
+
+def _layer_to_json(layer: Layer) -> dict[str, Any]:
+    if type(layer) is DiagonalScaling:
+        return {"kind": "scaling", "log_scale": [round(s, 5) for s in layer.log_scale.tolist()]}
+    content = {"kind": _name_of(layer, COUPLINGS, "layer"), "passes": layer.mask.int().tolist()}
+    if type(layer) is AffineCoupling:
+        content["gain"] = round(layer.gain.item(), 5)
+    if type(layer.network) is not MLP or layer.network.context:
+        raise ValueError(f"network: expected an MLP without a context, got {type(layer.network).__name__}")
+    linear = [part for part in layer.network.layers if isinstance(part, nn.Linear)]
+    content["widths"] = [part.out_features for part in linear[:-1]]
+    content["activation"] = _name_of(layer.network.layers[1], ACTIVATIONS, "activation")
+    tensors = [tensor for part in linear for tensor in (part.weight, part.bias)]
+    content["weights"] = encode(torch.cat([tensor[used].flatten() for tensor, used in _used(tensors, layer.mask)]))
+    return content
+
+
+def _layer_from_json(content: Mapping[str, Any], dims: int) -> Layer:
+    if content["kind"] == "scaling":
+        layer = DiagonalScaling(dims)
+        layer.log_scale.data.copy_(torch.tensor(content["log_scale"]))
+        return layer
+    coupling = _find(content["kind"], COUPLINGS, "kind")
+    mask = torch.tensor(content["passes"], dtype=torch.bool)
+    widths, activation = content["widths"], _find(content["activation"], ACTIVATIONS, "activation")
+    outputs = 2 * dims if coupling is AffineCoupling else dims
+    network = MLP(dims, outputs, widths[0], len(widths), activation)
+    if {*widths} != {widths[0]}:
+        raise ValueError(f"widths: expected equal ones, got {widths}")
+    layer = coupling(mask, network)
+    if coupling is AffineCoupling:
+        layer.gain.data.fill_(content["gain"])
+    values = decode(content["weights"])
+    used = list(_used([parameter.data for parameter in network.parameters()], mask))
+    needed = [tensor[index].numel() for tensor, index in used]
+    if sum(needed) != len(values):
+        raise ValueError(f"weights: expected {sum(needed)} numbers, got {len(values)}")
+    for (tensor, index), part in zip(used, values.split(needed), strict=True):
+        tensor.zero_()[index] = part.view(tensor[index].shape)
+    return layer
+
+
+def _used(tensors: list[Tensor], mask: Tensor) -> list[tuple[Tensor, Any]]:
+    """Each weight and bias of a coupling's network, with the index of what of it can have an effect.
+
+    Its inputs are those that the mask passes; its outputs, one or two a dimension, are for those that it changes.
+    """
+    everything = slice(None)
+    passes = mask.nonzero().squeeze(1)
+    changes = (~mask).repeat(len(tensors[-1]) // len(mask)).nonzero().squeeze(1)
+    indices: list[Any] = [everything] * len(tensors)
+    indices[0] = (everything, passes)
+    indices[-2:] = [changes, changes]
+    return list(zip(tensors, indices, strict=True))
+
+
+def encode(values: Tensor) -> str:
+    """Numbers as little-endian float16 in base64, row by row.
+
+    Raises:
+        ValueError: one is not finite, or too large for float16.
+    """
+    half = values.detach().half()
+    if not half.isfinite().all():
+        raise ValueError(f"values: expected finite numbers within ±65,504, got one of {values.abs().max().item():g}")
+    return base64.b64encode(half.numpy().astype("<f2").tobytes()).decode("ascii")
+
+
+def decode(text: str) -> Tensor:
+    """The numbers that :func:`encode` wrote, (N,), float32.
+
+    >>> decode(encode(torch.tensor([1.0, -0.5])))
+    tensor([ 1.0000, -0.5000])
+    """
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float16).float()
+
+
+def _name_of(thing: object, names: Mapping[str, type], argument: str) -> str:
+    for name, kind in names.items():
+        if type(thing) is kind:
+            return name
+    raise ValueError(f"{argument}: expected {_listed(names)}, got {type(thing).__name__}")
+
+
+def _find(name: str, names: Mapping[str, type], argument: str) -> type:
+    if name not in names:
+        raise ValueError(f"{argument}: expected {', '.join(names)}, got {name!r}")
+    return names[name]
+
+
+def _listed(names: Mapping[str, type]) -> str:
+    return ", ".join(kind.__name__ for kind in names.values())

@@ -1,0 +1,37 @@
+"""What several test files need: the built book, and a browser."""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, sync_playwright
+
+ROOT = Path(__file__).parents[1]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The book's html folder, built into a temporary folder with the flags of ``make book``."""
+    flags = re.search(r"jupyter-book build \. (.+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert flags, "expected `jupyter-book build .` in the Makefile"
+    out = tmp_path_factory.mktemp("book")
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", ".", *flags[1].split()]
+    built = subprocess.run([*command, "--path-output", str(out)], cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, f"the book does not build:\n{built.stdout[-3000:]}\n{built.stderr[-3000:]}"
+    return out / "_build" / "html"
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Chromium, as the system has it: Playwright's own is never downloaded."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (on Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()

@@ -1,0 +1,403 @@
+"""The playground: its JavaScript computes what PyTorch does, and a hand, a keyboard and a finger can play with it."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from playwright._impl._driver import compute_driver_executable
+from playwright.sync_api import Browser, Page
+
+from nflows_lib import export, models, plotting
+from nflows_lib.flow import Flow
+from nflows_lib.training import log_likelihoods
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "_extra" / "playground"
+sys.path.insert(0, str(ROOT / "tools"))
+import playground  # noqa: E402  (a script, not a package)
+
+NODE = compute_driver_executable()[0]  # the one that Playwright brings along
+CASES = [
+    (name, model, without)
+    for name in playground.SETS
+    for model, lines in playground.LEFT_OUT.items()
+    for without in lines
+]
+# Reads flows and points, prints the paths forward from the points and backward from them.
+RUN = """
+const vm = require("vm"), fs = require("fs");
+vm.runInThisContext(fs.readFileSync(process.argv[1], "utf8"));
+const { flow, points } = JSON.parse(fs.readFileSync(0, "utf8"));
+const it = new PlaygroundFlow(flow);
+const last = it.layers.length;
+const middle = Math.floor(last / 2);
+console.log(JSON.stringify({
+  forward: points.map((x) => it.path(x)),
+  backward: points.map((z) => it.path(z, last)),
+  between: points.map((h) => it.path(h, middle)),
+  rest: points.map((h) => it.logProb(h, middle)),
+}));
+"""
+
+
+def in_node(flow: dict[str, Any], points: torch.Tensor) -> dict[str, Any]:
+    """What flow.js makes of the points, as data, as latents, and halfway."""
+    told = json.dumps({"flow": flow, "points": points.tolist()})
+    ran = subprocess.run([NODE, "-e", RUN, str(SCRIPTS / "flow.js")], input=told, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def numbers(values: Any) -> torch.Tensor:
+    """Nested lists as a tensor; null, which is how JSON writes infinity and NaN, is NaN."""
+
+    def filled(value: Any) -> Any:
+        return [filled(inner) for inner in value] if isinstance(value, list) else math.nan if value is None else value
+
+    return torch.tensor(filled(values), dtype=torch.float64)
+
+
+def agree(found: Any, true: torch.Tensor) -> None:
+    """To 1e-5; and where one is no finite number, neither is the other."""
+    true = true.where(true.isfinite(), math.nan)
+    torch.testing.assert_close(numbers(found), true, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def compare(content: dict[str, Any], flow: Flow) -> None:
+    """Every state, log-det and log p on the way, from data, from latent, and from the middle, to 1e-5."""
+    torch.manual_seed(0)
+    flow = flow.double()
+    points = torch.randn(100, flow.dims, dtype=torch.float64)
+    found = in_node(content, points)
+    last, middle = len(flow.chain), len(flow.chain) // 2
+    for key, start in (("forward", 0), ("backward", last), ("between", middle)):
+        with torch.no_grad():
+            x = points
+            for layer in reversed(list(flow.chain)[:start]):
+                x = layer.inverse(x)
+            states, log_dets = [x], []
+            for layer in flow.chain:
+                z, log_det = layer(states[-1])
+                states.append(z)
+                log_dets.append(log_det)
+            states, log_dets = torch.stack(states, 1), torch.stack(log_dets, 1)
+            log_p = flow.base.log_prob(states[:, -1]) + log_dets.sum(1)
+        paths = {name: [path[name] for path in found[key]] for name in found[key][0]}
+        agree(paths["states"], states)
+        agree(paths["logDets"], log_dets)
+        agree(paths["logDet"], log_dets.sum(1))
+        agree(paths["logBase"], flow.base.log_prob(states[:, -1]))
+        agree(paths["logProb"], log_p)
+        assert states.isfinite().all(2).all(1).double().mean() > 0.5  # and most are
+        if key == "between":
+            agree(found["rest"], log_p - log_dets[:, :middle].sum(1))
+
+
+@pytest.fixture(scope="module")
+def shipped() -> dict[str, Any]:
+    return playground.read()
+
+
+@pytest.mark.parametrize(("name", "model", "without"), CASES)
+def test_the_page_computes_what_pytorch_does(shipped: dict[str, Any], name: str, model: str, without: str) -> None:
+    content = shipped[name]["flows"][model][without]
+    compare(content, playground.from_json(content))
+
+
+@pytest.mark.parametrize(
+    "flow",
+    [
+        models.nice(3, couplings=3, hidden=5, depth=2),
+        models.realnvp_points(4, couplings=3, hidden=6, activation=torch.nn.Tanh),
+    ],
+    ids=["logistic, relu, three dimensions", "tanh, four dimensions"],
+)
+def test_so_it_does_for_what_else_can_be_exported(flow: Flow) -> None:
+    torch.manual_seed(0)
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    content = export.to_json(flow)
+    compare(content, export.from_json(content))
+
+
+@pytest.mark.parametrize(("name", "model", "without"), CASES)
+def test_each_flow_is_as_good_as_the_page_says(shipped: dict[str, Any], name: str, model: str, without: str) -> None:
+    content = shipped[name]["flows"][model][without]
+    torch.manual_seed(4)
+    log_p = log_likelihoods(playground.from_json(content), playground.SETS[name][1](20_000))
+    error = log_p.std().item() / 20_000**0.5
+    assert content["log_prob"] == pytest.approx(log_p.mean().item(), abs=0.01 + 6 * error)
+    assert playground.build(model, without).summary().splitlines()[1:-1] == [
+        line for line in playground.from_json(content).summary().splitlines()[1:-1]
+    ]
+
+
+def test_what_is_left_out_is_left_out(shipped: dict[str, Any]) -> None:
+    for entry in shipped.values():
+        flows = entry["flows"]
+        assert [layer["kind"] for layer in flows["nice"]["nothing"]["layers"]] == ["additive"] * 8 + ["scaling"]
+        assert [layer["kind"] for layer in flows["nice"]["scaling"]["layers"]] == ["additive"] * 8
+        for model in ("nice", "realnvp"):
+            couplings = [layer for layer in flows[model]["alternation"]["layers"] if "passes" in layer]
+            assert [layer["passes"] for layer in couplings] == [[1, 0]] * 8
+        assert all("gain" in layer for layer in flows["realnvp"]["nothing"]["layers"])
+        assert not any("gain" in layer for layer in flows["realnvp"]["tanh"]["layers"])
+
+
+def test_what_the_page_says_of_the_failures(shipped: dict[str, Any]) -> None:
+    """Each claim of the page, and of the playground's stories, that a number can decide."""
+    log_p = {
+        name: {m: {w: f["log_prob"] for w, f in fs.items()} for m, fs in e["flows"].items()}
+        for name, e in shipped.items()
+    }
+    for models_of in log_p.values():
+        assert models_of["nice"]["scaling"] < models_of["nice"]["nothing"] - 0.25
+    for name in ("moons", "spiral"):
+        for found in log_p[name].values():
+            assert found["alternation"] < found["nothing"] - 0.8
+    # Nothing is lost on the thin curve, whose first coordinate is normal as it is.
+    assert log_p["curve"]["realnvp"]["alternation"] == pytest.approx(log_p["curve"]["realnvp"]["nothing"], abs=0.02)
+    slower = {name for name, entry in shipped.items() if entry["flows"]["realnvp"]["tanh"]["lr"] < 0.01}
+    assert slower == {"moons", "circles"}
+    # Without the tanh, much of the pane has no finite image.
+    pane = plotting.grid(3.4, 60)
+    for name in slower:
+        for without, least, most in (("tanh", 0.15, 0.6), ("nothing", 0.0, 0.0)):
+            latent = playground.from_json(shipped[name]["flows"]["realnvp"][without]).encode(pane)
+            assert least <= (~latent.isfinite().all(1)).double().mean() <= most
+
+
+def test_the_flows_are_light() -> None:
+    assert playground.FILE.stat().st_size <= 60_000
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(book: Path, browser: Browser) -> Iterator[Page]:
+    """The playground's page, from its file. Whatever it complains about, or asks of another machine, is an error."""
+    context = browser.new_context(viewport={"width": 1200, "height": 1000})
+    page = context.new_page()
+    trouble: list[str] = []
+    page.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.on(
+        "request", lambda request: None if request.url.startswith(("file:", "data:")) else trouble.append(request.url)
+    )
+    page.goto((book / "chapters" / "playground.html").as_uri())
+    yield page
+    context.close()
+    assert not trouble
+
+
+@pytest.fixture
+def fresh(page: Page) -> Page:
+    """The page as one finds it."""
+    page.goto(page.url.split("#")[0] + "#data=moons&model=realnvp&without=nothing&layer=0")
+    page.reload()
+    page.locator("flow-playground canvas").first.scroll_into_view_if_needed()
+    return page
+
+
+def values(page: Page) -> dict[str, list[float]]:
+    """What the fields for x and z hold."""
+    found = {}
+    for letter in "xz":
+        fields = [page.get_by_label(f"{letter}{i}", exact=True) for i in "₁₂"]
+        found[letter] = [float(field.input_value()) for field in fields]
+    return found
+
+
+def expected_latent(
+    shipped: dict[str, Any], x: list[float], model: str = "realnvp", without: str = "nothing"
+) -> list[float]:
+    flow = playground.from_json(shipped["moons"]["flows"][model][without])
+    return flow.encode(torch.tensor([x])).squeeze(0).tolist()
+
+
+def drag(page: Page, pane: int, to: tuple[float, float]) -> None:
+    """Drag the pane's point to a place, as fractions of the pane's width and height."""
+    handle = page.locator("flow-playground .handle").nth(pane).bounding_box()
+    canvas = page.locator("flow-playground canvas").nth(pane).bounding_box()
+    page.mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(canvas["x"] + to[0] * canvas["width"], canvas["y"] + to[1] * canvas["height"], steps=5)
+    page.mouse.up()
+
+
+def test_a_point_dragged_in_the_data_moves_its_image(fresh: Page, shipped: dict[str, Any]) -> None:
+    drag(fresh, 0, (0.25, 0.5))
+    now = values(fresh)
+    assert now["x"][0] < -1
+    assert now["x"][1] == pytest.approx(0, abs=0.05)
+    assert now["z"] == pytest.approx(expected_latent(shipped, now["x"]), abs=2e-3)
+
+
+def test_a_point_dragged_in_the_latent_moves_its_image(fresh: Page, shipped: dict[str, Any]) -> None:
+    fresh.get_by_label("layers passed").press("End")
+    fresh.wait_for_timeout(500)
+    drag(fresh, 1, (0.6, 0.4))
+    now = values(fresh)
+    assert min(now["z"]) > 0.2
+    assert expected_latent(shipped, now["x"]) == pytest.approx(now["z"], abs=2e-2)  # x is shown with four digits
+
+
+def test_the_slider_steps_through_the_layers(fresh: Page) -> None:
+    slider = fresh.get_by_label("layers passed")
+    title = fresh.locator("flow-playground .title").nth(1)
+    before = fresh.locator("flow-playground canvas").nth(1).screenshot()
+    for k in (1, 2, 3):
+        slider.press("ArrowRight")
+        assert title.inner_text() == f"after layer {k} of 8"
+    fresh.wait_for_timeout(600)
+    assert fresh.locator("flow-playground canvas").nth(1).screenshot() != before
+    assert slider.get_attribute("aria-valuetext") == "3 of 8"
+    slider.press("End")
+    assert "latent z" in title.inner_text()
+    assert "layer=8" in fresh.url
+
+
+def test_arrow_keys_move_a_point(fresh: Page, shipped: dict[str, Any]) -> None:
+    before = values(fresh)
+    handle = fresh.locator("flow-playground .handle").first
+    handle.focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowUp"):
+        handle.press(key)
+    now = values(fresh)
+    assert [b - a for a, b in zip(before["x"], now["x"], strict=True)] == pytest.approx([0.2, 0.1], abs=1e-3)
+    assert now["z"] == pytest.approx(expected_latent(shipped, now["x"]), abs=2e-3)
+    assert "arrow keys" in handle.get_attribute("aria-label")
+    handle.press("Shift+ArrowDown")
+    assert values(fresh)["x"][1] == pytest.approx(now["x"][1] - 0.01, abs=1e-3)
+
+
+def test_a_point_can_be_typed_and_is_spoken(fresh: Page, shipped: dict[str, Any]) -> None:
+    fresh.get_by_label("x₁", exact=True).fill("1.25")
+    fresh.get_by_label("x₂", exact=True).fill("-0.5")
+    assert values(fresh)["z"] == pytest.approx(expected_latent(shipped, [1.25, -0.5]), abs=2e-3)
+    flow = playground.from_json(shipped["moons"]["flows"]["realnvp"]["nothing"])
+    log_p = flow.log_prob(torch.tensor([[1.25, -0.5]])).item()
+    fresh.wait_for_timeout(700)
+    spoken = fresh.locator("flow-playground [role=status]").inner_text().replace("−", "-")
+    assert f"log p {log_p:.2f}" in spoken
+    shown = fresh.locator("flow-playground").get_by_text("log p(x) =").inner_text().replace("−", "-")
+    assert f"\n{log_p:.2f} nats =" in shown
+
+
+def test_a_failure_is_switched_on(fresh: Page, shipped: dict[str, Any]) -> None:
+    """And those of one model are not offered for the other."""
+    fresh.get_by_label("NICE", exact=True).check()
+    assert fresh.get_by_label("tanh", exact=True).is_hidden()
+    fresh.get_by_label("scaling", exact=True).check()
+    drag(fresh, 0, (0.7, 0.7))
+    now = values(fresh)
+    assert now["z"] == pytest.approx(expected_latent(shipped, now["x"], "nice", "scaling"), abs=2e-3)
+    told = fresh.locator("flow-playground").get_by_text("log p(x) =").inner_text()
+    assert re.search(r"nats = −\d+\.\d\d \+ 0\.00$", told)  # the log-det
+    fresh.get_by_label("alternation", exact=True).check()
+    drag(fresh, 0, (0.3, 0.7))
+    now = values(fresh)
+    flow = playground.from_json(shipped["moons"]["flows"]["nice"]["alternation"])
+    assert now["z"][0] == pytest.approx(now["x"][0] * flow.chain[-1].log_scale[0].exp().item(), abs=2e-3)
+
+
+@pytest.mark.parametrize("name", playground.SETS)
+def test_every_set_can_be_chosen(fresh: Page, name: str) -> None:
+    before = fresh.locator("flow-playground canvas").first.screenshot()
+    fresh.get_by_label(playground.SETS[name][0], exact=True).check()
+    assert f"data={name}" in fresh.url
+    assert (fresh.locator("flow-playground canvas").first.screenshot() != before) == (name != "moons")
+
+
+def test_an_address_brings_its_state(fresh: Page) -> None:
+    fresh.evaluate("location.hash = '#data=curve&model=realnvp&without=tanh&layer=8'")
+    for label in ("a thin curve", "RealNVP", "tanh"):
+        assert fresh.get_by_label(label, exact=True).is_checked()
+    assert "latent z" in fresh.locator("flow-playground .title").nth(1).inner_text()
+
+
+def test_what_is_drawn_stays_until_it_is_wiped(fresh: Page) -> None:
+    clean = fresh.locator("flow-playground canvas").nth(1).screenshot()
+    fresh.get_by_role("button", name="pen", exact=True).click()
+    box = fresh.locator("flow-playground canvas").first.bounding_box()
+    fresh.mouse.move(box["x"] + 30, box["y"] + 30)
+    fresh.mouse.down()
+    fresh.mouse.move(box["x"] + 250, box["y"] + 60, steps=10)
+    fresh.mouse.up()
+    fresh.mouse.move(0, 0)
+    assert fresh.locator("flow-playground canvas").nth(1).screenshot() != clean
+    fresh.get_by_role("button", name="wipe", exact=True).click()
+    assert fresh.locator("flow-playground canvas").nth(1).screenshot() == clean
+
+
+def test_a_flow_of_ones_own_is_opened(fresh: Page, tmp_path: Path) -> None:
+    """The page's own code writes it; a file that is no flow is refused in words."""
+    text = (ROOT / "chapters" / "playground.md").read_text(encoding="utf-8")
+    flow = models.realnvp_points(2, couplings=4, hidden=16)
+    assert "models.realnvp_points(2, couplings=4, hidden=16)" in text
+    (tmp_path / "flow.json").write_text(json.dumps(export.to_json(flow)))
+    fresh.locator("flow-playground input[type=file]").set_input_files(tmp_path / "flow.json")
+    fresh.wait_for_function("document.querySelector('flow-playground').last === 4")
+    fresh.get_by_label("x₁", exact=True).fill("0.5")
+    now = values(fresh)
+    assert now["z"] == pytest.approx(now["x"], abs=1e-6)  # not trained, it is the identity
+    (tmp_path / "other.json").write_text("[1, 2]")
+    fresh.locator("flow-playground input[type=file]").set_input_files(tmp_path / "other.json")
+    fresh.get_by_text("other.json holds no flow").wait_for()
+
+
+def test_a_finger_drags_the_point_and_scrolls_beside_it(book: Path, browser: Browser) -> None:
+    context = browser.new_context(viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True)
+    page = context.new_page()
+    page.goto((book / "chapters" / "playground.html").as_uri())
+    handle = page.locator("flow-playground .handle").first
+    handle.scroll_into_view_if_needed()
+    box = handle.bounding_box()
+    assert min(box["width"], box["height"]) >= 44
+    before = values(page)
+    devtools = context.new_cdp_session(page)
+    x, y = box["x"] + 22, box["y"] + 22
+
+    def touch(kind: str, *at: float) -> None:
+        points = [{"x": at[0], "y": at[1]}] if at else []
+        devtools.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    touch("touchStart", x, y)
+    for i in range(1, 6):
+        touch("touchMove", x - 12 * i, y + 12 * i)
+    touch("touchEnd")
+    after = values(page)
+    assert after["x"][0] < before["x"][0] - 0.5
+    assert after["x"][1] < before["x"][1] - 0.5
+    page.locator("flow-playground canvas").first.scroll_into_view_if_needed()
+    canvas = page.locator("flow-playground canvas").first.bounding_box()
+    page.touchscreen.tap(canvas["x"] + 40, canvas["y"] + 40)  # a tap brings the point
+    assert values(page)["x"] != after["x"]
+    context.close()
+
+
+def test_with_reduced_motion_nothing_moves_by_itself(book: Path, browser: Browser) -> None:
+    context = browser.new_context(reduced_motion="reduce")
+    page = context.new_page()
+    page.goto((book / "chapters" / "playground.html").as_uri())
+    page.get_by_label("layers passed").press("End")
+    assert page.evaluate("document.querySelector('flow-playground').shown") == 8
+    context.close()
+
+
+def test_without_scripts_there_is_a_picture(book: Path, browser: Browser) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto((book / "chapters" / "playground.html").as_uri())
+    picture = page.locator("flow-playground img").first
+    assert picture.is_visible()
+    assert len(picture.get_attribute("alt")) > 40
+    context.close()

@@ -1,0 +1,215 @@
+"""The sheets of pictures in the playground: what the models decode, small files, and controls that everyone can use."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
+from playwright.sync_api import Browser, Locator, Page
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import sheets  # noqa: E402  (a script, not a package)
+
+PLAYGROUND = (ROOT / "chapters" / "playground.md").read_text(encoding="utf-8")
+# Mean difference in levels, of 255, between a decoded picture and the stored one. A PNG loses nothing, but half
+# precision rounds otherwise on other machines; a WebP is off by 2 to 3.
+BOUND = {"png": 1.5, "webp": 4.5}
+# Cells to decode again, and beside each the cells that it must not be taken for: another temperature, another draw.
+CELLS = {
+    "digits-between.png": {0: (2, 34), 144: (142, 178)},
+    "flowers-between.webp": {0: (2, 22), 60: (58, 82)},
+    "digits-temperature.png": {16 * 12 + 1: (14 * 12 + 1, 18 * 12 + 1, 16 * 12), 8 * 12 + 9: (6 * 12 + 9, 10 * 12 + 9)},
+    "flowers-temperature.webp": {7 * 12 + 5: (6 * 12 + 5, 8 * 12 + 5, 7 * 12 + 4)},
+    "flowers-scales.webp": {1 * 7 + 2: (7, 8), 2 * 7 + 3: (14,), 7 * 7 + 1: (49, 51)},
+}
+
+
+class Elements(HTMLParser):
+    """The attributes of each latent-sheet in the page's source."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[dict[str, str]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "latent-sheet":
+            self.found.append({name: value or "" for name, value in attrs})
+
+
+def elements() -> list[tuple[str, dict[str, str]]]:
+    """Each element of the page: the file that it shows, and its attributes."""
+    parser = Elements()
+    parser.feed(PLAYGROUND)
+    files = [re.search(r"assets/playground/(\S+)", part)[1] for part in PLAYGROUND.split("<latent-sheet")[1:]]
+    return list(zip(files, parser.found, strict=True))
+
+
+def test_the_page_shows_every_sheet_as_large_as_it_is() -> None:
+    shown = {file: [int(said.get(name, 0)) for name in ("columns", "rows", "gap")] for file, said in elements()}
+    assert shown == {name: [sheet.columns, sheet.rows, sheet.gap] for name, sheet in sheets.SHEETS.items()}
+    for name, sheet in sheets.SHEETS.items():
+        side = sheets.model(sheet.model).shape[-1]
+        size = tuple(n * (side + sheet.gap) - sheet.gap for n in (sheet.columns, sheet.rows))
+        assert Image.open(sheets.FOLDER / name).size == size, name
+
+
+def test_sheets_are_light() -> None:
+    sizes = {name: (sheets.FOLDER / name).stat().st_size for name in sheets.SHEETS}
+    assert max(sizes.values()) <= sheets.MAX_BYTES, sizes
+    assert sum(sizes.values()) <= sheets.MAX_BYTES_IN_ALL, sizes
+
+
+@pytest.mark.parametrize("name", sheets.SHEETS)
+def test_a_sheet_is_what_its_model_decodes(name: str) -> None:
+    stored, cells = sheets.stored(name).astype(float), CELLS[name]
+    for cell, now in zip(cells, sheets.decoded(name, list(cells)).astype(float), strict=True):
+        off = np.abs(stored - now).mean((1, 2, 3))
+        bound = BOUND[name.split(".")[1]]
+        assert off[cell] < bound, f"picture {cell}: {off[cell]:.2f} levels off"
+        near = {other: round(off[other], 2) for other in cells[cell] if off[other] < 1.5 * bound}
+        assert not near, f"picture {cell}: not told apart from {near}"
+
+
+def test_the_page_says_how_much_each_scale_changes() -> None:
+    """As far as the compression lets one see."""
+    levels = re.search(r"about (\d+), (\d+), (\d+) and (\d+) levels", PLAYGROUND)
+    sides = re.search(r"the right side differs by (\d+) of 255 levels on average, the left by (\d+)", PLAYGROUND)
+    rows = sheets.stored("flowers-scales.webp").astype(float).reshape(3, 4, 7, -1)
+    changes = np.abs(rows[:, :, 1:] - rows[:, :, :1]).mean((0, 2, 3))
+    said = [int(number) for number in levels.groups()]
+    np.testing.assert_allclose(changes[1:], said[1:], rtol=0.1)
+    assert changes[0] < said[0] + 3
+    others = np.abs(rows - rows[[1, 2, 0]])[:, 3].mean((0, 2))  # coarsest scale, by column: the first is the left side
+    np.testing.assert_allclose([others[1:].mean(), others[0]], [int(number) for number in sides.groups()], rtol=0.1)
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page(browser: Browser, book: Path) -> Iterator[Page]:
+    """The playground on a narrow screen that can be touched; at the end its scripts have raised no error."""
+    context = browser.new_context(viewport={"width": 360, "height": 740}, has_touch=True)
+    page = context.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda said: errors.append(said.text) if "/playground/" in said.location["url"] else None)
+    page.goto((book / "chapters" / "playground.html").as_uri())
+    page.wait_for_function("document.querySelectorAll('latent-sheet:not(.ready)').length == 0")
+    yield page
+    context.close()
+    assert not errors
+
+
+def sheet(page: Page, file: str) -> Locator:
+    return page.locator("latent-sheet").nth([name for name, _ in elements()].index(file))
+
+
+def pixels(sheet: Locator) -> str:
+    """What the canvas shows: from a file it cannot be read, but it can be photographed."""
+    return sheet.locator("canvas.view").screenshot().hex()
+
+
+def test_a_finger_a_key_and_a_slider_move_through_the_square(page: Page) -> None:
+    square = sheet(page, "digits-between.png")
+    pad, said = square.locator(".pad"), square.locator("output")
+    assert said.inner_text() == "7: 100 %"
+    first = pixels(square)
+    side = pad.bounding_box()["width"]
+    pad.tap(position={"x": side - 6, "y": side - 6})
+    assert said.inner_text() == "8: 100 %"
+    assert pixels(square) != first
+    pad.hover(position={"x": 4, "y": side - 6})
+    page.mouse.down()
+    assert said.inner_text() == "0: 100 %"
+    box = pad.bounding_box()
+    page.mouse.move(box["x"] - 9, box["y"] - 50)  # beyond the edge: as far as it goes
+    page.mouse.up()
+    assert said.inner_text() == "7: 100 %"
+    assert pixels(square) == first
+    top = page.evaluate("scrollY")
+    for key, place in (("ArrowRight", ["6 %", "0 %"]), ("ArrowDown", ["6 %", "6 %"]), ("ArrowLeft", ["0 %", "6 %"])):
+        pad.press(key)
+        ranges = square.get_by_role("slider")
+        assert [ranges.nth(i).get_attribute("aria-valuetext") for i in range(2)] == place
+    assert page.evaluate("scrollY") == top
+    square.get_by_label("top to bottom").press("End")
+    assert said.inner_text() == "0: 100 %"
+
+
+def test_the_corners_pixels_can_be_mixed_instead(page: Page) -> None:
+    square = sheet(page, "digits-between.png")
+    corner = pixels(square)
+    mixing = square.get_by_label("mix the corners' pixels instead")
+    mixing.check()
+    assert pixels(square) == corner  # in a corner there is nothing to mix
+    square.get_by_label("left to right").fill("8")
+    mixed = pixels(square)
+    mixing.uncheck()
+    assert pixels(square) != mixed
+
+
+def test_the_temperature_is_read_out(page: Page) -> None:
+    wanted = {"digits-temperature.png": ["0.70", "0.75", "1.20"], "flowers-temperature.webp": ["0.7", "0.8", "1.2"]}
+    for file, values in wanted.items():
+        twelve = sheet(page, file)
+        slider, said = twelve.get_by_role("slider"), twelve.locator("output")
+        seen = {pixels(twelve)}
+        assert said.inner_text() == f"temperature {values[0]}"
+        twelve.get_by_role("button", name="higher temperature").tap()
+        seen.add(pixels(twelve))
+        assert [said.inner_text(), slider.get_attribute("aria-valuetext")] == [f"temperature {values[1]}", values[1]]
+        assert said.get_attribute("aria-live") == "polite"
+        slider.press("End")
+        seen.add(pixels(twelve))
+        assert said.inner_text() == f"temperature {values[2]}"
+        assert said.get_attribute("aria-live") == "off"  # the slider says it already
+        assert len(seen) == 3
+
+
+def test_a_scale_can_be_drawn_again_until_the_first_draw_returns(page: Page) -> None:
+    scales = sheet(page, "flowers-scales.webp")
+    again, said = scales.get_by_role("button", name="draw again"), scales.locator("output")
+    seen = []
+    for i in range(6):
+        assert said.inner_text().endswith(f"scale 4 drawn again, {i + 1} of 6.")
+        seen.append(pixels(scales))
+        again.press("Enter")
+    assert len(set(seen)) == 6
+    assert pixels(scales) == seen[0]
+    scales.get_by_label("2", exact=True).check()
+    assert "scale 2 drawn again, 1 of 6" in said.inner_text()
+    scales.get_by_label("pink").check()
+    assert len({seen[0], pixels(scales)}) == 2
+
+
+def test_controls_are_large_and_nothing_sticks_out(page: Page) -> None:
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    targets = page.locator("latent-sheet").locator("button, input[type=range], label.pill, .row label")
+    heights = targets.evaluate_all("all => all.map((one) => one.getBoundingClientRect().height)")
+    assert len(heights) == 2 * 5 + 2 * 4 + 8
+    assert min(heights) >= 44
+
+
+def test_on_paper_the_whole_sheet_is_there(page: Page) -> None:
+    images = page.locator("latent-sheet img")
+    assert not any(images.nth(i).is_visible() for i in range(images.count()))
+    page.emulate_media(media="print")
+    assert images.count() == len(sheets.SHEETS)
+    assert all(images.nth(i).is_visible() for i in range(images.count()))
+    assert not page.locator("latent-sheet button").first.is_visible()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_in_the_sheets(page: Page, theme: str) -> None:
+    page.evaluate("theme => document.documentElement.dataset.theme = theme", theme)
+    found = Axe().run(page, context={"include": [["latent-sheet"]]}).response["violations"]
+    assert not found, [(one["id"], [node["html"][:200] for node in one["nodes"]]) for one in found]

@@ -1,0 +1,158 @@
+"""Train the playground's flows and write them for the page: ``python tools/playground.py``, 15 minutes on one core.
+
+They are small and drawn toward smoothness, so that a hand can follow them: 8 couplings with one hidden layer of 20
+units. `_extra/playground/flows.js` holds them all, each rounded by `nflows_lib.export`, and the points shown with them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor, nn
+
+from nflows_lib import data, export, plotting
+from nflows_lib.bijection import Chain
+from nflows_lib.coupling import AffineCoupling, alternating_mask
+from nflows_lib.distributions import StandardNormal
+from nflows_lib.flow import Flow
+from nflows_lib.models import nice, realnvp_points
+from nflows_lib.training import NonFiniteLoss, fit, log_likelihoods
+
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "_extra" / "playground" / "flows.js"
+STILL = ROOT / "chapters" / "assets" / "playground" / "still.png"
+PREFIX = "globalThis.playgroundSets = "
+SHOWN = 184  # points of a set in the page
+SIZES = {"couplings": 8, "hidden": 20, "depth": 1, "activation": nn.SiLU}
+
+
+class Untamed(AffineCoupling):
+    """An affine coupling without the line that keeps its log-scale within bounds: no g tanh(.) (chapter 3, F12)."""
+
+    def _log_scale_and_shift(self, name: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        log_scale, shift = self._network_output(name, x, context, outputs=2).chunk(2, dim=1)
+        return log_scale * ~self.mask, shift * ~self.mask
+
+
+def sine(n: int) -> Tensor:
+    """n points near the curve of sin, (n, 2): chapter 3 loses the tanh on it."""
+    x = torch.randn(n, 1)
+    return torch.cat([x, x.sin() + 0.01 * torch.randn(n, 1)], dim=1)
+
+
+SETS: dict[str, tuple[str, Callable[[int], Tensor]]] = {
+    "moons": ("two moons", lambda n: data.toy("moons", n)),
+    "circles": ("two circles", lambda n: data.toy("circles", n)),
+    "spiral": ("a spiral", lambda n: data.toy("swiss_roll", n)),
+    "curve": ("a thin curve", sine),
+}
+MODELS: dict[str, Callable[[], Flow]] = {
+    "nice": lambda: nice(2, base=StandardNormal(), **SIZES),
+    "realnvp": lambda: realnvp_points(2, **SIZES),
+}
+LEFT_OUT = {"nice": ("nothing", "scaling", "alternation"), "realnvp": ("nothing", "alternation", "tanh")}
+
+
+def build(model: str, without: str) -> Flow:
+    """A new flow, with one line left out."""
+    flow = MODELS[model]()
+    for layer in flow.chain:
+        if hasattr(layer, "network"):  # few units: let their bends start all over the data, not only around 0
+            for parameter in layer.network.layers[0].parameters():
+                parameter.data *= 3
+    if without == "scaling":
+        return Flow(list(flow.chain)[:-1], flow.base, flow.shape)
+    if without == "tanh":
+        return untamed(flow)
+    if without == "alternation":
+        for layer in flow.chain:
+            if hasattr(layer, "mask"):
+                layer.mask.copy_(alternating_mask(2, 0))
+    return flow
+
+
+def untamed(flow: Flow) -> Flow:
+    """The flow with its couplings' log-scales as their networks give them."""
+    return Flow([Untamed(layer.mask, layer.network) for layer in flow.chain], flow.base, flow.shape).eval()
+
+
+def to_json(flow: Flow) -> dict[str, Any]:
+    """As :func:`nflows_lib.export.to_json`, which knows the library's layers alone; an untamed one has no gain."""
+    if not any(isinstance(layer, Untamed) for layer in flow.chain):
+        return export.to_json(flow)
+    content = export.to_json(
+        Flow([AffineCoupling(layer.mask, layer.network) for layer in flow.chain], flow.base, flow.shape)
+    )
+    for layer in content["layers"]:
+        del layer["gain"]
+    return content
+
+
+def from_json(content: dict[str, Any]) -> Flow:
+    """The flow that :func:`to_json` described."""
+    if all("gain" in layer for layer in content["layers"] if layer["kind"] == "affine"):
+        return export.from_json(content)
+    return untamed(export.from_json({**content, "layers": [{"gain": 1.0, **layer} for layer in content["layers"]]}))
+
+
+def trained(name: str, model: str, without: str, lr: float = 1e-2) -> tuple[Flow, float]:
+    """A flow trained on one of the sets, and its learning rate: halved as long as the loss does not stay finite."""
+    torch.manual_seed(1)
+    flow, points = build(model, without), SETS[name][1](20_000)
+    try:
+        fit(flow, points, 3000, batch_size=512, lr=lr, clip=1.0, warmup=100, cosine=True, ema=0.99)
+    except NonFiniteLoss as error:
+        print(f"{name}, {model} without {without}, learning rate {lr}: {error}")
+        return trained(name, model, without, lr / 2)
+    return flow, lr
+
+
+def described(name: str, flow: Flow, lr: float) -> dict[str, Any]:
+    """What the page holds of a flow: what it is, rounded, and the mean of its log p over 20,000 new points, in nats."""
+    content = to_json(flow)
+    torch.manual_seed(2)
+    log_p = log_likelihoods(from_json(content), SETS[name][1](20_000)).mean().item()
+    return {**content, "log_prob": round(log_p, 2), "lr": lr}
+
+
+def read() -> dict[str, Any]:
+    """The file's content."""
+    return json.loads(FILE.read_text(encoding="utf-8").removeprefix(PREFIX).rstrip(";\n"))
+
+
+def draw_still() -> None:
+    """What a reader without scripts sees: RealNVP on the moons, as it is after 0, 3, 6 and all layers."""
+    flow = from_json(read()["moons"]["flows"]["realnvp"]["nothing"])
+    layers = list(flow.chain)
+    stages = Flow([Chain(layers[:3]), Chain(layers[3:6]), Chain(layers[6:])], flow.base, flow.shape)
+    torch.manual_seed(5)
+    plotting.style()
+    figure, axes = plt.subplots(1, 4, figsize=(10, 2.9))
+    plotting.warp(axes, stages, data.toy("moons", 400), extent=3.0, lines=13)
+    for ax, title in zip(axes, ["data", "after 3 layers", "after 6 layers", "latent"], strict=True):
+        ax.set_title(title)
+    STILL.parent.mkdir(exist_ok=True)
+    figure.savefig(STILL, dpi=75)
+
+
+def main() -> None:
+    """Train all, write the file and draw the picture."""
+    sets: dict[str, Any] = {}
+    for name, (title, draw) in SETS.items():
+        torch.manual_seed(3)
+        sets[name] = {"title": title, "points": export.encode(draw(SHOWN)), "flows": {}}
+        for model, lines in LEFT_OUT.items():
+            flows = {without: described(name, *trained(name, model, without)) for without in lines}
+            sets[name]["flows"][model] = flows
+            print(name, model, {without: flow["log_prob"] for without, flow in flows.items()}, flush=True)
+    FILE.write_text(f"{PREFIX}{json.dumps(sets, separators=(',', ':'))};\n", encoding="utf-8")
+    draw_still()
+
+
+if __name__ == "__main__":
+    main()
