@@ -1,2 +1,4 @@
 // docutils calls the list of references a list and gives it no list items: a screen reader would announce an empty one.
-for (const list of document.querySelectorAll(".citation-list")) list.removeAttribute("role");
+document.addEventListener("DOMContentLoaded", () => {
+  for (const list of document.querySelectorAll(".citation-list")) list.removeAttribute("role");
+});

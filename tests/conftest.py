@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from playwright.sync_api import Browser, sync_playwright
 
 ROOT = Path(__file__).parents[1]
@@ -15,14 +16,17 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.fixture(scope="session")
-def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The book's html folder, built into a temporary folder with the flags of ``make book``."""
+def book(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The book's html folder, built into a temporary folder with the flags of ``make book``, once for all workers."""
     flags = re.search(r"jupyter-book build \. (.+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
     assert flags, "expected `jupyter-book build .` in the Makefile"
-    out = tmp_path_factory.mktemp("book")
-    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", ".", *flags[1].split()]
-    built = subprocess.run([*command, "--path-output", str(out)], cwd=ROOT, capture_output=True, text=True)
-    assert built.returncode == 0, f"the book does not build:\n{built.stdout[-3000:]}\n{built.stderr[-3000:]}"
+    base = tmp_path_factory.getbasetemp()
+    out = (base if worker_id == "master" else base.parent) / "book"
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            command = [str(Path(sys.executable).with_name("jupyter-book")), "build", ".", *flags[1].split()]
+            built = subprocess.run([*command, "--path-output", str(out)], cwd=ROOT, capture_output=True, text=True)
+            assert built.returncode == 0, f"the book does not build:\n{built.stdout[-3000:]}\n{built.stderr[-3000:]}"
     return out / "_build" / "html"
 
 

@@ -1,5 +1,6 @@
 """The playground: its JavaScript computes what PyTorch does, and a hand, a keyboard and a finger can play with it."""
 
+import html
 import json
 import math
 import re
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import pytest
 import torch
@@ -166,12 +168,34 @@ def test_what_the_page_says_of_the_failures(shipped: dict[str, Any]) -> None:
     assert log_p["curve"]["realnvp"]["alternation"] == pytest.approx(log_p["curve"]["realnvp"]["nothing"], abs=0.02)
     slower = {name for name, entry in shipped.items() if entry["flows"]["realnvp"]["tanh"]["lr"] < 0.01}
     assert slower == {"moons", "circles"}
+    # Where log p is largest on the moons, the latent is 0 for NICE, and not for RealNVP.
+    for model, most in (("nice", 0.05), ("realnvp", 2.0)):
+        flow = playground.from_json(shipped["moons"]["flows"][model]["nothing"])
+        pane = plotting.grid(3.4, 240)
+        best = pane[flow.log_prob(pane).argmax()]
+        assert flow.encode(best[None]).norm() < most
+        assert (flow.encode(best[None]).norm() > 0.5) == (model == "realnvp")
+    assert best.tolist() == pytest.approx([-0.9, 1.1], abs=0.05)
     # Without the tanh, much of the pane has no finite image.
     pane = plotting.grid(3.4, 60)
     for name in slower:
         for without, least, most in (("tanh", 0.15, 0.6), ("nothing", 0.0, 0.0)):
             latent = playground.from_json(shipped[name]["flows"]["realnvp"][without]).encode(pane)
             assert least <= (~latent.isfinite().all(1)).double().mean() <= most
+
+
+def test_every_link_leads_to_a_state_that_there_is(shipped: dict[str, Any]) -> None:
+    texts = [
+        path.read_text(encoding="utf-8") for path in (ROOT / "chapters").iterdir() if path.suffix in (".md", ".ipynb")
+    ]
+    links = [link for text in texts for link in re.findall(r'href=\\?"(?:playground.html)?#(data=[^"\\]+)', text)]
+    assert len(links) >= 8
+    for link in links:
+        state = dict(parse_qsl(html.unescape(link), strict_parsing=True))
+        assert {"data", "model", "without", "layer"} <= set(state) <= {"data", "model", "without", "layer", "grid"}
+        flow = shipped[state["data"]]["flows"][state["model"]][state["without"]]
+        assert int(state["layer"]) in (0, len(flow["layers"]))
+        assert state.get("grid", "data") in ("data", "latent")
 
 
 def test_the_flows_are_light() -> None:
@@ -380,6 +404,7 @@ def test_a_finger_drags_the_point_and_scrolls_beside_it(book: Path, browser: Bro
     page.locator("flow-playground canvas").first.scroll_into_view_if_needed()
     canvas = page.locator("flow-playground canvas").first.bounding_box()
     page.touchscreen.tap(canvas["x"] + 40, canvas["y"] + 40)  # a tap brings the point
+    page.wait_for_timeout(500)  # for Chromium to be sure that it is a tap
     assert values(page)["x"] != after["x"]
     context.close()
 
