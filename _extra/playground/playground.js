@@ -104,7 +104,7 @@
       if (this.shadowRoot) return;
       this.attachShadow({ mode: "open" });
       this.state = {
-        data: "moons", model: "realnvp", without: "nothing", layer: 0, x: null,
+        data: "moons", model: "realnvp", without: "nothing", layer: Infinity, x: null,
         points: true, grid: true, density: true, gridOn: "data", pen: false,
       };
       this.strokes = []; // what the reader drew, as points of the data
