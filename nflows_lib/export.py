@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,7 @@ def to_json(flow: Flow) -> dict[str, Any]:
 
     Raises:
         ValueError: the flow is not one of vectors, has a part that is not listed here (a subclass neither, since it may
-            compute something else), or has a weight that float16 cannot hold.
+            compute something else), or has a number that is not finite or that float16 cannot hold.
     """
     if len(flow.shape) != 1:
         raise ValueError(f"flow: expected one of vectors, got examples of shape {flow.shape}")
@@ -60,10 +61,10 @@ def from_json(content: Mapping[str, Any]) -> Flow:
 
 def _layer_to_json(layer: Layer) -> dict[str, Any]:
     if type(layer) is DiagonalScaling:
-        return {"kind": "scaling", "log_scale": [round(s, 5) for s in layer.log_scale.tolist()]}
+        return {"kind": "scaling", "log_scale": [_rounded(s, "log_scale") for s in layer.log_scale.tolist()]}
     content = {"kind": _name_of(layer, COUPLINGS, "layer"), "passes": layer.mask.int().tolist()}
     if type(layer) is AffineCoupling:
-        content["gain"] = round(layer.gain.item(), 5)
+        content["gain"] = _rounded(layer.gain.item(), "gain")
     if type(layer.network) is not MLP or layer.network.context:
         raise ValueError(f"network: expected an MLP without a context, got {type(layer.network).__name__}")
     linear = [part for part in layer.network.layers if isinstance(part, nn.Linear)]
@@ -83,9 +84,9 @@ def _layer_from_json(content: Mapping[str, Any], dims: int) -> Layer:
     mask = torch.tensor(content["passes"], dtype=torch.bool)
     widths, activation = content["widths"], _find(content["activation"], ACTIVATIONS, "activation")
     outputs = 2 * dims if coupling is AffineCoupling else dims
-    network = MLP(dims, outputs, widths[0], len(widths), activation)
-    if {*widths} != {widths[0]}:
+    if len({*widths}) != 1:
         raise ValueError(f"widths: expected equal ones, got {widths}")
+    network = MLP(dims, outputs, widths[0], len(widths), activation)
     layer = coupling(mask, network)
     if coupling is AffineCoupling:
         layer.gain.data.fill_(content["gain"])
@@ -119,7 +120,7 @@ def encode(values: Tensor) -> str:
     Raises:
         ValueError: one is not finite, or too large for float16.
     """
-    half = values.detach().half()
+    half = values.detach().cpu().half()
     if not half.isfinite().all():
         raise ValueError(f"values: expected finite numbers within ±65,504, got one of {values.abs().max().item():g}")
     return base64.b64encode(half.numpy().astype("<f2").tobytes()).decode("ascii")
@@ -132,6 +133,12 @@ def decode(text: str) -> Tensor:
     tensor([ 1.0000, -0.5000])
     """
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float16).float()
+
+
+def _rounded(value: float, argument: str) -> float:
+    if not math.isfinite(value):  # JSON has no such number
+        raise ValueError(f"{argument}: expected finite numbers, got {value}")
+    return round(value, 5)
 
 
 def _name_of(thing: object, names: Mapping[str, type], argument: str) -> str:

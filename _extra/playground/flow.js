@@ -6,10 +6,18 @@
   globalThis.PlaygroundFlow = class {
     static decodeHalves = decodeHalves;
 
-    constructor({ dims, base, layers }) {
+    constructor(json) {
+      const { dims, base, layers } = json ?? {};
+      check(Number.isInteger(dims) && dims > 0, "dims is no positive integer");
+      check(Array.isArray(layers) && layers.length > 0, "it has no layers");
       this.dims = dims;
-      this.layers = layers.map(readLayer);
-      this.logBase = one(BASES, base);
+      this.base = one("base", BASES, base);
+      this.layers = layers.map((layer) => one("kind", KINDS, layer?.kind)(layer, dims));
+    }
+
+    // A draw of the latent.
+    drawLatent() {
+      return Array.from({ length: this.dims }, this.base.draw);
     }
 
     // From position k on, where the vector h is, to both ends. states[i] is the vector after i layers, so states[0] is
@@ -20,8 +28,8 @@
       states[k] = h;
       for (let i = k; i < this.layers.length; i++) [states[i + 1], logDets[i]] = this.layers[i].forward(states[i]);
       for (let i = k - 1; i >= 0; i--) [states[i], logDets[i]] = this.layers[i].inverse(states[i + 1]);
-      const logDet = logDets.reduce((sum, value) => sum + value, 0);
-      const logBase = this.logBase(states.at(-1));
+      const logDet = sum(logDets);
+      const logBase = this.base.logProb(states.at(-1));
       return { states, logDets, logDet, logBase, logProb: logBase + logDet };
     }
 
@@ -33,13 +41,23 @@
         [h, contribution] = layer.forward(h);
         logDet += contribution;
       }
-      return this.logBase(h) + logDet;
+      return this.base.logProb(h) + logDet;
     }
   };
 
+  // Densities, and draws of one coordinate.
   const BASES = {
-    normal: (z) => z.reduce((sum, v) => sum - 0.5 * (v * v + Math.log(2 * Math.PI)), 0),
-    logistic: (z) => z.reduce((sum, v) => sum - Math.abs(v) - 2 * Math.log1p(Math.exp(-Math.abs(v))), 0),
+    normal: {
+      logProb: (z) => sum(z.map((v) => -0.5 * (v * v + Math.log(2 * Math.PI)))),
+      draw: () => Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random()),
+    },
+    logistic: {
+      logProb: (z) => sum(z.map((v) => -Math.abs(v) - 2 * Math.log1p(Math.exp(-Math.abs(v))))),
+      draw: () => {
+        const u = Math.random(); // can be 0
+        return Math.log((u + 2 ** -54) / (1 - u));
+      },
+    },
   };
 
   const ACTIVATIONS = {
@@ -50,13 +68,10 @@
 
   const KINDS = { scaling: readScaling, additive: readCoupling, affine: readCoupling };
 
-  function readLayer(layer) {
-    return one(KINDS, layer.kind)(layer);
-  }
-
   // Every layer: forward(x) gives [z, log-det]; inverse(z) gives [x, the same log-det, that of forward].
-  function readScaling({ log_scale: logScale }) {
-    const logDet = logScale.reduce((sum, s) => sum + s, 0);
+  function readScaling({ log_scale: logScale }, dims) {
+    check(isNumbers(logScale, dims), `log_scale is not ${dims} numbers`);
+    const logDet = sum(logScale);
     return {
       kind: "scaling",
       forward: (x) => [x.map((v, i) => v * Math.exp(logScale[i])), logDet],
@@ -64,7 +79,10 @@
     };
   }
 
-  function readCoupling({ kind, passes, gain, widths, activation, weights }) {
+  function readCoupling({ kind, passes, gain, widths, activation, weights }, dims) {
+    check(isNumbers(passes, dims) && passes.some((p) => p) && !passes.every((p) => p), `passes is no mask of ${dims}`);
+    check(gain === undefined || Number.isFinite(gain), "gain is no number");
+    check(Array.isArray(widths) && widths.every((width) => Number.isInteger(width) && width > 0), "widths are no sizes");
     const kept = passes.flatMap((p, i) => (p ? [i] : []));
     const changed = passes.flatMap((p, i) => (p ? [] : [i]));
     const affine = kind === "affine";
@@ -76,7 +94,6 @@
       const shift = affine ? output.slice(changed.length) : output;
       return { logScale: changed.map((_, j) => (affine ? tame(output[j]) : 0)), shift };
     };
-    const sum = (values) => values.reduce((total, v) => total + v, 0);
     return {
       kind,
       changed,
@@ -96,7 +113,7 @@
   }
 
   function readNetwork(inputs, widths, outputs, activation, weights) {
-    const bend = one(ACTIVATIONS, activation);
+    const bend = one("activation", ACTIVATIONS, activation);
     const values = decodeHalves(weights);
     let start = 0;
     const take = (n) => values.subarray(start, (start += n));
@@ -104,7 +121,7 @@
       const columns = i ? widths[i - 1] : inputs;
       return { columns, matrix: take(width * columns), bias: take(width) };
     });
-    if (start !== values.length) throw new Error(`weights: expected ${start} numbers, got ${values.length}`);
+    check(start === values.length, `weights are ${values.length} numbers, not ${start}`);
     return (h) => {
       layers.forEach(({ columns, matrix, bias }, i) => {
         const next = Array(bias.length);
@@ -121,6 +138,7 @@
 
   // Base64 of little-endian float16 numbers: 1 bit sign, 5 bits exponent, 10 bits fraction.
   function decodeHalves(text) {
+    check(typeof text === "string" && /^[A-Za-z0-9+/]*={0,2}$/.test(text) && text.length % 4 === 0, "weights are not in base64");
     const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
     return Float64Array.from({ length: bytes.length / 2 }, (_, i) => {
       const bits = bytes[2 * i] | (bytes[2 * i + 1] << 8);
@@ -131,8 +149,20 @@
     });
   }
 
-  function one(table, name) {
-    if (!Object.hasOwn(table, name)) throw new Error(`expected one of ${Object.keys(table).join(", ")}, got ${name}`);
-    return table[name];
+  function one(name, table, key) {
+    check(typeof key === "string" && Object.hasOwn(table, key), `${name} is none of ${Object.keys(table).join(", ")}`);
+    return table[key];
+  }
+
+  function isNumbers(values, n) {
+    return Array.isArray(values) && values.length === n && values.every(Number.isFinite);
+  }
+
+  function sum(values) {
+    return values.reduce((total, v) => total + v, 0);
+  }
+
+  function check(holds, complaint) {
+    if (!holds) throw new Error(complaint);
   }
 }

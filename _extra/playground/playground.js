@@ -6,8 +6,11 @@
   const SETS = globalThis.playgroundSets;
   const MODELS = { nice: "NICE", realnvp: "RealNVP" };
   const FAILURES = { nothing: "nothing", scaling: "scaling", alternation: "alternation", tanh: "tanh" };
-  const GRID = { reach: 3, lines: 13, steps: 120 }; // from -reach to reach, so many lines each way, so many pieces a line
-  const HEAT = 72; // pixels across a picture of the density
+  const GRID = { reach: 3, lines: 13, pieces: 24 }; // from -reach to reach, so many lines each way, in so many pieces
+  const FINE = 0.02; // of half a pane: pieces of a line that are longer, in any layer, are halved
+  const HALVINGS = 6; // at most
+  const CLOSE = 16; // pixels between the ends of what the pen drew that make it a closed line
+  const HEAT = 108; // pixels across a picture of the density
   const EXTENT = 3.4; // half the width of a pane, in units of the data; wider where a layer spreads the points
   const WIDEST = 12;
   const STEP = 0.1; // of an arrow key
@@ -20,22 +23,28 @@
         "Shears keep areas. Only the last layer, the scaling, changes them, by the same factor everywhere.",
       scaling:
         "Without the scaling layer nothing can change an area: the log-det is 0 wherever you drag the point. " +
-        "The data fill too little of the plane to become a whole Gaussian.",
+        "The data have the area that they have, and that is not the Gaussian's.",
       alternation:
-        "Every coupling has the same mask. x₁ decides, x₂ moves, in all of them: the path only goes up and down, " +
-        "and the Gaussian's first coordinate is x₁ itself, scaled.",
+        "Every coupling has the same mask: x₁ decides and x₂ moves, in all of them. Up to the scaling the path only goes up and " +
+        "down, and the latent's first coordinate is x₁ itself, scaled.",
     },
     realnvp: {
       nothing:
         "Each coupling slides and stretches along one axis, both by amounts that depend on the other. Areas change from place to " +
-        "place, so the log-det does: look at it in the middle of the data and beside them.",
+        "place, and with them the log-det: look at it in the middle of the data and beside them.",
       alternation:
-        "Every coupling has the same mask. x₂ is squeezed and slid as x₁ says, as often as you like; x₁ comes out as it " +
+        "Every coupling has the same mask. x₂ is stretched and slid as x₁ says, as often as you like; x₁ comes out as it " +
         "went in, whatever its distribution.",
       tanh:
-        "The log-scale is what the network says, without g tanh(·) around it. Near the data all seems well. Drag the point away " +
-        "from them: one layer's exponential feeds the next, and soon z and log p are no numbers any more.",
+        "The log-scale is what the network says, without g tanh(·) around it. Drag the point away from the data: one layer's " +
+        "exponential feeds the next, and soon z and log p are no numbers any more (hatched).",
     },
+  };
+  // What is peculiar to one flow.
+  const REMARKS = {
+    "circles nice nothing": "On the circles NICE finds no more than one Gaussian.",
+    "spiral nice nothing": "On the spiral it does better than RealNVP does here: training decides, too.",
+    "curve realnvp alternation": "On the thin curve that costs next to nothing: its x₁ is normal as it is.",
   };
 
   const STYLE = `
@@ -44,7 +53,7 @@
       --border: var(--pst-color-border, #c9c9c9); --accent: var(--pst-color-primary, #0a7d91);
       --bad: var(--pst-color-danger, #b4233a); --ring: var(--pst-color-link, #0a7d91);
       color: var(--text); container-type: inline-size; display: block; font-size: 1rem; line-height: 1.4;
-      margin-block: 1.5rem; }
+      margin-block: 1.5rem; scroll-margin-top: 4rem; }
     * { box-sizing: border-box; }
     fieldset { border: 0; display: flex; flex-wrap: wrap; gap: .25rem; margin: 0; min-width: 0; padding: 0; }
     legend { float: left; font-weight: 600; padding: 0; }
@@ -54,49 +63,58 @@
     .options { display: flex; flex-wrap: wrap; gap: .25rem; }
     label.pill { cursor: pointer; position: relative; }
     label.pill input { cursor: pointer; height: 100%; inset: 0; margin: 0; opacity: 0; position: absolute; width: 100%; }
-    label.pill span, button.plain { background: var(--surface); border: 1px solid var(--border); border-radius: 1.25rem;
-      color: var(--text); display: inline-block; font: inherit; min-height: 2.5rem; padding: .4rem .8rem; }
+    label.pill span, button.plain { align-items: center; background: var(--surface); border: 1px solid var(--border);
+      border-radius: 1.25rem; color: var(--text); display: inline-flex; font: inherit; min-height: 2.5rem; padding: .3rem .8rem; }
     label.pill input:checked + span { background: var(--accent); border-color: var(--accent); color: var(--ground); }
     label.pill.broken input:checked + span { background: var(--bad); border-color: var(--bad); }
     label.pill input:focus-visible + span, button:focus-visible, input:focus-visible {
       outline: 3px solid var(--ring); outline-offset: 2px; }
     button.plain { cursor: pointer; }
     button.plain[aria-pressed="true"] { background: var(--accent); border-color: var(--accent); color: var(--ground); }
-    .panes { display: grid; gap: .75rem 1rem; grid-template-columns: 1fr; }
+    .panes { display: grid; gap: .5rem 1rem; grid-template-columns: minmax(0, 40svh); justify-content: center; }
     @container (min-width: 34rem) { .panes { grid-template-columns: 1fr 1fr; } }
     .title { font-weight: 600; margin: 0 0 .25rem; }
     .pane { aspect-ratio: 1; background: var(--ground); border: 1px solid var(--border); border-radius: .4rem;
       overflow: hidden; position: relative; }
     canvas { cursor: crosshair; display: block; height: 100%; touch-action: pan-y; width: 100%; }
     .drawing canvas { cursor: cell; touch-action: none; }
-    .handle { background: transparent; border: 0; border-radius: 50%; cursor: grab; height: 44px; left: 0; margin: -22px;
-      padding: 0; position: absolute; top: 0; touch-action: none; width: 44px; }
+    .handle { border-radius: 50%; cursor: grab; height: 44px; margin: -22px; position: absolute; touch-action: none; width: 44px; }
     .handle::before { background: var(--bad); border: 3px solid var(--ground); border-radius: 50%;
       box-shadow: 0 0 0 1.5px var(--text); content: ""; height: 18px; inset: 0; margin: auto; position: absolute; width: 18px; }
     .handle.outside::before { border-radius: 0; transform: rotate(45deg); }
     .handle:focus-visible { outline-offset: -8px; }
     .way { align-items: center; display: flex; gap: .5rem; margin: .75rem 0 .25rem; }
     .way input { accent-color: var(--accent); flex: 1; min-height: 2.25rem; min-width: 6rem; }
-    .now { margin: 0 0 .5rem; min-height: 2.8em; }
+    .now { margin: .5rem 0; min-height: 2.8em; }
     .bars { align-items: stretch; border-bottom: 1px solid var(--border); border-top: 1px solid var(--border); display: flex; gap: 2px; height: 5.5rem;
       margin: .25rem 0; padding: 0; }
-    .bars span { border-radius: .2rem; flex: 1; position: relative; }
+    .bars span { border-radius: .2rem; cursor: pointer; flex: 1; overflow: hidden; position: relative; }
     .bars span.here { background: var(--surface); }
     .bars i { background: var(--accent); left: 15%; position: absolute; right: 15%; }
     .bars i.down { background: var(--bad); }
     .bars span::after { background: var(--border); content: ""; height: 1px; left: 0; position: absolute; right: 0; top: 50%; }
     .numbers { align-items: start; display: grid; gap: .5rem 1.5rem; grid-template-columns: 1fr; }
     @container (min-width: 34rem) { .numbers { grid-template-columns: 1fr 1fr; } }
-    .point { align-items: center; display: flex; flex-wrap: wrap; gap: .35rem; margin-bottom: .35rem; }
-    .point b { min-width: 4.5rem; }
+    .point { align-items: center; display: flex; gap: .35rem; margin-bottom: .35rem; }
+    .point b { flex: none; width: 4.5rem; }
     .point input { background: var(--ground); border: 1px solid var(--muted); border-radius: .3rem; color: var(--text); font: inherit;
-      min-height: 2.25rem; padding: .1rem .4rem; width: 6.5rem; }
+      flex: 1; max-width: 7rem; min-height: 2.5rem; min-width: 4rem; padding: .1rem .4rem; }
     .sum { font-variant-numeric: tabular-nums; margin: .25rem 0; white-space: pre-line; }
     .story { border-left: 4px solid var(--accent); margin: .75rem 0; padding: .1rem 0 .1rem .75rem; }
     .story.broken { border-color: var(--bad); }
     .tools { display: flex; flex-wrap: wrap; gap: .35rem; margin-top: .5rem; }
     .hidden { clip-path: inset(50%); height: 1px; overflow: hidden; position: absolute; white-space: nowrap; width: 1px; }
-    @media print { .tools, .way button { display: none; } }
+    .error { color: var(--bad); margin: .35rem 0; }
+    .error:empty { display: none; }
+    @media (forced-colors: active) {
+      label.pill input:checked + span, button.plain[aria-pressed="true"] {
+        background: Highlight; color: HighlightText; forced-color-adjust: none; }
+      .bars i, .handle::before { background: Highlight; forced-color-adjust: none; }
+    }
+    @media print {
+      :host { print-color-adjust: exact; }
+      .tools, .way { display: none; }
+    }
   `;
 
   class FlowPlayground extends HTMLElement {
@@ -107,35 +125,45 @@
         data: "moons", model: "realnvp", without: "nothing", layer: Infinity, x: null,
         points: true, grid: true, density: true, gridOn: "data", pen: false,
       };
-      this.strokes = []; // what the reader drew, as points of the data
+      this.strokes = []; // what the reader drew, each stroke as points of the data
       this.drawn = null; // samples in the place of the data
       this.opened = null; // a flow of the reader's own, in the place of ours: its name and its JSON
       this.shown = 0; // the layer that is on the screen: on its way to state.layer
-      this.readAddress();
       this.build();
       this.choose();
+      this.goToAddress();
       new ResizeObserver(() => this.draw()).observe(this.panes.data.canvas);
       new MutationObserver(() => this.draw()).observe(document.documentElement, { attributeFilter: ["data-theme"] });
-      addEventListener("hashchange", () => {
-        if (!this.readAddress()) return;
-        this.opened = this.drawn = null;
-        this.choose();
-        this.scrollIntoView();
+      addEventListener("hashchange", () => this.goToAddress());
+      // A link to where one has been before changes no address, and is meant all the same.
+      document.addEventListener("click", (event) => {
+        const link = event.target.closest('a[href^="#data="]');
+        if (link && link.hash === location.hash) this.goToAddress();
       });
     }
 
     // --- what is chosen ---------------------------------------------------------------------------------------------
 
     // From an address such as #data=moons&model=nice&without=scaling&layer=3, which a chapter or a friend may link to.
-    readAddress() {
+    // It says everything: what the reader had drawn, opened or switched on before is put away.
+    goToAddress() {
       const wanted = new URLSearchParams(location.hash.slice(1));
+      if (!Object.hasOwn(SETS, wanted.get("data"))) return;
       const { state } = this;
-      if (wanted.has("data") && wanted.get("data") in SETS) this.takeData(wanted.get("data"));
-      if (wanted.has("model") && wanted.get("model") in MODELS) state.model = wanted.get("model");
-      if (wanted.has("without")) state.without = wanted.get("without");
-      if (wanted.has("layer")) state.layer = Math.max(0, Math.round(Number(wanted.get("layer")) || 0));
-      if (["data", "latent"].includes(wanted.get("grid"))) state.gridOn = wanted.get("grid");
-      return wanted.has("data") || wanted.has("model") || wanted.has("without");
+      this.stop();
+      state.data = wanted.get("data");
+      state.model = Object.hasOwn(MODELS, wanted.get("model")) ? wanted.get("model") : "realnvp";
+      state.without = wanted.get("without") ?? "nothing";
+      state.layer = Math.max(0, Math.round(Number(wanted.get("layer")) || 0));
+      state.gridOn = wanted.get("grid") === "latent" ? "latent" : "data";
+      state.points = state.grid = state.density = true;
+      state.pen = wanted.has("pen");
+      state.x = null;
+      this.strokes = [];
+      this.opened = null;
+      this.drawn = wanted.has("samples") ? [] : null;
+      this.choose();
+      this.scrollIntoView();
     }
 
     // Another set of points: the point that is shown begins as one of them.
@@ -144,9 +172,10 @@
       this.state.data = name;
     }
 
+    // A flow of the reader's own has no address; that of ours would be another one's.
     writeAddress() {
       const { data, model, without, layer, gridOn: grid } = this.state;
-      history.replaceState(null, "", `#${new URLSearchParams({ data, model, without, layer, grid })}`);
+      history.replaceState(null, "", this.opened ? "#" : `#${new URLSearchParams({ data, model, without, layer, grid })}`);
     }
 
     // Read the flow that is chosen, and let everything that depends on it follow.
@@ -158,12 +187,13 @@
       this.flow = new PlaygroundFlow(this.opened?.json ?? flows[state.without]);
       this.last = this.flow.layers.length;
       state.layer = Math.min(state.layer, this.last);
+      cancelAnimationFrame(this.frame); // it comes from a layer that this flow may not have
       this.shown = state.layer;
       this.slider.max = this.last;
       const numbers = PlaygroundFlow.decodeHalves(set.points);
       this.setPoints = Array.from({ length: numbers.length / 2 }, (_, i) => [numbers[2 * i], numbers[2 * i + 1]]);
-      state.x ??= this.setPoints[0];
       if (this.drawn || this.opened) this.drawn = this.samples();
+      state.x ??= (this.opened ? this.drawn : this.setPoints)[0];
       this.follow();
       this.layGrid();
       this.heats = [];
@@ -174,16 +204,26 @@
         }
       }
       for (const show of this.toggles) show();
+      this.error.textContent = "";
       const broken = state.without !== "nothing" && !this.opened;
-      const average = (flow) => number(flow.log_prob);
-      const slower = flows[state.without].lr < flows.nothing.lr;
       this.story.className = broken ? "story broken" : "story";
-      this.story.textContent = this.opened
-        ? `${this.opened.name}: ${this.last} layers. The points are samples from it.`
-        : `${STORIES[state.model][state.without]} On new points its log p is ${average(flows[state.without])} nats on average` +
-          (broken ? `; with nothing left out, ${average(flows.nothing)}.` : ".") +
-          (slower ? ` At the others' learning rate, ${flows.nothing.lr}, its training did not stay finite; it took ${flows[state.without].lr}.` : "");
+      this.story.textContent = this.opened ? `${this.opened.name}. The points are samples from it.` : this.tell(flows);
+      // The bars keep their scale while the point moves: what the layers add at the points that are shown.
+      const added = this.setPoints.flatMap((x) => this.flow.path(x).logDets.map(Math.abs)).filter(Number.isFinite);
+      this.barScale = Math.max(0.5, ...added);
       this.moveTo(this.flow.path(state.x));
+    }
+
+    tell(flows) {
+      const { data, model, without } = this.state;
+      const [flow, whole] = [flows[without], flows.nothing];
+      const said = [STORIES[model][without], REMARKS[`${data} ${model} ${without}`]];
+      said.push(`Its log p is ${number(flow.log_prob)} nats on average over new points`);
+      said.push(flow === whole ? "." : `; with nothing left out it is ${number(whole.log_prob)}.`);
+      if (flow.lr < whole.lr) {
+        said.push(`At the others' learning rate, ${whole.lr}, its training did not stay finite; this is one at ${flow.lr}.`);
+      }
+      return said.filter(Boolean).join(" ").replaceAll(/ ([.;])/g, "$1");
     }
 
     // A flow from a file that nflows_lib.export wrote. What cannot be read leaves everything as it was.
@@ -192,43 +232,59 @@
         const json = JSON.parse(await file.text());
         if (new PlaygroundFlow(json).dims !== 2) throw new Error(`expected points in the plane, got ${json.dims} dimensions`);
         this.opened = { name: file.name, json };
-        this.choose();
       } catch (error) {
-        this.story.className = "story broken";
-        this.story.textContent = `${file.name} holds no flow that can be shown: ${error.message}.`;
+        this.error.textContent = `${file.name} holds no flow that can be shown: ${error.message}.`;
+        return;
       }
+      this.stop();
+      this.state.x = null;
+      this.choose();
+      this.writeAddress();
     }
 
     // Where the points, and what the reader drew, are after every layer.
     follow() {
       this.points = (this.drawn ?? this.setPoints).map((x) => this.flow.path(x).states);
-      this.lines = this.strokes.map((stroke) => stroke.map((x) => this.flow.path(x).states));
       this.extents = Array.from({ length: this.last + 1 }, (_, k) => {
         const sizes = this.points.map((states) => Math.max(...states[k].map(Math.abs))).filter(Number.isFinite);
         sizes.sort((a, b) => a - b);
-        return Math.min(Math.max(EXTENT, 1.1 * sizes[Math.floor(0.99 * sizes.length)]), WIDEST);
+        return Math.min(Math.max(EXTENT, 1.1 * (sizes[Math.floor(0.99 * sizes.length)] ?? 0)), WIDEST);
       });
+      this.lines = this.strokes.map((stroke) => this.line(stroke, 0));
     }
 
-    // The grid, straight in the data or in the latent, and where each of its points is after every layer.
+    // A line through points of the plane after k layers, straight between them there, as states after every layer. It
+    // is as fine as it must be to look smooth in all of them.
+    line(points, k) {
+      const states = points.map((h) => this.flow.path(h, k).states);
+      return states.flatMap((state, i) => [...(i ? this.between(states[i - 1], state, k, HALVINGS) : []), state]);
+    }
+
+    between(a, b, k, halvings) {
+      const far = this.extents.some((extent, i) => {
+        const visible = [a[i], b[i]].some((h) => h.every((v) => Math.abs(v) < 1.2 * extent));
+        return visible && !(Math.hypot(a[i][0] - b[i][0], a[i][1] - b[i][1]) < FINE * extent);
+      });
+      if (!far || !halvings) return [];
+      const middle = this.flow.path([0, 1].map((j) => (a[k][j] + b[k][j]) / 2), k).states;
+      return [...this.between(a, middle, k, halvings - 1), middle, ...this.between(middle, b, k, halvings - 1)];
+    }
+
+    // The grid, straight in the data or in the latent.
     layGrid() {
       const k = this.state.gridOn === "data" ? 0 : this.last;
       const at = (i, n) => GRID.reach * ((2 * i) / n - 1);
-      this.grid = [];
-      for (const across of [0, 1]) {
-        for (let line = 0; line < GRID.lines; line++) {
-          this.grid.push(
-            Array.from({ length: GRID.steps + 1 }, (_, step) => {
-              const h = [at(line, GRID.lines - 1), at(step, GRID.steps)];
-              return this.flow.path(across ? h : h.reverse(), k).states;
-            }),
-          );
-        }
-      }
+      this.grid = [0, 1].flatMap((across) =>
+        Array.from({ length: GRID.lines }, (_, line) => {
+          const points = Array.from({ length: GRID.pieces + 1 }, (_, i) => [at(line, GRID.lines - 1), at(i, GRID.pieces)]);
+          return this.line(across ? points : points.map((h) => h.reverse()), k);
+        }),
+      );
     }
 
     samples() {
-      return this.setPoints.map(() => this.flow.path([normal(), normal()], this.last).states[0]).filter((x) => x.every(Number.isFinite));
+      const drawn = this.setPoints.map(() => this.flow.path(this.flow.drawLatent(), this.last).states[0]);
+      return drawn.filter((x) => x.every(Number.isFinite));
     }
 
     // --- the point ---------------------------------------------------------------------------------------------------
@@ -258,16 +314,17 @@
           this.radioGroup("Data", "data", titles),
           this.radioGroup("Model", "model", MODELS),
           this.radioGroup("Left out", "without", FAILURES)),
-        (this.story = element("p", { class: "story" })),
-        element("div", { class: "panes" }, this.pane("data"), this.pane("latent")),
         this.way(),
+        element("div", { class: "panes" }, this.pane("data"), this.pane("latent")),
         (this.now = element("p", { class: "now" })),
+        (this.story = element("p", { class: "story" })),
         element("div", { class: "numbers" },
           element("div", {}, this.pointInputs("data", "x"), this.pointInputs("latent", "z"), (this.sum = element("p", { class: "sum" }))),
           element("div", {},
             element("p", { class: "sum" }, "What each layer adds to log p, in nats:"),
             (this.bars = element("div", { class: "bars", "aria-hidden": "true" })))),
         this.tools(),
+        (this.error = element("p", { class: "error", role: "alert" })),
         (this.spoken = element("p", { class: "hidden", role: "status" })),
       );
     }
@@ -277,11 +334,13 @@
       const labels = Object.entries(options).map(([value, text]) => {
         const radio = element("input", { type: "radio", name, value });
         radio.addEventListener("change", () => {
+          this.stop();
           if (name === "data") this.takeData(value);
           else this.state[name] = value;
-          if (this.opened) this.opened = this.drawn = null;
+          if (this.opened) this.opened = this.drawn = this.state.x = null;
           this.choose();
           this.writeAddress();
+          this.say(this.story.textContent);
         });
         this.radios[name][value] = radio;
         const broken = name === "without" && value !== "nothing";
@@ -292,7 +351,8 @@
 
     pane(name) {
       const canvas = element("canvas", { role: "img" });
-      const handle = element("button", { type: "button", class: "handle" });
+      // An application, as for a screen reader a button would keep the arrow keys to itself.
+      const handle = element("div", { role: "application", tabindex: 0, class: "handle" });
       const title = element("p", { class: "title" });
       const frame = element("div", { class: "pane" }, canvas, handle);
       this.panes = { ...this.panes, [name]: { canvas, handle, title, frame } };
@@ -306,45 +366,84 @@
           extent * (1 - (2 * (event.clientY - box.top)) / box.height),
         ];
       };
+      const layer = () => (name === "data" ? 0 : this.state.layer);
       const move = (event) => {
         if (!this.state.pen) return this.place(name, where(event));
-        stroke.push(this.flow.path(where(event), name === "data" ? 0 : this.state.layer).states[0]);
-        this.follow();
+        this.extend(stroke, where(event), layer());
         this.draw();
       };
-      // A finger on the canvas may want to scroll: it moves the point by a tap, or drags the handle.
-      const start = (event) => {
-        const scrolls = event.pointerType === "touch" && event.target === canvas && !this.state.pen;
-        if (scrolls || event.button !== 0) return;
-        event.preventDefault();
+      let before = null; // where the point was, should a finger turn out to scroll
+      frame.addEventListener("pointerdown", (event) => {
+        if (event.button !== 0 || !event.isPrimary) return;
         this.settle();
-        if (this.state.pen) this.strokes.push((stroke = []));
-        else handle.focus({ preventScroll: true, focusVisible: false });
+        before = this.state.x;
+        if (this.state.pen) stroke = this.startStroke();
         frame.setPointerCapture(event.pointerId);
+        // A finger beside the handle may want to scroll up or down: until it moves sideways, or taps, nothing happens.
+        if (event.pointerType === "touch" && event.target === canvas && !this.state.pen) return;
+        event.preventDefault();
+        if (!this.state.pen) handle.focus({ preventScroll: true, focusVisible: false });
         move(event);
-      };
-      frame.addEventListener("pointerdown", start);
+      });
       frame.addEventListener("pointermove", (event) => frame.hasPointerCapture(event.pointerId) && move(event));
-      canvas.addEventListener("click", (event) => event.pointerType === "touch" && !this.state.pen && this.place(name, where(event)));
+      frame.addEventListener("pointercancel", () => this.state.pen || this.moveTo(this.flow.path(before)));
+      frame.addEventListener("pointerup", () => {
+        if (!this.state.pen || !stroke) return;
+        this.close(stroke, layer(), (CLOSE / canvas.clientWidth) * 2 * this.extent(name));
+        stroke = null;
+      });
+      frame.addEventListener("click", (event) => event.pointerType === "touch" && !this.state.pen && this.place(name, where(event)));
       handle.addEventListener("keydown", (event) => {
         const [across, up] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key] ?? [0, 0];
         if (!across && !up) return;
         event.preventDefault();
         const step = event.shiftKey ? STEP / 10 : STEP;
-        const [h1, h2] = this.path.states[name === "data" ? 0 : this.state.layer];
-        this.place(name, [h1 + step * across, h2 + step * up]);
+        const [h1, h2] = name === "data" ? this.state.x : this.path.states[this.state.layer];
+        if (Number.isFinite(h1 + h2)) this.place(name, [h1 + step * across, h2 + step * up]);
       });
       return element("div", {}, title, frame);
     }
 
+    // --- the pen -----------------------------------------------------------------------------------------------------
+
+    startStroke() {
+      this.strokes.push([]);
+      this.lines.push([]);
+      return this.strokes.length - 1;
+    }
+
+    // The stroke goes on to h, straight in the plane after k layers.
+    extend(stroke, h, k) {
+      const line = this.lines[stroke];
+      const added = line.length ? this.line([line.at(-1)[k], h], k).slice(1) : this.line([h], k);
+      line.push(...added);
+      this.strokes[stroke].push(...added.map((states) => states[0]));
+    }
+
+    // A line whose ends nearly meet was meant to be closed.
+    close(stroke, k, near) {
+      const line = this.lines[stroke];
+      const [a, b] = [line[0][k], line.at(-1)[k]];
+      if (line.length > 2 && Math.hypot(a[0] - b[0], a[1] - b[1]) < near) this.extend(stroke, a, k);
+      this.draw();
+    }
+
+    // --- the controls ------------------------------------------------------------------------------------------------
+
     way() {
-      const step = (change) => () => this.goTo(this.state.layer + change);
+      const step = (change) => () => {
+        this.stop();
+        this.goTo(this.state.layer + change);
+      };
       this.slider = element("input", { type: "range", min: 0, value: 0, step: 1, "aria-label": "layers passed" });
-      this.slider.addEventListener("input", () => this.goTo(Number(this.slider.value)));
-      this.player = element("button", { type: "button", class: "plain" }, "Play");
-      this.player.addEventListener("click", () => this.play());
+      this.slider.addEventListener("input", () => {
+        this.stop();
+        this.goTo(Number(this.slider.value));
+      });
+      this.player = button("Play", () => (this.playing ? this.stop() : this.play(1)));
       return element("div", { class: "way" },
         this.player,
+        button("Sample", () => this.sample(), { title: "draw new points from the Gaussian and send them back through the layers" }),
         button("◀", step(-1), { "aria-label": "one layer back" }),
         this.slider,
         button("▶", step(1), { "aria-label": "one layer on" }));
@@ -352,11 +451,19 @@
 
     pointInputs(pane, letter) {
       const inputs = [0, 1].map((i) => {
-        const input = element("input", { type: "number", step: STEP, "aria-label": `${letter}${"₁₂"[i]}` });
+        const input = element("input", { type: "number", step: "any", "aria-label": `${letter}${"₁₂"[i]}` });
+        input.addEventListener("keydown", (event) => {
+          const up = { ArrowUp: 1, ArrowDown: -1 }[event.key];
+          if (!up) return;
+          event.preventDefault();
+          input.value = Number((input.valueAsNumber + up * (event.shiftKey ? STEP / 10 : STEP)).toFixed(4));
+          input.dispatchEvent(new Event("input"));
+        });
         input.addEventListener("input", () => {
           const h = inputs.map((one) => one.valueAsNumber);
           if (h.every(Number.isFinite)) this.moveTo(this.flow.path(h, pane === "data" ? 0 : this.last));
         });
+        input.addEventListener("blur", () => this.fill(pane, this.path.states[pane === "data" ? 0 : this.last]));
         return input;
       });
       this.panes[pane].inputs = inputs;
@@ -382,9 +489,10 @@
         toggle("grid straight in the latent", () => state.gridOn === "latent", (on) => {
           state.gridOn = on ? "latent" : "data";
           this.layGrid();
+          this.writeAddress();
         }),
         toggle("samples instead of data", () => this.drawn !== null, (on) => {
-          this.drawn = on ? this.samples() : null;
+          this.drawn = on || this.opened ? this.samples() : null; // there are no data to a flow that was opened
           this.follow();
         }),
         toggle("pen", () => state.pen, (on) => {
@@ -434,19 +542,34 @@
       this.draw();
     }
 
-    play() {
-      const stop = () => {
-        clearInterval(this.playing);
-        this.playing = null;
-        this.player.textContent = "Play";
-      };
-      if (this.playing) return stop();
-      this.goTo(this.state.layer === this.last ? 0 : this.state.layer + 1);
+    // Layer by layer to the latent, or with -1 back to the data; from the other end if it is there already.
+    play(direction) {
+      this.stop();
+      const [start, end] = direction > 0 ? [0, this.last] : [this.last, 0];
+      this.goTo(this.state.layer === end ? start : this.state.layer + direction);
       this.player.textContent = "Stop";
       this.playing = setInterval(() => {
-        if (this.state.layer === this.last) stop();
-        else this.goTo(this.state.layer + 1);
+        if (this.state.layer === end) this.stop();
+        else this.goTo(this.state.layer + direction);
       }, 3 * TWEEN);
+    }
+
+    // From noise to data: new draws, and back through the layers.
+    sample() {
+      this.stop();
+      this.drawn = this.samples();
+      this.state.layer = this.last;
+      this.follow();
+      for (const show of this.toggles) show();
+      this.settle();
+      this.play(-1);
+    }
+
+    stop() {
+      clearInterval(this.playing);
+      if (this.playing) this.say(this.position());
+      this.playing = null;
+      this.player.textContent = "Play";
     }
 
     // --- words and numbers -------------------------------------------------------------------------------------------
@@ -454,41 +577,51 @@
     report() {
       const { state, path, last } = this;
       const layer = this.flow.layers[state.layer - 1];
-      const added = path.logDets[state.layer - 1];
       this.slider.value = state.layer;
       this.slider.setAttribute("aria-valuetext", `${state.layer} of ${last}`);
       this.panes.data.title.textContent = "data x";
       this.panes.latent.title.textContent =
-        state.layer === 0 ? "before the first layer: still x" : state.layer === last ? `after all ${last} layers: latent z` : `after layer ${state.layer} of ${last}`;
+        state.layer === 0 ? "before the first layer: still x" : state.layer === last ? `after all ${last} layers: latent z` : `after layer ${state.layer} of ${last}: h`;
       this.now.textContent = layer
-        ? `Layer ${state.layer}, ${describe(layer)} It adds ${signed(added)} nats here.`
-        : "Move the slider, or press Play, to send the plane through the layers.";
+        ? `Layer ${state.layer}, ${describe(layer)} ${effect(path.logDets[state.layer - 1])}`
+        : "Press Play, or move the slider, to send the plane through the layers.";
       this.sum.textContent = `log p(x) = log p(z) + log-det\n${number(path.logProb)} nats = ${number(path.logBase)} ${signed(path.logDet)}`;
       this.fill("data", path.states[0]);
       this.fill("latent", path.states[last]);
-
-      const largest = Math.max(1, ...path.logDets.map(Math.abs).filter(Number.isFinite));
       this.bars.replaceChildren(
         ...path.logDets.map((value, i) => {
           const bar = element("i", { class: value < 0 ? "down" : "up" });
-          const half = Number.isFinite(value) ? (50 * Math.abs(value)) / largest : 50;
+          const half = Number.isFinite(value) ? (50 * Math.abs(value)) / this.barScale : 50;
           bar.style.cssText = `height: ${half}%; ${value < 0 ? "top" : "bottom"}: 50%`;
           const slot = element("span", { class: i === state.layer - 1 ? "here" : "" }, bar);
-          slot.addEventListener("click", () => this.goTo(i + 1));
+          slot.addEventListener("click", () => {
+            this.stop();
+            this.goTo(i + 1);
+          });
           return slot;
         }),
       );
 
-      const [x, h, z] = [path.states[0], path.states[state.layer], path.states[last]].map(pair);
+      const [x, h] = [path.states[0], path.states[state.layer]].map(pair);
+      const drawn = `${this.drawn ? "samples" : "points"}, density and grid`;
       this.panes.data.handle.setAttribute("aria-label", `point in the data at ${x}; arrow keys move it`);
       this.panes.latent.handle.setAttribute("aria-label", `its image after ${state.layer} layers at ${h}; arrow keys move it`);
-      const drawn = `${this.drawn ? "samples" : "points"}, density and grid`;
       this.panes.data.canvas.setAttribute("aria-label", `The data's plane: ${drawn}.`);
       this.panes.latent.canvas.setAttribute("aria-label", `The same after ${state.layer} of ${last} layers: ${drawn}, and the point's path.`);
-      clearTimeout(this.speaking); // say the last of many, not each
-      this.speaking = setTimeout(() => {
-        this.spoken.textContent = `x ${x}, after layer ${state.layer} ${h}, z ${z}. log p ${number(path.logProb)}, log-det ${number(path.logDet)} nats.`;
-      }, 500);
+      if (this.reported && !this.playing) this.say(this.position());
+      this.reported = true; // a page that has just been opened says nothing unasked
+    }
+
+    position() {
+      const { states, logProb, logDet } = this.path;
+      const [x, h, z] = [states[0], states[this.state.layer], states[this.last]].map(pair);
+      return `x ${x}, after layer ${this.state.layer} ${h}, z ${z}. log p ${number(logProb)}, log-det ${number(logDet)} nats.`;
+    }
+
+    // To a screen reader: the last of many, not each.
+    say(text) {
+      clearTimeout(this.speaking);
+      this.speaking = setTimeout(() => (this.spoken.textContent = text), 500);
     }
 
     // The numbers of a point, but not into the field where the reader is typing.
@@ -533,15 +666,26 @@
       };
       const toPixels = ([h1, h2]) => [(size / 2) * (1 + h1 / extent), (size / 2) * (1 - h2 / extent)];
       const trace = (points) => {
+        let drawing = false;
         pen.beginPath();
         for (const point of points) {
           const [left, top] = toPixels(point);
-          if (Math.abs(left) < 1e4 && Math.abs(top) < 1e4) pen.lineTo(left, top);
+          const there = Math.abs(left) < 1e4 && Math.abs(top) < 1e4;
+          if (there) pen[drawing ? "lineTo" : "moveTo"](left, top); // what is nowhere leaves a gap
+          drawing = there;
         }
         pen.stroke();
       };
 
-      if (this.state.density) pen.drawImage(this.heat(Math.round(position), colour("--accent")), 0, 0, size, size);
+      if (this.state.density) {
+        for (const [k, share] of [[before, 1 - part], [Math.min(before + 1, this.last), part]]) {
+          if (!share) continue;
+          const across = (size * this.extents[k]) / extent; // the picture was made for that layer's pane
+          pen.globalAlpha = share;
+          pen.drawImage(this.heat(k, colour("--accent"), colour("--bad")), (size - across) / 2, (size - across) / 2, across, across);
+        }
+        pen.globalAlpha = 1;
+      }
       if (this.state.grid) {
         pen.strokeStyle = colour("--muted");
         pen.globalAlpha = 0.55;
@@ -562,23 +706,26 @@
       pen.lineWidth = 3;
       pen.lineJoin = pen.lineCap = "round";
       for (const line of this.lines) trace(line.map(at));
-      this.drawAxes(pen, size, extent, colour("--text"));
+      this.drawAxes(pen, size, extent, colour("--text"), name === "data" || !position ? "x" : position === this.last ? "z" : "h");
       if (name === "latent") this.drawPath(pen, toPixels, trace, position, colour("--bad"), colour("--ground"));
 
       // A point that left the pane, or is no number any more, waits at its edge, as a diamond.
       const h = at(this.path.states);
-      const inside = toPixels(h.map((v) => (Number.isNaN(v) ? extent : Math.min(Math.max(v, -extent), extent))));
-      handle.classList.toggle("outside", !h.every((v) => Math.abs(v) <= extent));
-      handle.style.transform = `translate(${inside[0]}px, ${inside[1]}px)`;
+      const edge = 1 - 28 / size;
+      const [left, top] = h.map((v) => (Number.isNaN(v) ? edge : Math.min(Math.max(v / extent, -edge), edge)));
+      const outside = !h.every((v) => Math.abs(v) <= extent);
+      handle.classList.toggle("outside", outside);
+      handle.style.left = `${50 * (1 + (outside ? left : h[0] / extent))}%`;
+      handle.style.top = `${50 * (1 - (outside ? top : h[1] / extent))}%`;
     }
 
-    drawAxes(pen, size, extent, ink) {
+    drawAxes(pen, size, extent, ink, letter) {
       const every = extent > 6 ? 4 : extent > 4 ? 2 : 1;
       pen.fillStyle = ink;
       pen.font = "11px sans-serif";
       for (let tick = -every * Math.floor(extent / every); tick <= extent; tick += every) {
         const where = (size / 2) * (1 + tick / extent);
-        if (where < 14 || where > size - 14) continue;
+        if (where < 24 || where > size - 24) continue; // the corners are for the axes' names
         pen.fillRect(where, size - 4, 1, 4);
         pen.fillRect(0, size - where, 4, 1);
         pen.textAlign = "center";
@@ -586,6 +733,10 @@
         pen.textAlign = "left";
         pen.fillText(minus(tick), 7, size - where + 4);
       }
+      pen.font = "italic 600 13px sans-serif";
+      pen.fillText(`${letter}₂`, 7, 16);
+      pen.textAlign = "right";
+      pen.fillText(`${letter}₁`, size - 6, size - 8);
     }
 
     // Where the point was after each layer; what it has still to go is fainter.
@@ -608,36 +759,50 @@
       pen.globalAlpha = 1;
     }
 
-    // The flow's density after k layers, as a small picture: the more of the accent's colour, the denser.
-    heat(k, colour) {
+    // The flow's density after k layers, as a small picture: the more of the accent's colour, the denser; hatched where
+    // it is no finite number.
+    heat(k, colour, bad) {
       const cached = this.heats[k];
-      if (cached?.colour === colour) return cached.picture;
       const extent = this.extents[k];
+      if (cached?.colour === colour && cached.extent === extent) return cached.picture;
       const picture = element("canvas", { width: HEAT, height: HEAT });
       const pen = picture.getContext("2d");
+      const place = (i) => [i % HEAT, Math.floor(i / HEAT)];
+      const density = Array.from({ length: HEAT * HEAT }, (_, i) => {
+        const [column, row] = place(i);
+        const h = [column, HEAT - 1 - row].map((v) => extent * ((2 * (v + 0.5)) / HEAT - 1));
+        const logProb = this.flow.logProb(h, k);
+        return Number.isFinite(logProb) ? Math.exp(logProb) : NaN;
+      });
+      const lost = (i) => Number.isNaN(density[i]) && (place(i)[0] + place(i)[1]) % 6 < 2;
       pen.fillStyle = colour;
       pen.fillRect(0, 0, HEAT, HEAT);
+      pen.fillStyle = bad;
+      for (let i = 0; i < density.length; i++) if (lost(i)) pen.fillRect(...place(i), 1, 1);
       const pixels = pen.getImageData(0, 0, HEAT, HEAT);
-      const density = Array.from({ length: HEAT * HEAT }, (_, i) => {
-        const h = [i % HEAT, HEAT - 1 - Math.floor(i / HEAT)].map((v) => extent * ((2 * (v + 0.5)) / HEAT - 1));
-        const p = Math.exp(this.flow.logProb(h, k));
-        return Number.isFinite(p) ? p : 0;
-      });
       // Thin ridges are far denser than the rest: the top of the scale is what 1 in 100 pixels exceeds.
-      const top = density.toSorted((a, b) => a - b)[Math.floor(0.99 * density.length)] || 1;
-      density.forEach((p, i) => (pixels.data[4 * i + 3] = 190 * Math.sqrt(Math.min(p / top, 1))));
+      const sorted = density.filter(Number.isFinite).sort((a, b) => a - b);
+      const top = sorted[Math.floor(0.99 * sorted.length)] || 1;
+      density.forEach((p, i) => {
+        pixels.data[4 * i + 3] = Number.isNaN(p) ? (lost(i) ? 130 : 0) : 190 * Math.sqrt(Math.min(p / top, 1));
+      });
       pen.putImageData(pixels, 0, 0);
-      this.heats[k] = { colour, picture };
+      this.heats[k] = { colour, extent, picture };
       return picture;
     }
   }
 
   function describe({ kind, changed }) {
     if (kind === "scaling") return "scaling: both coordinates are multiplied, everywhere alike.";
-    const [moves, decides] = changed[0] ? ["h₂", "h₁"] : ["h₁", "h₂"];
+    const [moves, decides] = changed[0] ? ["h₂ (up and down)", "h₁"] : ["h₁ (left and right)", "h₂"];
     return kind === "additive"
-      ? `coupling: ${moves} moves, ${decides} decides how far.`
-      : `coupling: ${moves} moves and stretches, ${decides} decides how much.`;
+      ? `coupling: it moves ${moves}; ${decides} decides how far.`
+      : `coupling: it moves and stretches ${moves}; ${decides} decides how much.`;
+  }
+
+  function effect(added) {
+    if (!Number.isFinite(added)) return "What it adds to log p is no finite number.";
+    return added < 0 ? `It takes ${number(-added)} nats from log p.` : `It adds ${number(added)} nats to log p.`;
   }
 
   function element(tag, attributes, ...children) {
@@ -658,13 +823,10 @@
     return `hsl(${(Math.atan2(x2, x1) * 180) / Math.PI} 75% ${Math.min(35 + 8 * Math.hypot(x1, x2), 58)}%)`;
   }
 
-  function normal() {
-    return Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random());
-  }
-
   function number(value) {
-    if (!Number.isFinite(value)) return Number.isNaN(value) ? "not a number" : value > 0 ? "∞" : "−∞";
-    return minus(Math.abs(value) < 1e4 ? value.toFixed(2) : value.toExponential(0));
+    if (!Number.isFinite(value)) return Number.isNaN(value) ? "no number" : value > 0 ? "∞" : "−∞";
+    if (Math.abs(value) >= 1e6) return minus(value.toExponential(2));
+    return minus(value.toLocaleString("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 }));
   }
 
   function signed(value) {
