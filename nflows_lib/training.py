@@ -208,7 +208,7 @@ def fit(
                 raise Interrupted(f"stopped after step {run.step:,} of {run.schedule.total or 'a number yet unknown'}")
     bar.close()
     if run.average is not None:
-        flow.load_state_dict(run.average.module.state_dict())
+        flow.load_state_dict(run.judged().state_dict())
     flow.eval()
     return run.history
 
@@ -254,8 +254,9 @@ class _Run:
     ) -> None:
         self.flow, self.data, self.context, self.batch_size = flow, data, context, batch_size
         self.augment, self.clip, self.schedule, self.ema = augment, clip, schedule, ema
-        self.device = next(flow.parameters()).device
-        self.optimizer = optimizer or torch.optim.Adam(flow.parameters(), lr=lr, fused=True)
+        self.parameters = list(flow.parameters())  # once: to walk through the modules takes a small flow a while
+        self.device = self.parameters[0].device
+        self.optimizer = optimizer or torch.optim.Adam(self.parameters, lr=lr, fused=True)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.average: AveragedModel | None = None
         self.replica: nn.Module = flow  # what a step calls: one of several averages the gradients of all
@@ -317,16 +318,18 @@ class _Run:
             raise NonFiniteLoss(self.history)
         self.optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.flow.parameters(), math.inf if self.clip is None else self.clip)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self.history.grad_norm.append(norm.item())
         if not math.isfinite(self.history.grad_norm[-1]):
             raise NonFiniteLoss(self.history)  # a step along it would lose the parameters
+        if self.clip is not None and self.history.grad_norm[-1] > self.clip:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         factor = self.schedule.factor(self.step - 1)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.step()
         if self.average is not None:
-            self.average.update_parameters(self.flow)
+            self._update_average()
         if len(self.durations) < PROBE:
             self.durations.append(time.monotonic() - began)
 
@@ -337,7 +340,7 @@ class _Run:
         draws: int,
         on_evaluation: Callable[[Flow, History], None] | None,
     ) -> None:
-        judged = self.flow if self.average is None else self.average.module
+        judged = self.judged()
         leads = parallel.number() == 0
         found = mean_and_error(-log_likelihoods(judged, held_out, context, draws)) if leads else None
         self.history.held_out.append((self.step, *parallel.shared(found)))
@@ -347,6 +350,14 @@ class _Run:
             with parallel.alone(), random_state_kept(self.device):
                 on_evaluation(judged, self.history)
             judged.train(training)
+
+    def judged(self) -> nn.Module:
+        """What is evaluated, and what the flow holds in the end: the average, with the flow's buffers; or the flow."""
+        if self.average is None:
+            return self.flow
+        for average, current in zip(self.average.module.buffers(), self.flow.buffers(), strict=True):
+            average.copy_(current.detach())
+        return self.average.module
 
     def figures(self) -> dict[str, str]:
         """What the progress bar shows."""
@@ -362,6 +373,7 @@ class _Run:
             return
         tensors = {f"flow.{name}": tensor for name, tensor in self.flow.state_dict().items()}
         if self.average is not None:
+            self.judged()  # its buffers are up to date
             tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
@@ -447,7 +459,16 @@ class _Run:
 
     def _average(self) -> None:
         if self.ema is not None:
-            self.average = AveragedModel(self.flow, multi_avg_fn=_ema_update(self.ema))
+            self.average = AveragedModel(self.flow)
+            self.averages = list(self.average.module.parameters())
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # A short memory at first, or the very first parameters would stay in the average for 1 / (1 - decay) steps.
+        before = self.step - 1
+        kept = min(self.ema, (1 + before) / (10 + before)) if before else 0.0
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - kept)
+        self.average.n_averaged += 1
 
     def _replicate(self) -> None:
         if parallel.processes() > 1:
@@ -545,15 +566,6 @@ def log_mean_exp(log_p: Tensor) -> Tensor:
 def mean_and_error(values: Tensor) -> tuple[float, float]:
     """Mean of independent values and its standard error."""
     return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
-
-
-def _ema_update(decay: float):
-    def update(averages: list[Tensor], currents: list[Tensor], updates: Tensor) -> None:
-        # A short memory at first, or the very first parameters would stay in the average for 1 / (1 - decay) steps.
-        now = min(decay, (1 + updates.item()) / (10 + updates.item()))
-        torch._foreach_lerp_(averages, currents, 1 - now)
-
-    return update
 
 
 def _check_arguments(

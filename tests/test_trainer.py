@@ -27,8 +27,10 @@ from torch import Tensor
 from nflows_lib import checkpoint, training
 from nflows_lib.checkpoint import CheckpointError
 from nflows_lib.data import digit_halves, random_flip, random_view
+from nflows_lib.distributions import StandardNormal
 from nflows_lib.flow import Flow
 from nflows_lib.models import cglow, nice
+from nflows_lib.normalization import DiagonalScaling, FlowBatchNorm
 from nflows_lib.training import CHECKPOINT, PREVIOUS, History, Interrupted, NonFiniteLoss, Schedule, fit
 
 STEPS = 24
@@ -646,3 +648,12 @@ def test_ctrl_c_says_how_to_go_on_and_that_goes_on(tmp_path, capsys):
     record = json.loads((out / "run.json").read_text())
     assert record["steps"] == 300
     assert "--steps 300" in record["command"]  # the command that gives this figure
+
+
+def test_the_average_of_a_checkpoint_has_the_buffers_of_its_step(tmp_path):
+    flow = Flow([FlowBatchNorm(2), DiagonalScaling(2)], StandardNormal(), (2,))
+    fit(flow, 3 + torch.randn(32, 2), 5, batch_size=16, ema=0.9, folder=tmp_path)
+    saved = training.read_model(tmp_path)
+    assert saved.keys() == flow.state_dict().keys()
+    assert all(torch.equal(saved[name], value) for name, value in flow.state_dict().items())
+    assert (saved["chain.layers.0.running_mean"] > 0.5).all()  # it was 0 at first
