@@ -7,8 +7,8 @@
   const MODELS = { nice: "NICE", realnvp: "RealNVP" };
   const FAILURES = { nothing: "nothing", scaling: "scaling", alternation: "alternation", tanh: "tanh" };
   const GRID = { reach: 3, lines: 13, pieces: 24 }; // from -reach to reach, so many lines each way, in so many pieces
-  const FINE = 0.02; // of half a pane: pieces of a line that are longer, in any layer, are halved
-  const HALVINGS = 6; // at most
+  const FINE = 0.03; // of half a pane: pieces of a line that are longer, in any layer, are halved
+  const HALVINGS = 9; // at most
   const CLOSE = 16; // pixels between the ends of what the pen drew that make it a closed line
   const HEAT = 108; // pixels across a picture of the density
   const EXTENT = 3.4; // half the width of a pane, in units of the data; wider where a layer spreads the points
@@ -83,7 +83,7 @@
       box-shadow: 0 0 0 1.5px var(--text); content: ""; height: 18px; inset: 0; margin: auto; position: absolute; width: 18px; }
     .handle.outside::before { border-radius: 0; transform: rotate(45deg); }
     .handle:focus-visible { outline-offset: -8px; }
-    .way { align-items: center; display: flex; gap: .5rem; margin: .75rem 0 .25rem; }
+    .way { align-items: center; display: flex; flex-wrap: wrap; gap: .5rem; margin: .75rem 0 .25rem; }
     .way input { accent-color: var(--accent); flex: 1; min-height: 2.25rem; min-width: 6rem; }
     .now { margin: .5rem 0; min-height: 2.8em; }
     .bars { align-items: stretch; border-bottom: 1px solid var(--border); border-top: 1px solid var(--border); display: flex; gap: 2px; height: 5.5rem;
@@ -204,6 +204,7 @@
         }
       }
       for (const show of this.toggles) show();
+      for (const { frame } of Object.values(this.panes)) frame.classList.toggle("drawing", state.pen);
       this.error.textContent = "";
       const broken = state.without !== "nothing" && !this.opened;
       this.story.className = broken ? "story broken" : "story";
@@ -388,7 +389,7 @@
       frame.addEventListener("pointermove", (event) => frame.hasPointerCapture(event.pointerId) && move(event));
       frame.addEventListener("pointercancel", () => this.state.pen || this.moveTo(this.flow.path(before)));
       frame.addEventListener("pointerup", () => {
-        if (!this.state.pen || !stroke) return;
+        if (stroke === null) return;
         this.close(stroke, layer(), (CLOSE / canvas.clientWidth) * 2 * this.extent(name));
         stroke = null;
       });

@@ -4,7 +4,7 @@
 //   columns, rows   pictures in the sheet; gap: pixels between them
 //   mode            "pad" (two directions), "slider" (a row at a time) or "redraw" (pictures and scales by row)
 //   zoom            of the picture; without it, as large as fits into 320 pixels
-//   pad:    corners                  what stands there: top left, top right, bottom left, bottom right
+//   pad:    corners, start           what stands there: top left, top right, bottom left, bottom right; column and row
 //   slider: label, step, digits      the value of row k is k times step; across: how many pictures stand side by side
 //   redraw: pictures, scales         names; a row's first picture is as it was, the others have that scale drawn again
 "use strict";
@@ -201,7 +201,7 @@
       });
 
       this.view.classList.add("beside");
-      move(0, 0);
+      move(...(this.getAttribute("start") ?? "0,0").split(",").map(Number));
       const mix = element("label", {}, mixing, "mix the corners' pixels instead");
       const controls = [...sliders.map(({ whole }) => whole), mix].map((whole) => element("div", { class: "row" }, whole));
       return element("div", { class: "tools" }, this.view, pad, element("div", { class: "controls" }, this.status, ...controls));
@@ -250,7 +250,7 @@
           "div", { class: "controls" }, this.status,
           this.radios("picture", pictures, now.picture, (picture) => move({ picture })),
           this.radios("scale", scales, now.scale, (scale) => move({ scale })),
-          element("div", { class: "row" }, this.button("draw again", () => move({ draw: (now.draw % (this.columns - 1)) + 1 }), { class: "main" })),
+          element("div", { class: "row" }, this.button("next draw", () => move({ draw: (now.draw % (this.columns - 1)) + 1 }), { class: "main" })),
         ),
       );
     }
