@@ -83,8 +83,8 @@
       box-shadow: 0 0 0 1.5px var(--text); content: ""; height: 18px; inset: 0; margin: auto; position: absolute; width: 18px; }
     .handle.outside::before { border-radius: 0; transform: rotate(45deg); }
     .handle:focus-visible { outline-offset: -8px; }
-    .way { align-items: center; display: flex; flex-wrap: wrap; gap: .5rem; margin: .75rem 0 .25rem; }
-    .way input { accent-color: var(--accent); flex: 1; min-height: 2.25rem; min-width: 6rem; }
+    .way { align-items: center; display: flex; flex-wrap: wrap; gap: .35rem; margin: .75rem 0 .25rem; }
+    .way input { accent-color: var(--accent); flex: 1; min-height: 2.5rem; min-width: 3.5rem; }
     .now { margin: .5rem 0; min-height: 2.8em; }
     .bars { align-items: stretch; border-bottom: 1px solid var(--border); border-top: 1px solid var(--border); display: flex; gap: 2px; height: 5.5rem;
       margin: .25rem 0; padding: 0; }
@@ -193,8 +193,8 @@
       const numbers = PlaygroundFlow.decodeHalves(set.points);
       this.setPoints = Array.from({ length: numbers.length / 2 }, (_, i) => [numbers[2 * i], numbers[2 * i + 1]]);
       if (this.drawn || this.opened) this.drawn = this.samples();
-      state.x ??= (this.opened ? this.drawn : this.setPoints)[0];
       this.follow();
+      state.x ??= this.firstPoint();
       this.layGrid();
       this.heats = [];
       for (const [name, radios] of Object.entries(this.radios)) {
@@ -213,6 +213,12 @@
       const added = this.setPoints.flatMap((x) => this.flow.path(x).logDets.map(Math.abs)).filter(Number.isFinite);
       this.barScale = Math.max(0.5, ...added);
       this.moveTo(this.flow.path(state.x));
+    }
+
+    // One of the points that are shown, whose whole way can be seen.
+    firstPoint() {
+      const seen = (states) => states.every((h, k) => h.every((v) => Math.abs(v) < 0.9 * this.extents[k]));
+      return (this.points.find(seen) ?? this.points[0])[0];
     }
 
     tell(flows) {
@@ -374,26 +380,29 @@
         this.draw();
       };
       let before = null; // where the point was, should a finger turn out to scroll
+      let waits = false;
       frame.addEventListener("pointerdown", (event) => {
         if (event.button !== 0 || !event.isPrimary) return;
         this.settle();
         before = this.state.x;
         if (this.state.pen) stroke = this.startStroke();
         frame.setPointerCapture(event.pointerId);
-        // A finger beside the handle may want to scroll up or down: until it moves sideways, or taps, nothing happens.
-        if (event.pointerType === "touch" && event.target === canvas && !this.state.pen) return;
+        // A finger beside the handle may want to scroll up or down: until it moves sideways, or is lifted, nothing happens.
+        waits = event.pointerType === "touch" && event.target === canvas && !this.state.pen;
+        if (waits) return;
         event.preventDefault();
         if (!this.state.pen) handle.focus({ preventScroll: true, focusVisible: false });
         move(event);
       });
       frame.addEventListener("pointermove", (event) => frame.hasPointerCapture(event.pointerId) && move(event));
       frame.addEventListener("pointercancel", () => this.state.pen || this.moveTo(this.flow.path(before)));
-      frame.addEventListener("pointerup", () => {
+      frame.addEventListener("pointerup", (event) => {
+        if (waits) move(event);
+        waits = false;
         if (stroke === null) return;
         this.close(stroke, layer(), (CLOSE / canvas.clientWidth) * 2 * this.extent(name));
         stroke = null;
       });
-      frame.addEventListener("click", (event) => event.pointerType === "touch" && !this.state.pen && this.place(name, where(event)));
       handle.addEventListener("keydown", (event) => {
         const [across, up] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key] ?? [0, 0];
         if (!across && !up) return;
