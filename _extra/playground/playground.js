@@ -218,7 +218,7 @@
     // One of the points that are shown, whose whole way can be seen.
     firstPoint() {
       const seen = (states) => states.every((h, k) => h.every((v) => Math.abs(v) < 0.9 * this.extents[k]));
-      return (this.points.find(seen) ?? this.points[0])[0];
+      return (this.points.find(seen) ?? this.points[0])?.[0] ?? [0, 0]; // a flow that was opened may have no finite samples
     }
 
     tell(flows) {
@@ -395,8 +395,14 @@
         move(event);
       });
       frame.addEventListener("pointermove", (event) => frame.hasPointerCapture(event.pointerId) && move(event));
-      frame.addEventListener("pointercancel", () => this.state.pen || this.moveTo(this.flow.path(before)));
+      frame.addEventListener("pointercancel", (event) => {
+        if (!event.isPrimary) return; // a second finger had no part in it
+        if (!this.state.pen) this.moveTo(this.flow.path(before));
+        waits = false;
+        stroke = null;
+      });
       frame.addEventListener("pointerup", (event) => {
+        if (!event.isPrimary) return;
         if (waits) move(event);
         waits = false;
         if (stroke === null) return;
