@@ -11,6 +11,7 @@ from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, alternating_ma
 from nflows_lib.distributions import StandardLogistic, StandardNormal
 from nflows_lib.flow import Flow
 from nflows_lib.networks import MLP
+from nflows_lib.normalization import DiagonalScaling
 
 
 def random_flow(flow: Flow) -> Flow:
@@ -45,9 +46,10 @@ def test_a_flow_comes_back(name: str) -> None:
     assert torch.allclose(again.log_prob(x), flow.log_prob(x), atol=0.05, rtol=0.01)
 
 
-def test_the_rounding_is_that_of_float16_and_nothing_else() -> None:
+@pytest.mark.parametrize("build", [models.nice, models.realnvp_points])
+def test_the_rounding_is_that_of_float16_and_nothing_else(build) -> None:
     """Weights that float16 holds exactly give the very same flow: no column or row that matters is left out."""
-    flow = random_flow(models.realnvp_points(4, couplings=3, hidden=5))
+    flow = random_flow(build(4, couplings=3, hidden=5))
     for parameter in flow.parameters():
         parameter.data.copy_(parameter.half().float().mul(8).round().div(8))
     again = export.from_json(export.to_json(flow))
@@ -57,6 +59,14 @@ def test_the_rounding_is_that_of_float16_and_nothing_else() -> None:
 
 
 class Subclass(AffineCoupling):
+    pass
+
+
+class Scaled(DiagonalScaling):
+    pass
+
+
+class Perceptron(MLP):
     pass
 
 
@@ -77,6 +87,17 @@ class Subclass(AffineCoupling):
             "network: expected an MLP without a context, got Linear",
         ),
         (
+            lambda: Flow([AdditiveCoupling(alternating_mask(2, 0), Perceptron(2, 2, 3, 1))], StandardNormal(), (2,)),
+            "network: expected an MLP without a context, got Perceptron",
+        ),
+        (
+            lambda: Flow(
+                [AdditiveCoupling(alternating_mask(2, 0), MLP(2, 2, 3, 1, context=2))], StandardNormal(), (2,)
+            ),
+            "network: expected an MLP without a context, got MLP",
+        ),
+        (lambda: Flow([Scaled(2)], StandardNormal(), (2,)), "layer: expected .*, got Scaled"),
+        (
             lambda: Flow([AdditiveCoupling(alternating_mask(2, 0), MLP(2, 2, 3, 1, nn.ELU))], StandardNormal(), (2,)),
             "activation: expected ReLU, SiLU, Tanh, got ELU",
         ),
@@ -96,12 +117,21 @@ def test_a_weight_that_float16_cannot_hold_is_refused(value: float) -> None:
         export.to_json(flow)
 
 
+@pytest.mark.parametrize(("build", "name"), [(models.nice, "log_scale"), (models.realnvp_points, "gain")])
+def test_a_number_that_json_cannot_hold_is_refused(build, name: str) -> None:
+    flow = build(2, couplings=2, hidden=3)
+    getattr(flow.chain[-1], name).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=f"{name}: expected finite numbers, got nan"):
+        export.to_json(flow)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"kind": "spline"}, "kind: expected additive, affine, got 'spline'"),
         ({"activation": "gelu"}, "activation: expected relu, silu, tanh, got 'gelu'"),
         ({"widths": [4, 5]}, r"widths: expected equal ones, got \[4, 5\]"),
+        ({"widths": []}, r"widths: expected equal ones, got \[\]"),
         ({"widths": [7]}, "weights: expected 22 numbers, got 10"),
     ],
 )

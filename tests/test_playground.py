@@ -19,7 +19,7 @@ from torch.distributions import MultivariateNormal
 
 from nflows_lib import export, models, plotting
 from nflows_lib.flow import Flow
-from nflows_lib.training import log_likelihoods
+from nflows_lib.training import History, log_likelihoods
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "_extra" / "playground"
@@ -137,9 +137,23 @@ def test_each_flow_is_as_good_as_the_page_says(shipped: dict[str, Any], name: st
     log_p = log_likelihoods(playground.from_json(content), playground.SETS[name][1](20_000))
     error = log_p.std().item() / 20_000**0.5
     assert content["log_prob"] == pytest.approx(log_p.mean().item(), abs=0.01 + 6 * error)
-    assert playground.build(model, without).summary().splitlines()[1:-1] == [
-        line for line in playground.from_json(content).summary().splitlines()[1:-1]
-    ]
+    built, shown = playground.build(model, without), playground.from_json(content)
+    masks = [[layer.mask.tolist() for layer in flow.chain if hasattr(layer, "mask")] for flow in (built, shown)]
+    assert masks[0] == masks[1]
+    assert built.summary().splitlines()[1:-1] == shown.summary().splitlines()[1:-1]
+
+
+def test_the_learning_rate_is_halved_until_the_loss_stays_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = []
+
+    def fit(*_: Any, lr: float, **__: Any) -> None:
+        rates.append(lr)
+        if len(rates) < 3:
+            raise playground.NonFiniteLoss(History(loss=[math.inf]))
+
+    monkeypatch.setattr(playground, "fit", fit)
+    assert playground.trained("moons", "nice", "nothing")[1] == rates[-1]
+    assert rates == [0.01, 0.005, 0.0025]
 
 
 def test_what_is_left_out_is_left_out(shipped: dict[str, Any]) -> None:
@@ -207,6 +221,14 @@ def test_every_link_leads_to_a_state_that_there_is(shipped: dict[str, Any]) -> N
         assert state.get("grid", "data") in ("data", "latent")
 
 
+def test_the_points_are_drawn_from_the_set_that_is_named(shipped: dict[str, Any]) -> None:
+    assert {name: entry["title"] for name, entry in shipped.items()} == {n: s[0] for n, s in playground.SETS.items()}
+    for name, (_, draw) in playground.SETS.items():
+        torch.manual_seed(3)
+        points = export.decode(shipped[name]["points"]).view(-1, 2)
+        torch.testing.assert_close(points, draw(playground.SHOWN), rtol=1e-2, atol=1e-2)
+
+
 def test_the_flows_are_light() -> None:
     assert playground.FILE.stat().st_size <= 60_000
 
@@ -225,6 +247,7 @@ def page(book: Path, browser: Browser) -> Iterator[Page]:
     page.on(
         "request", lambda request: None if request.url.startswith(("file:", "data:")) else trouble.append(request.url)
     )
+    page.route("**/tex-chtml.js*", lambda route: route.fulfill(body="", content_type="text/javascript"))  # slow
     page.goto((book / "chapters" / "playground.html").as_uri())
     yield page
     context.close()
@@ -238,6 +261,38 @@ def fresh(page: Page) -> Page:
     page.reload()
     page.locator("flow-playground canvas").first.scroll_into_view_if_needed()
     return page
+
+
+IT = "document.querySelector('flow-playground')"
+
+
+def go(page: Page, address: str) -> None:
+    """Follow a link to a state of the playground."""
+    page.evaluate(
+        """address => new Promise((done) => {
+             history.replaceState(null, "", "#");
+             addEventListener("hashchange", () => done(), { once: true });
+             location.hash = address;
+           })""",
+        address,
+    )
+
+
+def hand_over(page: Page, content: Any, name: str = "own.json") -> None:
+    """Open a flow, without the detour over a file on the disk."""
+    page.evaluate(
+        f"([content, name]) => {IT}.open(new File([JSON.stringify(content)], name))",
+        [content, name],
+    )
+
+
+def after(flow: Flow, layers: int, x: Any) -> torch.Tensor:
+    """Where points of the data are after so many layers."""
+    x = torch.as_tensor(x, dtype=torch.float32)
+    with torch.no_grad():
+        for layer in list(flow.chain)[:layers]:
+            x, _ = layer(x)
+    return x
 
 
 def values(page: Page) -> dict[str, list[float]]:
@@ -505,10 +560,17 @@ def test_a_finger_drags_the_point_and_scrolls_beside_it(book: Path, browser: Bro
     assert after["x"][1] < before["x"][1] - 0.5
     page.locator("flow-playground canvas").first.scroll_into_view_if_needed()
     canvas = page.locator("flow-playground canvas").first.bounding_box()
-    where = "String(document.querySelector('flow-playground').state.x)"
-    dragged = page.evaluate(where)
+    x, y, top = canvas["x"] + 40, canvas["y"] + canvas["height"] - 40, page.evaluate("scrollY")
+    touch("touchStart", x, y)
+    for i in range(1, 8):
+        touch("touchMove", x, y - 20 * i)
+    touch("touchEnd")
+    page.wait_for_function(f"scrollY > {top} + 50", timeout=5000)
+    assert values(page)["x"] == after["x"]
+    page.locator("flow-playground canvas").first.scroll_into_view_if_needed()
+    canvas = page.locator("flow-playground canvas").first.bounding_box()
     page.touchscreen.tap(canvas["x"] + 40, canvas["y"] + 40)  # a tap brings the point
-    page.wait_for_function(f"before => {where} !== before", arg=dragged)
+    page.wait_for_function(f"{IT}.state.x[0] < -2 && {IT}.state.x[1] > 2", timeout=5000)
     context.close()
 
 
@@ -519,6 +581,277 @@ def test_with_reduced_motion_nothing_moves_by_itself(book: Path, browser: Browse
     page.get_by_label("layers passed").press("End")
     assert page.evaluate("document.querySelector('flow-playground').shown") == 8
     context.close()
+
+
+def test_the_shading_is_the_density_of_the_flow_that_is_chosen(page: Page, shipped: dict[str, Any]) -> None:
+    """At the position that is shown, the right way up."""
+    for model, k in (("realnvp", 0), ("nice", 0), ("realnvp", 5)):
+        go(page, f"data=moons&model={model}&without=nothing&layer={k}")
+        found = page.evaluate(
+            f"""() => {{
+              const {{ heats, extents, state }} = {IT};
+              const {{ picture }} = heats[state.layer];
+              const pixels = picture.getContext("2d").getImageData(0, 0, picture.width, picture.height).data;
+              return {{ extent: extents[state.layer], alpha: Array.from(pixels).filter((_, i) => i % 4 === 3) }};
+            }}"""
+        )
+        flow = playground.from_json(shipped["moons"]["flows"][model]["nothing"])
+        rest = Flow(list(flow.chain)[k:], flow.base, flow.shape)
+        across = math.isqrt(len(found["alpha"]))
+        line = found["extent"] * (2 * (torch.arange(across) + 0.5) / across - 1)
+        p = rest.log_prob(torch.cartesian_prod(-line, line).flip(1)).exp()
+        alpha = 190 * (p / p.sort().values[int(0.99 * len(p))]).clamp(max=1).sqrt()
+        torch.testing.assert_close(torch.tensor(found["alpha"]).float(), alpha, rtol=0, atol=2)
+
+
+def test_a_drag_a_key_and_the_pen_act_on_the_plane_that_is_shown(page: Page, shipped: dict[str, Any]) -> None:
+    """After 5 of 8 layers, whose pane is wider than that of the data."""
+    go(page, "data=circles&model=realnvp&without=nothing&layer=5")
+    flow = playground.from_json(shipped["circles"]["flows"]["realnvp"]["nothing"])
+    extent = page.evaluate(f"{IT}.extents[5]")
+    there = [0.2 * extent, 0.4 * extent]
+    drag(page, 1, (0.6, 0.3))
+    assert after(flow, 5, page.evaluate(f"[{IT}.state.x]"))[0].tolist() == pytest.approx(there, abs=0.05)
+    page.locator("flow-playground .handle").nth(1).press("ArrowRight")
+    now = page.evaluate(f"{IT}.path.states[5]")
+    assert now == pytest.approx([there[0] + 0.1, there[1]], abs=0.05)
+    page.get_by_role("button", name="pen", exact=True).click()
+    page.locator("flow-playground .title").first.scroll_into_view_if_needed()
+    drag(page, 1, (0.4, 0.6))
+    page.get_by_role("button", name="pen", exact=True).click()
+    line = after(flow, 5, page.evaluate(f"{IT}.strokes[0]"))
+    assert line[-1].tolist() == pytest.approx([-0.2 * extent, -0.2 * extent], abs=0.05)
+    assert page.evaluate(f"{IT}.path.states[5]") == now
+    page.get_by_role("button", name="wipe", exact=True).click()
+
+
+def test_the_words_and_the_bars_are_the_layers(page: Page, shipped: dict[str, Any]) -> None:
+    go(page, "data=moons&model=realnvp&without=nothing&layer=3")
+    flow = playground.from_json(shipped["moons"]["flows"]["realnvp"]["nothing"])
+    chain = list(flow.chain)
+    x = page.evaluate(f"[{IT}.state.x]")
+    added = [layer(after(flow, k, x))[1].item() for k, layer in enumerate(chain)]
+    told = page.locator("flow-playground .now")
+    for k in (3, 4):
+        page.locator("flow-playground .bars span").nth(k - 1).click(position={"x": 3, "y": 3})
+        moves = "h₂" if chain[k - 1].mask[0] else "h₁"
+        assert f"Layer {k}, coupling: it moves and stretches {moves}" in told.inner_text()
+        does = "adds" if added[k - 1] > 0 else "takes"
+        assert f"It {does} {abs(added[k - 1]):.2f} nats" in told.inner_text()
+    bars = page.locator("flow-playground .bars i")
+    assert [bar.get_attribute("class") for bar in bars.all()] == ["down" if value < 0 else "up" for value in added]
+    heights = [float(height.rstrip("%")) for height in bars.evaluate_all("all => all.map((one) => one.style.height)")]
+    points = export.decode(shipped["moons"]["points"]).view(-1, 2)
+    largest = max(layer(after(flow, k, points))[1].abs().max().item() for k, layer in enumerate(chain))
+    assert heights == pytest.approx([50 * abs(value) / largest for value in added], abs=0.01)
+
+
+def test_points_keep_their_colours_and_move_on_straight_lines(page: Page, shipped: dict[str, Any]) -> None:
+    go(page, "data=moons&model=realnvp&without=nothing&layer=2")
+    found = page.evaluate(
+        f"""() => {{
+          const it = {IT};
+          const seen = [[], []];
+          const {{ arc }} = CanvasRenderingContext2D.prototype;
+          CanvasRenderingContext2D.prototype.arc = function (left, top, radius, ...rest) {{
+            const size = this.canvas.clientWidth;
+            const pane = seen[this.canvas === it.panes.data.canvas ? 0 : 1];
+            if (radius === 2.6) pane.push({{ at: [left / size, top / size], colour: this.fillStyle }});
+            return arc.call(this, left, top, radius, ...rest);
+          }};
+          it.shown = 2.5;
+          it.draw();
+          CanvasRenderingContext2D.prototype.arc = arc;
+          it.settle();
+          return {{ seen, extents: it.extents.slice(0, 4) }};
+        }}"""
+    )
+    flow = playground.from_json(shipped["moons"]["flows"]["realnvp"]["nothing"])
+    points = export.decode(shipped["moons"]["points"]).view(-1, 2)
+    middle = (after(flow, 2, points) + after(flow, 3, points)) / 2
+    extents = found["extents"]
+    for pane, h, extent in zip(found["seen"], (points, middle), (extents[0], sum(extents[2:]) / 2), strict=True):
+        at = torch.stack([1 + h[:, 0] / extent, 1 - h[:, 1] / extent], 1) / 2
+        torch.testing.assert_close(torch.tensor([point["at"] for point in pane]), at, rtol=0, atol=1e-3)
+    colours = [[point["colour"] for point in pane] for pane in found["seen"]]
+    assert colours[0] == colours[1]
+    assert len({*colours[0]}) > 100
+
+
+def test_play_stops_at_the_last_layer_and_begins_anew(page: Page) -> None:
+    go(page, "data=moons&model=realnvp&without=nothing&layer=7")
+    page.get_by_role("button", name="Play", exact=True).click()
+    assert page.get_by_label("layers passed").input_value() == "8"
+    page.get_by_role("button", name="Stop", exact=True).wait_for(state="detached")
+    assert page.evaluate(f"[{IT}.state.layer, {IT}.shown]") == [8, 8]
+    page.get_by_role("button", name="Play", exact=True).click()
+    assert page.get_by_label("layers passed").input_value() == "0"
+    go(page, "data=moons&model=realnvp&without=nothing&layer=3")  # a link ends it
+    assert page.get_by_role("button", name="Play", exact=True).is_visible()
+    page.evaluate(f"{IT}.goTo(8); {IT}.settle()")
+    assert page.evaluate(f"new Promise((done) => setTimeout(() => done({IT}.shown), 100))") == 8
+
+
+def test_samples_are_the_flows_own(page: Page) -> None:
+    """And of the next flow, when another one is chosen."""
+    go(page, "data=moons&model=realnvp&without=nothing&layer=0")
+    samples = page.get_by_role("button", name="samples instead of data")
+    samples.click()
+    for name in ("moons", "circles"):
+        page.get_by_label(playground.SETS[name][0], exact=True).check()
+        assert samples.get_attribute("aria-pressed") == "true"
+        z = torch.tensor(page.evaluate(f"{IT}.points.map((states) => states.at(-1))"))
+        assert z.square().mean().item() == pytest.approx(1, abs=0.4)
+    samples.click()
+    assert page.evaluate(f"{IT}.points.map((states) => states[0])") == page.evaluate(f"{IT}.setPoints")
+
+
+def test_the_shading_keeps_to_a_pane_that_widens(page: Page) -> None:
+    go(page, "data=circles&model=realnvp&without=nothing&layer=5")
+    page.evaluate(
+        f"{{ const it = {IT}; it.drawn = it.setPoints.map((x) => x.map((v) => 2 * v)); it.follow(); it.draw(); }}"
+    )
+    assert page.evaluate(f"{IT}.extents[0] > 3.4 && {IT}.heats[0].extent === {IT}.extents[0]")
+
+
+def test_an_address_is_followed_as_far_as_it_can_be(page: Page) -> None:
+    go(page, "data=moons&model=realnvp&without=nothing&layer=0&grid=data")
+    straight = page.get_by_role("button", name="grid straight in the latent")
+    for address, model, layer, last, grid in (
+        ("data=circles&model=nice&without=nothing&layer=99&grid=latent", "nice", 9, 9, "latent"),
+        ("data=constructor&model=realnvp&without=nothing&layer=1", "nice", 9, 9, "latent"),
+        ("data=spiral&model=toString&without=valueOf&layer=-3", "realnvp", 0, 8, "data"),
+    ):
+        go(page, address)
+        state = page.evaluate(f"{{ const {{ last, shown, state }} = {IT}; ({{ last, shown, ...state }}); }}")
+        assert [state[name] for name in ("model", "without", "layer", "shown", "last", "gridOn")] == [
+            *(model, "nothing", layer, layer, last, grid)
+        ]
+        assert page.get_by_label("layers passed").input_value() == str(layer)
+        assert straight.get_attribute("aria-pressed") == str(grid == "latent").lower()
+        end = -1 if grid == "latent" else 0
+        lines = page.evaluate(f"{IT}.grid.map((line) => line.map((states) => states.at({end})))")
+        spans = torch.stack([torch.tensor(line).amax(0) - torch.tensor(line).amin(0) for line in lines])
+        assert spans.amin(1).max() < 1e-3  # each line, across or along
+        assert spans.amax(1).min() == pytest.approx(6, abs=1e-3)
+    assert page.evaluate(f"{IT}.state.x") in page.evaluate(f"{IT}.setPoints")
+    straight.click()
+    assert page.url.endswith("grid=latent")
+
+
+def test_a_flow_of_ones_own_gives_way_to_the_next_choice(page: Page, shipped: dict[str, Any]) -> None:
+    story = page.locator("flow-playground .story")
+    content = export.to_json(models.realnvp_points(2, couplings=4, hidden=16))
+    address = "data=moons&model=realnvp&without=nothing&layer=8"
+    for way in ("radio", "link"):
+        go(page, address)
+        # For ever on its way, from where the next flow has no layer.
+        page.evaluate(
+            f"""() => {{
+              window.whole = requestAnimationFrame;
+              window.requestAnimationFrame = (tick) => window.whole(() => tick(0));
+              {IT}.goTo(0);
+            }}"""
+        )
+        hand_over(page, content)
+        assert story.inner_text() == "own.json. The points are samples from it."
+        assert not page.get_by_label("two moons", exact=True).is_checked()
+        assert page.url.endswith("#")
+        page.wait_for_timeout(100)
+        page.evaluate("() => { window.requestAnimationFrame = window.whole; }")
+        assert page.evaluate(f"[{IT}.last, {IT}.state.layer, {IT}.shown]") == [4, 0, 0]
+        page.get_by_label("two moons", exact=True).check() if way == "radio" else go(page, address)
+        assert page.evaluate(f"{IT}.last") == 8
+        assert "own.json" not in story.inner_text()
+        assert page.evaluate(f"{IT}.drawn") is None
+
+
+def test_a_flow_without_finite_samples_leaves_the_pane_as_it_is(page: Page) -> None:
+    go(page, "data=moons&model=realnvp&without=nothing&layer=0")
+    hand_over(page, {"dims": 2, "base": "normal", "layers": [{"kind": "scaling", "log_scale": [-999, 0]}]})
+    assert page.evaluate(f"[{IT}.points.length, ...{IT}.extents, ...{IT}.state.x]") == [0, 3.4, 3.4, 0, 0]
+
+
+def test_where_there_is_no_number_the_page_says_so(page: Page, shipped: dict[str, Any]) -> None:
+    """And the point can still be moved by keys, from where it was last."""
+    go(page, "data=moons&model=realnvp&without=tanh&layer=8")
+    flow = playground.from_json(shipped["moons"]["flows"]["realnvp"]["tanh"])
+    pane = plotting.grid(3.3, 40)
+    lost = pane[flow.double().encode(pane.double()).isnan().any(1)][0].tolist()
+    for i, value in zip("₁₂", lost, strict=True):
+        page.get_by_label(f"x{i}", exact=True).fill(f"{value:.6f}")
+    told = page.locator("flow-playground").get_by_text("log p(x) =")
+    assert "no number nats" in told.inner_text()
+    handles = page.locator("flow-playground .handle")
+    assert "outside" in handles.nth(1).get_attribute("class")
+    assert "outside" not in handles.nth(0).get_attribute("class")
+    handles.nth(1).press("ArrowUp")
+    assert page.evaluate(f"{IT}.path.states[0]") == pytest.approx(lost, abs=1e-3)
+    handles.nth(0).press("ArrowUp")
+    assert page.evaluate(f"{IT}.path.states[0]") == pytest.approx([lost[0], lost[1] + 0.1], abs=1e-3)
+    page.evaluate(f"{IT}.moveTo({IT}.flow.path([NaN, NaN], 8))")
+    assert "outside" in handles.nth(0).get_attribute("class")
+    handles.nth(0).press("ArrowDown")
+    assert page.evaluate(f"{IT}.path.states[0]") == pytest.approx(lost, abs=1e-3)
+
+
+def test_the_story_says_what_the_line_is_worth(page: Page, shipped: dict[str, Any]) -> None:
+    go(page, "data=moons&model=realnvp&without=tanh&layer=0")
+    flows = shipped["moons"]["flows"]["realnvp"]
+    told = page.locator("flow-playground .story").inner_text().replace("−", "-")
+    assert f"Its log p is {flows['tanh']['log_prob']:.2f} nats on average" in told
+    assert f"with nothing left out it is {flows['nothing']['log_prob']:.2f}." in told
+    assert f"At the others' learning rate, {flows['nothing']['lr']}" in told
+    assert f"one at {flows['tanh']['lr']}." in told
+    page.get_by_label("alternation", exact=True).check()
+    assert "learning rate" not in page.locator("flow-playground .story").inner_text()
+
+
+def test_a_field_is_left_alone_while_one_types_and_filled_afterwards(page: Page) -> None:
+    go(page, "data=moons&model=realnvp&without=nothing&layer=0")
+    field = page.get_by_label("x₁", exact=True)
+    field.fill("")
+    field.press_sequentially("1.23456")
+    assert field.input_value() == "1.23456"
+    field.fill("")
+    field.blur()
+    assert field.input_value() == "1.235"
+
+
+def test_the_panes_follow_the_theme_and_the_windows_size(page: Page) -> None:
+    go(page, "data=moons&model=realnvp&without=nothing&layer=0")
+    colour = f"{IT}.heats[0].colour"
+    before = page.evaluate(colour)
+    theme = page.evaluate("document.documentElement.dataset.theme")
+    page.evaluate("theme => document.documentElement.dataset.theme = theme", "light" if theme == "dark" else "dark")
+    page.wait_for_function(f"{colour} !== '{before}'", timeout=5000)
+    page.evaluate("theme => document.documentElement.dataset.theme = theme", theme)
+    for size in (600, 1200):
+        page.set_viewport_size({"width": size, "height": 1000})
+        canvas = f"{IT}.panes.latent.canvas"
+        page.wait_for_function(f"{canvas}.width === Math.round(devicePixelRatio * {canvas}.clientWidth)", timeout=5000)
+
+
+def test_a_line_that_leaves_the_numbers_has_a_gap(page: Page) -> None:
+    """It does not jump over: that would be a tear."""
+    go(page, "data=moons&model=realnvp&without=nothing&layer=0")
+    found = page.evaluate(
+        f"""() => {{
+          const it = {IT};
+          const calls = [];
+          const pen = CanvasRenderingContext2D.prototype;
+          const {{ moveTo, lineTo }} = pen;
+          pen.moveTo = function (...at) {{ calls.push("move"); moveTo.apply(this, at); }};
+          pen.lineTo = function (...at) {{ calls.push("line"); lineTo.apply(this, at); }};
+          const whole = it.grid;
+          it.grid = [[[0, 0], [1, 1], [NaN, 1], [2, 2], [3, 3]].map((h) => Array(9).fill(h))];
+          it.drawPane("data", 0);
+          Object.assign(pen, {{ moveTo, lineTo }});
+          it.grid = whole;
+          return calls;
+        }}"""
+    )
+    assert found == ["move", "line"] * 2
 
 
 def test_without_scripts_there_is_a_picture(book: Path, browser: Browser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections.abc import Iterator
@@ -24,8 +25,8 @@ PLAYGROUND = (ROOT / "chapters" / "playground.md").read_text(encoding="utf-8")
 BOUND = {"png": 1.5, "webp": 4.5}
 # Cells to decode again, and beside each the cells that it must not be taken for: another temperature, another draw.
 CELLS = {
-    "digits-between.png": {0: (2, 34), 144: (142, 178)},
-    "flowers-between.webp": {0: (2, 22), 60: (58, 82)},
+    "digits-between.png": {0: (2, 34), 16: (14, 50), 144: (142, 178)},
+    "flowers-between.webp": {0: (2, 22), 10: (8, 32), 60: (58, 82)},
     "digits-temperature.png": {16 * 12 + 1: (14 * 12 + 1, 18 * 12 + 1, 16 * 12), 8 * 12 + 9: (6 * 12 + 9, 10 * 12 + 9)},
     "flowers-temperature.webp": {7 * 12 + 5: (6 * 12 + 5, 8 * 12 + 5, 7 * 12 + 4)},
     "flowers-scales.webp": {1 * 7 + 2: (7, 8), 2 * 7 + 3: (14,), 7 * 7 + 1: (49, 51)},
@@ -78,6 +79,16 @@ def test_a_sheet_is_what_its_model_decodes(name: str) -> None:
         assert not near, f"picture {cell}: not told apart from {near}"
 
 
+@pytest.mark.parametrize("name", sheets.SHEETS)
+def test_pictures_put_together_come_apart_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = sheets.stored(name)
+    image = sheets.put_together(sheets.SHEETS[name], pictures)
+    assert image.size == Image.open(sheets.FOLDER / name).size
+    image.save(tmp_path / name, format="PNG")
+    monkeypatch.setattr(sheets, "FOLDER", tmp_path)
+    np.testing.assert_array_equal(sheets.stored(name), pictures)
+
+
 def test_the_page_says_how_much_each_scale_changes() -> None:
     """As far as the compression lets one see."""
     levels = re.search(r"about (\d+), (\d+), (\d+) and (\d+) levels", PLAYGROUND)
@@ -102,6 +113,7 @@ def page(browser: Browser, book: Path) -> Iterator[Page]:
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda said: errors.append(said.text) if "/playground/" in said.location["url"] else None)
+    page.route("**/tex-chtml.js*", lambda route: route.fulfill(body="", content_type="text/javascript"))  # slow
     page.goto((book / "chapters" / "playground.html").as_uri())
     page.wait_for_function("document.querySelectorAll('latent-sheet:not(.ready)').length == 0")
     yield page
@@ -116,6 +128,73 @@ def sheet(page: Page, file: str) -> Locator:
 def pixels(sheet: Locator) -> str:
     """What the canvas shows: from a file it cannot be read, but it can be photographed."""
     return sheet.locator("canvas.view").screenshot().hex()
+
+
+def shown(sheet: Locator) -> np.ndarray:
+    """The canvas's own pixels, each of which the page shows as a square, (H, W, 3)."""
+    view = sheet.locator("canvas.view")
+    size = [view.evaluate(f"view => view.{side}") for side in ("height", "width")]
+    photograph = np.asarray(Image.open(io.BytesIO(view.screenshot())).convert("RGB")).astype(float)
+    y, x = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(size, photograph.shape, strict=False))
+    return photograph[y[:, None], x]
+
+
+def test_the_pad_shows_the_picture_of_its_place_or_the_corners_mixed(page: Page) -> None:
+    page.set_viewport_size({"width": 1200, "height": 900})
+    square = sheet(page, "digits-between.png")
+    pictures = sheets.stored("digits-between.png").reshape(17, 17, 28, 28, 1).astype(float)
+    across, down = square.get_by_label("left to right"), square.get_by_label("top to bottom")
+    mixing, said = square.get_by_label("mix the corners' pixels instead"), square.locator("output")
+    for column, row, words in (
+        (16, 0, "3: 100 %"),
+        (0, 16, "0: 100 %"),
+        (16, 16, "8: 100 %"),
+        (4, 8, "7: 38 %, 3: 13 %, 0: 38 %, 8: 13 %"),
+    ):
+        across.fill(str(column))
+        down.fill(str(row))
+        assert said.inner_text() == words
+        np.testing.assert_allclose(shown(square), pictures[row, column].repeat(3, 2), atol=1)
+        mixing.check()
+        x, y = column / 16, row / 16
+        top, bottom = ((1 - x) * pictures[i, 0] + x * pictures[i, 16] for i in (0, 16))
+        np.testing.assert_allclose(shown(square), ((1 - y) * top + y * bottom).repeat(3, 2), atol=4)
+        mixing.uncheck()
+    pad, marker = square.locator(".pad"), square.locator(".pad i")
+    box, mark = pad.bounding_box(), marker.bounding_box()
+    assert [mark[axis] - box[axis] for axis in "xy"] == pytest.approx([n * box["width"] / 17 for n in (4, 8)], abs=1.5)
+    pad.hover(position={"x": 30, "y": 30})  # without a button
+    pad.press("Control+ArrowRight")
+    assert [one.input_value() for one in (across, down)] == ["4", "8"]
+    pad.press("ArrowDown")
+    assert [one.input_value() for one in (across, down)] == ["4", "9"]
+
+
+def test_a_row_and_a_draw_are_those_of_the_sheet(page: Page) -> None:
+    page.set_viewport_size({"width": 1200, "height": 900})
+    twelve = sheet(page, "digits-temperature.png")
+    said, lower = twelve.locator("output"), twelve.get_by_role("button", name="lower temperature")
+    lower.click()
+    assert said.inner_text() == "temperature 0.65"
+    rows = sheets.stored("digits-temperature.png").reshape(25, 3, 4, 28, 28, 1)
+    tiles = shown(twelve)
+    assert tiles.shape == (3 * 28 + 2 * 2, 4 * 28 + 3 * 2, 3)
+    for i, j in ((0, 0), (1, 2), (2, 3)):
+        tile = tiles[30 * i : 30 * i + 28, 30 * j : 30 * j + 28]
+        np.testing.assert_allclose(tile, rows[13, i, j].astype(float).repeat(3, 2), atol=1)
+    twelve.get_by_role("slider").press("Home")
+    lower.click()
+    assert said.inner_text() == "temperature 0.00"
+    scales = sheet(page, "flowers-scales.webp")
+    scales.get_by_label("yellow").check()
+    scales.get_by_label("2", exact=True).check()
+    scales.locator("button.main").click()
+    draws = sheets.stored("flowers-scales.webp").reshape(3, 4, 7, *sheets.stored("flowers-scales.webp").shape[1:])[1, 1]
+    side, found = draws.shape[1], shown(scales)
+    assert found.shape == (side, 2 * side + 1, 3)
+    for draw, half in ((0, found[:, :side]), (2, found[:, -side:])):
+        off = [np.abs(half - other).mean() for other in draws.astype(float)]
+        assert off[draw] == min(off) < 1
 
 
 def test_a_finger_a_key_and_a_slider_move_through_the_square(page: Page) -> None:

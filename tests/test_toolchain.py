@@ -1,7 +1,9 @@
 """The environment's three files agree, and nothing in the repository is tied to one machine."""
 
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -84,6 +86,31 @@ def test_the_supported_pythons_are_the_same_everywhere() -> None:
     assert "python3.13 python3.12 python3.11 python3" in (ROOT / "tools" / "environment.sh").read_text("utf-8")
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text(encoding="utf-8"))
     assert workflow["jobs"]["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.13"]
+
+
+def find_python(tmp_path: Path, *candidates: str) -> subprocess.CompletedProcess[str]:
+    """What tools/environment.sh chooses among this interpreter in the guise of other versions."""
+    for name in candidates:
+        if name != "missing":
+            guise = f"import sys; sys.version_info = ({name[1:].replace('.', ', ')}, 0); exec(sys.stdin.read())"
+            (tmp_path / name).write_text(f'#!/bin/sh\nexec {sys.executable} -c "{guise}" uv\n')
+            (tmp_path / name).chmod(0o755)
+    functions = re.findall(
+        r"^\w+\(\) \{.*?\}$", (ROOT / "tools/environment.sh").read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    script = "\n".join(["set -euo pipefail", *functions[:3], "find_python"])
+    names = " ".join(str(tmp_path / name) for name in candidates)
+    return subprocess.run(["bash", "-c", script], env=os.environ | {"PYTHON": names}, capture_output=True, text=True)
+
+
+def test_the_first_python_that_can_be_used_is_found(tmp_path: Path) -> None:
+    for version in PYTHONS:
+        ran = find_python(tmp_path, "missing", "p3.10", f"p{version}", "p3.12")
+        assert ran.stdout == f"{tmp_path / f'p{version}'}\n", ran.stderr
+    ran = find_python(tmp_path, "p3.10", "p3.14", "missing")
+    assert (ran.returncode, ran.stdout) == (1, "")
+    told = [line.split(": ")[1] for line in ran.stderr.splitlines()[1:4]]
+    assert told == ["3.10, too old or too new", "3.14, too old or too new", "not found, or does not run"]
 
 
 def test_help_lists_every_target() -> None:
