@@ -53,7 +53,8 @@ def from_json(content: Mapping[str, Any]) -> Flow:
     """The flow that :func:`to_json` described, with its rounded weights, in evaluation mode.
 
     Raises:
-        ValueError: the content names something unknown or has another number of weights than its widths need.
+        ValueError: the content names something unknown, has hidden layers of different widths, or another number of
+            weights than they need.
     """
     layers = [_layer_from_json(layer, content["dims"]) for layer in content["layers"]]
     return Flow(layers, _find(content["base"], BASES, "base")(), (content["dims"],)).eval()

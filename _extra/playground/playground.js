@@ -210,7 +210,7 @@
       this.story.className = broken ? "story broken" : "story";
       this.story.textContent = this.opened ? `${this.opened.name}. The points are samples from it.` : this.tell(flows);
       // The bars keep their scale while the point moves: what the layers add at the points that are shown.
-      const added = this.setPoints.flatMap((x) => this.flow.path(x).logDets.map(Math.abs)).filter(Number.isFinite);
+      const added = (this.drawn ?? this.setPoints).flatMap((x) => this.flow.path(x).logDets.map(Math.abs)).filter(Number.isFinite);
       this.barScale = Math.max(0.5, ...added);
       this.moveTo(this.flow.path(state.x));
     }
