@@ -174,7 +174,7 @@ def budget() -> int:
         time.sleep(0.002 * (1 + parallel.number()))
         return batch
 
-    return len(fit(flow, data, budget=0.6, batch_size=16, augment=slowly).loss)
+    return len(fit(flow, data, budget=2.0, batch_size=16, augment=slowly).loss)
 
 
 def fail() -> None:
