@@ -6,8 +6,8 @@ READY := .venv/.ready
 # One chapter instead of all: make notebooks CHAPTER=chapters/01_nice.ipynb
 CHAPTER ?= $(sort $(wildcard chapters/*.ipynb))
 
-# How many processes the tests use, each on one thread. One more than two cores: tests wait for browsers and for others.
-JOBS ?= 3
+# How many processes the tests use, each on one thread.
+JOBS ?= 2
 
 # Options of the benchmark: make bench BENCH=--compile
 BENCH ?=
