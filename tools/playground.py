@@ -1,7 +1,7 @@
 """Train the playground's flows and write them for the page: ``python tools/playground.py``, 15 minutes on one core.
 
-They are small and drawn toward smoothness, so that a hand can follow them: 8 couplings with one hidden layer of 20
-units. `_extra/playground/flows.js` holds them all, each rounded by `nflows_lib.export`, and the points shown with them.
+They are small and smooth, so that a hand can follow them: 8 couplings with one hidden layer of 20 units.
+`_extra/playground/flows.js` holds them all, each rounded by `nflows_lib.export`, and the points shown with them.
 """
 
 from __future__ import annotations

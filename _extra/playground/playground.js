@@ -130,8 +130,7 @@
       this.opened = null; // a flow of the reader's own, in the place of ours: its name and its JSON
       this.shown = 0; // the layer that is on the screen: on its way to state.layer
       this.build();
-      this.choose();
-      this.goToAddress();
+      if (!this.goToAddress()) this.choose();
       new ResizeObserver(() => this.draw()).observe(this.panes.data.canvas);
       new MutationObserver(() => this.draw()).observe(document.documentElement, { attributeFilter: ["data-theme"] });
       addEventListener("hashchange", () => this.goToAddress());
@@ -145,10 +144,10 @@
     // --- what is chosen ---------------------------------------------------------------------------------------------
 
     // From an address such as #data=moons&model=nice&without=scaling&layer=3, which a chapter or a friend may link to.
-    // It says everything: what the reader had drawn, opened or switched on before is put away.
+    // It says everything: what the reader had drawn, opened or switched on before is put away. False if it says nothing.
     goToAddress() {
       const wanted = new URLSearchParams(location.hash.slice(1));
-      if (!Object.hasOwn(SETS, wanted.get("data"))) return;
+      if (!Object.hasOwn(SETS, wanted.get("data"))) return false;
       const { state } = this;
       this.stop();
       state.data = wanted.get("data");
@@ -164,6 +163,7 @@
       this.drawn = wanted.has("samples") ? [] : null;
       this.choose();
       this.scrollIntoView();
+      return true;
     }
 
     // Another set of points: the point that is shown begins as one of them.
@@ -193,7 +193,7 @@
       const numbers = PlaygroundFlow.decodeHalves(set.points);
       this.setPoints = Array.from({ length: numbers.length / 2 }, (_, i) => [numbers[2 * i], numbers[2 * i + 1]]);
       if (this.drawn || this.opened) this.drawn = this.samples();
-      this.follow();
+      const paths = this.follow();
       state.x ??= this.firstPoint();
       this.layGrid();
       this.heats = [];
@@ -203,14 +203,13 @@
           if (name === "without") radio.parentElement.hidden = !Object.hasOwn(flows, value);
         }
       }
-      for (const show of this.toggles) show();
-      for (const { frame } of Object.values(this.panes)) frame.classList.toggle("drawing", state.pen);
+      this.showSwitches();
       this.error.textContent = "";
       const broken = state.without !== "nothing" && !this.opened;
       this.story.className = broken ? "story broken" : "story";
       this.story.textContent = this.opened ? `${this.opened.name}. The points are samples from it.` : this.tell(flows);
       // The bars keep their scale while the point moves: what the layers add at the points that are shown.
-      const added = (this.drawn ?? this.setPoints).flatMap((x) => this.flow.path(x).logDets.map(Math.abs)).filter(Number.isFinite);
+      const added = paths.flatMap(({ logDets }) => logDets.map(Math.abs)).filter(Number.isFinite);
       this.barScale = Math.max(0.5, ...added);
       this.moveTo(this.flow.path(state.x));
     }
@@ -249,15 +248,17 @@
       this.writeAddress();
     }
 
-    // Where the points, and what the reader drew, are after every layer.
+    // Where the points, and what the reader drew, are after every layer; gives the points' paths.
     follow() {
-      this.points = (this.drawn ?? this.setPoints).map((x) => this.flow.path(x).states);
+      const paths = (this.drawn ?? this.setPoints).map((x) => this.flow.path(x));
+      this.points = paths.map(({ states }) => states);
       this.extents = Array.from({ length: this.last + 1 }, (_, k) => {
         const sizes = this.points.map((states) => Math.max(...states[k].map(Math.abs))).filter(Number.isFinite);
         sizes.sort((a, b) => a - b);
         return Math.min(Math.max(EXTENT, 1.1 * (sizes[Math.floor(0.99 * sizes.length)] ?? 0)), WIDEST);
       });
       this.lines = this.strokes.map((stroke) => this.line(stroke, 0));
+      return paths;
     }
 
     // A line through points of the plane after k layers, straight between them there, as states after every layer. It
@@ -312,7 +313,7 @@
 
     build() {
       this.radios = {};
-      this.toggles = [];
+      this.switches = []; // buttons, each with what it says
       const root = this.shadowRoot;
       root.append(element("style", {}, STYLE));
       const titles = Object.fromEntries(Object.entries(SETS).map(([name, set]) => [name, set.title]));
@@ -490,11 +491,10 @@
       const toggle = (text, read, write) => {
         const one = button(text, () => {
           write(!read());
-          show();
+          this.showSwitches();
           this.draw();
         });
-        const show = () => one.setAttribute("aria-pressed", read());
-        this.toggles.push(show);
+        this.switches.push([one, read]);
         return one;
       };
       const { state } = this;
@@ -511,16 +511,18 @@
           this.drawn = on || this.opened ? this.samples() : null; // there are no data to a flow that was opened
           this.follow();
         }),
-        toggle("pen", () => state.pen, (on) => {
-          state.pen = on;
-          for (const { frame } of Object.values(this.panes)) frame.classList.toggle("drawing", on);
-        }),
+        toggle("pen", () => state.pen, (on) => (state.pen = on)),
         button("wipe", () => {
           this.strokes = [];
           this.follow();
           this.draw();
         }),
         this.opener());
+    }
+
+    showSwitches() {
+      for (const [one, read] of this.switches) one.setAttribute("aria-pressed", read());
+      for (const { frame } of Object.values(this.panes)) frame.classList.toggle("drawing", this.state.pen);
     }
 
     opener() {
@@ -576,7 +578,7 @@
       this.drawn = this.samples();
       this.state.layer = this.last;
       this.follow();
-      for (const show of this.toggles) show();
+      this.showSwitches();
       this.settle();
       this.play(-1);
     }
