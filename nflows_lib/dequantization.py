@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nflows_lib.bijection import Bijection, Chain, Layer, sum_per_example
-from nflows_lib.distributions import StandardLogistic
+from nflows_lib.distributions import StandardLogistic, random_state_kept
 
 
 class UniformDequantize(Layer):
@@ -72,7 +72,7 @@ class VariationalDequantize(UniformDequantize):
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         k = x.to(torch.get_default_dtype())
-        with torch.random.fork_rng():  # whether there is something to initialise or not, a run draws the same
+        with random_state_kept(k.device):  # whether there is something to initialise or not, a run draws the same
             self.noise.initialize(StandardLogistic().sample(k), self._as_context(k))
 
     def _as_context(self, k: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -51,3 +53,10 @@ class StandardLogistic:
         # rand_like can return exactly 0, whose logit is -inf; half an epsilon is half the step between its values.
         tail = torch.finfo(like.dtype).eps / 2
         return torch.logit(torch.rand_like(like), eps=tail)
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """torch's global random state is the same before and after, on the CPU and on the device."""
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        yield

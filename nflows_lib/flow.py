@@ -45,13 +45,20 @@ class Flow(nn.Module):
         # How many levels discrete data have; None where the data are real numbers.
         self.levels: int | None = getattr(self.chain[0], "levels", None) if len(self.chain) else None
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, validate: bool = True) -> Tensor:
         """log p(x) in nats: ``(B, *shape)`` to (B,). The same as :meth:`log_prob`, and what wrappers of modules call.
+
+        Args:
+            x: a batch of examples.
+            context: one row for each example, where the flow is conditional.
+            validate: whether to check x and context first. On a GPU that waits for all that was queued, so
+                :func:`nflows_lib.training.fit` checks its data once and skips it in each step.
 
         Raises:
             ValueError: x has another shape or type than the flow's data, or values that are not finite or out of range.
         """
-        check_data(x, context, self.shape, self.levels)
+        if validate:
+            check_data(x, context, self.shape, self.levels)
         z, contribution = self.chain(x, context)
         return self.base.log_prob(z.flatten(1)) + contribution
 
@@ -112,42 +119,50 @@ class Flow(nn.Module):
         return "\n".join(line.rstrip() for line in lines)
 
 
-def check_data(x: Tensor, context: Tensor | None, shape: Shape, levels: int | None) -> None:
+def check_data(
+    x: Tensor,
+    context: Tensor | None,
+    shape: Shape,
+    levels: int | None,
+    names: tuple[str, str] = ("x", "context"),
+) -> None:
     """Raise a ValueError unless x is a batch of examples of this shape, and its values are those of such data.
 
     That is integers from 0 to levels - 1; or, where levels is None, finite floats. The context must belong to them.
+    The names are those of both arguments in an error.
     """
-    check_shape("x", x, shape)
-    check_context(context, len(x))
+    name, name_of_context = names
+    check_shape(name, x, shape)
+    check_context(context, len(x), name_of_context)
     if torch.compiler.is_compiling():
         return  # a compiled graph cannot look at values
     if levels is None:
         if not x.is_floating_point():
             raise ValueError(
-                f"x: expected floating-point numbers, got {x.dtype}; discrete data need UniformDequantize first"
+                f"{name}: expected floating-point numbers, got {x.dtype}; discrete data need UniformDequantize first"
             )
         if not x.isfinite().all():
-            raise ValueError("x: expected finite values, got NaN or infinity")
+            raise ValueError(f"{name}: expected finite values, got NaN or infinity")
     else:
         if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-            raise ValueError(f"x: expected integers from 0 to {levels - 1}, got {x.dtype}")
+            raise ValueError(f"{name}: expected integers from 0 to {levels - 1}, got {x.dtype}")
         # As Python numbers: 256 compared within uint8 would wrap around to 0.
         low, high = (int(x.min()), int(x.max())) if x.numel() else (0, 0)
         if low < 0 or high >= levels:
-            raise ValueError(f"x: expected integers from 0 to {levels - 1}, got values from {low} to {high}")
+            raise ValueError(f"{name}: expected integers from 0 to {levels - 1}, got values from {low} to {high}")
 
 
-def check_context(context: Tensor | None, n: int) -> None:
+def check_context(context: Tensor | None, n: int, name: str = "context") -> None:
     """Raise a ValueError unless a context, where there is one, has n rows of finite floats."""
     if context is None:
         return
     if context.shape[:1] != (n,):
         got = len(context) if context.dim() else "a single number"
-        raise ValueError(f"context: expected {n} rows, one for each example, got {got}")
+        raise ValueError(f"{name}: expected {n} rows, one for each example, got {got}")
     if not context.is_floating_point():
-        raise ValueError(f"context: expected floating-point numbers, got {context.dtype}")
+        raise ValueError(f"{name}: expected floating-point numbers, got {context.dtype}")
     if not torch.compiler.is_compiling() and not context.isfinite().all():
-        raise ValueError("context: expected finite values, got NaN or infinity")
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity")
 
 
 def check_sampling(n: int, temperature: float) -> None:

@@ -16,27 +16,32 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from nflows_lib import settings
+
 _alone = False
 
 
 @contextmanager
 def joined() -> Iterator[torch.device]:
-    """This process's device, a GPU if there is one. Started by torchrun, it is in the group as long as this lasts.
+    """This process's device: a GPU if there is one, unless ``NFLOWS_DEVICE`` names another device.
+
+    A process that torchrun started is in the group as long as this lasts.
 
     Raises:
         ValueError: there are GPUs, but fewer than processes.
     """
-    local = int(os.environ["LOCAL_RANK"]) if torchrun() else 0
-    gpus = torch.cuda.device_count()
-    if gpus and local >= gpus:
-        raise ValueError(f"nproc-per-node: expected at most {gpus}, the number of GPUs, got more than {local}")
-    device = torch.device("cuda", local) if gpus else torch.device("cpu")
+    device = settings.device(prefer_gpu=True)
     if not torchrun():
         yield device
         return
-    if gpus:
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise ValueError(f"nproc-per-node: expected at most {gpus}, the number of GPUs, got more than {local}")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     yield device
     # Not after an error, which the others may not have met: waiting for them would keep torchrun from seeing it.
     dist.destroy_process_group()

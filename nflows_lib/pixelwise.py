@@ -33,9 +33,10 @@ class PixelClassifier(nn.Module):
     def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
         """There is nothing to do."""
 
-    def forward(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """log P(y | x) in nats: ``(B, *shape)``, integers, and contexts, to (B,)."""
-        check_data(y, context, self.shape, self.levels)
+    def forward(self, y: Tensor, context: Tensor | None = None, validate: bool = True) -> Tensor:
+        """log P(y | x) in nats: ``(B, *shape)``, integers, and contexts, to (B,). ``validate``: as of a flow."""
+        if validate:
+            check_data(y, context, self.shape, self.levels)
         return -F.cross_entropy(self.logits(context), y.long(), reduction="none").flatten(1).sum(1)
 
     def logits(self, context: Tensor | None) -> Tensor:

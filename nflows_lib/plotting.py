@@ -12,7 +12,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Circle, Rectangle
-from torch import Tensor
+from torch import Tensor, nn
 
 from nflows_lib.flow import Flow
 
@@ -69,11 +69,13 @@ def density(
     n: int = 200,
 ) -> AxesImage:
     """Heat map of exp(log_prob) over [-extent, extent] squared, with points drawn on it."""
-    values = log_prob(grid(extent, n)).exp().reshape(n, n).numpy()
+    owner = getattr(log_prob, "__self__", log_prob)  # of a method, the flow
+    device = next(owner.parameters()).device if isinstance(owner, nn.Module) else None
+    values = log_prob(grid(extent, n).to(device)).exp().reshape(n, n).cpu().numpy()
     side = (-extent, extent)
     image = ax.imshow(values, origin="lower", extent=side + side, vmin=0, interpolation="bilinear")
     if points is not None:
-        ax.scatter(*points.T, s=3, color="white", alpha=0.35, linewidths=0)
+        ax.scatter(*points.cpu().T, s=3, color="white", alpha=0.35, linewidths=0)
     ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal", xlim=side, ylim=side)
     ax.grid(False)
     return image
@@ -87,16 +89,16 @@ def warp(axes: Sequence[Axes], flow: Flow, points: Tensor, *, extent: float = 3.
     """
     if len(axes) != len(flow.chain) + 1:
         raise ValueError(f"axes: expected {len(flow.chain) + 1}, one for the data and each layer, got {len(axes)}")
-    mesh = _mesh(extent, lines, 200)
-    hue = points[:, 0]
+    mesh = _mesh(extent, lines, 200).to(points.device)
+    hue = points[:, 0].cpu()
     titles = ["data $x$", *[f"after layer {i + 1}\n{type(layer).__name__}" for i, layer in enumerate(flow.chain)]]
     for i, (ax, title) in enumerate(zip(axes, titles, strict=True)):
         if i > 0:
             layer = flow.chain[i - 1]
             points = layer(points)[0]
             mesh = layer(mesh.flatten(0, 1))[0].unflatten(0, mesh.shape[:2])
-        ax.add_collection(LineCollection(mesh.numpy(), colors="0.55", linewidths=0.5, zorder=1))
-        ax.scatter(*points.T, s=3, c=hue, cmap="coolwarm", linewidths=0, zorder=2)
+        ax.add_collection(LineCollection(mesh.cpu().numpy(), colors="0.55", linewidths=0.5, zorder=1))
+        ax.scatter(*points.cpu().T, s=3, c=hue, cmap="coolwarm", linewidths=0, zorder=2)
         ax.set(title=title, aspect="equal")
         reach = 1.25 * max(points.abs().max().item(), 1.0)
         ax.set(xlim=(-reach, reach), ylim=(-reach, reach))
@@ -121,8 +123,8 @@ def filmstrip(
     page turns the sheet into one frame with a slider. Returns the number of frames. The figure's size should be that
     of columns x rows squares.
     """
-    mesh = _mesh(extent, 13, 80)
-    hue, frames = points[:, 0], [("data", points, mesh)]
+    mesh = _mesh(extent, 13, 80).to(points.device)
+    hue, frames = points[:, 0].cpu(), [("data", points, mesh)]
     for i, layer in enumerate(flow.chain):
         moved = layer(points)[0], layer(mesh.flatten(0, 1))[0].unflatten(0, mesh.shape[:2])
         for part in torch.linspace(0, 1, between + 1)[1:].tolist():
@@ -138,8 +140,10 @@ def filmstrip(
         ax = figure.add_axes(box, xlim=(-extent, extent), ylim=(-extent, extent))
         ax.set_axis_off()
         # Lines without half tones: a sheet then takes half the space.
-        ax.add_collection(LineCollection(lines.numpy(), colors="0.8", linewidths=0.4, antialiaseds=False, zorder=1))
-        ax.scatter(*dots.T, s=2, c=hue, cmap="coolwarm", linewidths=0, zorder=2)
+        ax.add_collection(
+            LineCollection(lines.cpu().numpy(), colors="0.8", linewidths=0.4, antialiaseds=False, zorder=1)
+        )
+        ax.scatter(*dots.cpu().T, s=2, c=hue, cmap="coolwarm", linewidths=0, zorder=2)
         ax.text(0.04, 0.96, title, transform=ax.transAxes, va="top", fontsize="small")
         if i == len(frames) - 1:
             for radius in (1, 2, 3):

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from nflows_lib import checkpoint, data, parallel, plotting, segmentation, settings
 from nflows_lib.bijection import Shape
 from nflows_lib.data import Images
+from nflows_lib.distributions import random_state_kept
 from nflows_lib.flow import Flow
 from nflows_lib.models import cglow, glow, nice, realnvp
 from nflows_lib.networks import UNet
@@ -34,7 +35,6 @@ from nflows_lib.training import (
     log_likelihoods,
     log_mean_exp,
     mean_and_error,
-    random_state_kept,
     read_checkpoint,
     read_model,
 )
@@ -385,7 +385,7 @@ def train(
     resume: bool = False,
     compiled: bool = False,
 ) -> Flow:
-    """Train a named run on the GPU, if there is one, and return the flow on the CPU. Several processes share it.
+    """Train a named run on the GPU, if there is one, and return the flow, on its device. Several processes share it.
 
     The folder ``out`` (by default ``runs/<name>`` beside the data sets) gets checkpoints and samples as it goes, and at
     the end the model, samples and ``run.json``: command, commit, versions, hardware, seed, settings, curve, figure.
@@ -451,7 +451,7 @@ def train(
             **run.settings,
         )
     if parallel.number() > 0:
-        return flow.cpu()
+        return flow
     facts = read_checkpoint(out)
     count = facts["settings"]["processes"]
     test = run.data("test", data_folder)
@@ -475,7 +475,6 @@ def train(
     }
     if run.measure is not None:
         record["measured"] = run.measure(flow, test)
-    flow.cpu()
     checkpoint.save(out / MODEL, checkpoint.halve(flow.state_dict()), {"run": name})
     save_samples(flow, run.shape, out / SAMPLES, contexts=test.contexts)
     record["stages"] = save_stages(out, run.shape, [step for step, *_ in history.held_out])
@@ -639,10 +638,14 @@ def origin() -> dict[str, Any]:
         "commit": COMMIT,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "hardware": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{torch.get_num_threads()} CPU threads",
+        "hardware": _hardware(settings.device(prefer_gpu=True)),
     }
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{torch.get_num_threads()} CPU threads"
+    return torch.cuda.get_device_name() if device.type == "cuda" else device.type
 
 
 def folder(run: str) -> Path:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nflows_lib.data import Images
+from nflows_lib.distributions import random_state_kept
 from nflows_lib.flow import Flow
 from nflows_lib.pixelwise import PixelClassifier
 from nflows_lib.training import log_likelihoods, log_mean_exp, mean_and_error
@@ -92,7 +93,7 @@ def figures(model: Flow | PixelClassifier, images: Images, samples: int = 10, mo
     if not 1 <= samples <= most or most < 2:
         raise ValueError(f"samples, most: expected 1 <= samples <= most and most >= 2, got {samples} and {most}")
     contexts, true = images.contexts.to(next(model.parameters()).device), images.images
-    with torch.random.fork_rng():
+    with random_state_kept(contexts.device):
         torch.manual_seed(0)
         drawn = draws(model, contexts, most)
         if isinstance(model, PixelClassifier):

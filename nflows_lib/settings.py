@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def preset() -> str:
@@ -20,6 +24,26 @@ def seed(offset: int = 0) -> int:
     if not value.isdecimal():
         raise ValueError(f"NFLOWS_SEED: expected a whole number from 0 on, got {value!r}")
     return 1000 * int(value) + offset
+
+
+def device(prefer_gpu: bool | None = None) -> torch.device:
+    """``NFLOWS_DEVICE``: "cuda", "mps" or "cpu", where a chapter's flows and data and a run are computed.
+
+    Args:
+        prefer_gpu: whether CUDA is taken if the variable is not set and PyTorch finds a GPU. None: for the full preset.
+
+    Raises:
+        ValueError: the variable names another device, or one that PyTorch does not find.
+    """
+    import torch  # not at the top: the other settings are read without a wait for it
+
+    gpus = [name for name in ("cuda", "mps") if torch.get_device_module(name).is_available()]
+    prefer_gpu = preset() == "full" if prefer_gpu is None else prefer_gpu
+    value = os.environ.get("NFLOWS_DEVICE", "cuda" if prefer_gpu and "cuda" in gpus else "cpu")
+    if value not in [*gpus, "cpu"]:
+        expected = " or ".join(f'"{name}"' for name in [*gpus, "cpu"])
+        raise ValueError(f"NFLOWS_DEVICE: expected {expected}, what PyTorch finds here, got {value!r}")
+    return torch.device(value)
 
 
 def data_folder() -> Path:

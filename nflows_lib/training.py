@@ -23,10 +23,12 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from nflows_lib import checkpoint, parallel, settings
-from nflows_lib.flow import Flow
+from nflows_lib.distributions import random_state_kept
+from nflows_lib.flow import Flow, check_data
 
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 PROBE = 25  # steps of a run with a time budget that are timed before their number is fixed
+READ_EVERY = 5  # steps on a GPU, between two moments at which the CPU waits for it and reads the losses
 SLACK = 0.05  # share of the budget kept for evaluations and for writing checkpoints
 
 
@@ -125,13 +127,17 @@ def fit(
     each batch. Number 0 draws the shuffle, initialises the flow on the whole first batch, evaluates and writes; noise
     and augmentation are drawn by each for its own share, from a seed of its own. All end with the same parameters.
 
+    The data are checked once, not in every step. On a GPU, and with an optimizer that is ``fused`` (as the default one),
+    losses and gradients' norms are read every few steps, so that the CPU need not wait for each. After the first one
+    that is not finite no step changes the parameters or the optimizer, and the history ends with that one all the same.
+
     With a folder the run outlives a kill: called again with the same arguments and ``resume=True``, it goes on from its
     last checkpoint and takes the very steps that it would have taken (on a CPU to the bit). An interrupt (Ctrl-C, or
     SIGTERM) then lets it finish its step and save.
 
     Args:
         flow: initialised on the first batch (:meth:`Flow.initialize`), then trained in place.
-        data: all examples, ``(N, *flow.shape)``, on the CPU or on the flow's device.
+        data: all examples, ``(N, *flow.shape)``, on the flow's device, or on the CPU, from where each batch is copied.
         steps: number of updates.
         budget: in place of steps, the seconds that the whole run may take; the first steps are timed, then the number
             of steps is fixed. A resumed run keeps that number unless it is given another budget: then the rest of the
@@ -157,7 +163,8 @@ def fit(
         resume: go on from the folder's checkpoint; without one, start.
 
     Raises:
-        ValueError: an argument is out of its range, or the folder holds a checkpoint and resume is False.
+        ValueError: an argument is out of its range, data are not the flow's, or the folder holds a checkpoint and
+            resume is False.
         checkpoint.CheckpointError: a checkpoint cannot be written or read, or is another model's or another run's.
         NonFiniteLoss: the loss or the norm of its gradient is NaN or infinite. Its history ends there.
         Interrupted: the run was asked to stop, and has saved.
@@ -165,6 +172,9 @@ def fit(
     _check_arguments(
         data, steps, budget, context, batch_size, clip, warmup, ema, held_out, held_out_context, evaluations
     )
+    check_data(data, context, flow.shape, flow.levels, ("data", "context"))
+    if held_out is not None:
+        check_data(held_out, held_out_context, flow.shape, flow.levels, ("held_out", "held_out_context"))
     keep_freed_memory()
     run = _Run(flow, data, context, augment, batch_size, lr, optimizer, clip, Schedule(warmup, cosine), ema)
     latest = None if folder is None else parallel.shared(_latest(folder))
@@ -206,6 +216,7 @@ def fit(
             if stopping and not finished:
                 bar.close()
                 raise Interrupted(f"stopped after step {run.step:,} of {run.schedule.total or 'a number yet unknown'}")
+        run.read()
     bar.close()
     if run.average is not None:
         flow.load_state_dict(run.judged().state_dict())
@@ -261,7 +272,11 @@ class _Run:
         self.average: AveragedModel | None = None
         self.replica: nn.Module = flow  # what a step calls: one of several averages the gradients of all
         self.history = History()
-        self.order = torch.empty(0, dtype=torch.long)  # this epoch's shuffle
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)
+        self.read_every = READ_EVERY if self.device.type != "cpu" and fused else 1
+        self.unread: list[tuple[Tensor, Tensor]] = []  # losses and gradients' norms that are not in the history yet
+        self.stop = torch.zeros((), device=self.device)  # 1 from the first of them on that is not finite
+        self.order = torch.empty(0, dtype=torch.long, device=data.device)  # this epoch's shuffle
         self.position = 0  # how many of it are used up
         self.first: tuple[Tensor, Tensor | None] | None = None
         self.asked: dict[str, float | None] = {}  # steps or budget, as the caller gave them
@@ -272,7 +287,7 @@ class _Run:
     @property
     def step(self) -> int:
         """Steps taken."""
-        return len(self.history.grad_norm)
+        return len(self.history.grad_norm) + len(self.unread)
 
     def start(self) -> None:
         index = self._next_index()
@@ -310,19 +325,23 @@ class _Run:
         self.schedule.plan(self.step, total)
 
     def take_step(self) -> None:
-        began = time.monotonic()
+        if not self.unread:
+            self.began = time.monotonic()
         batch, self.first = self.first or self._batch(parallel.share(self._next_index())), None
-        loss = -self.replica(*batch).mean()
-        self.history.loss.append(parallel.mean(loss.detach()).item())
-        if not math.isfinite(self.history.loss[-1]):
-            raise NonFiniteLoss(self.history)
+        loss = -self.replica(*batch, validate=False).mean()
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        self.history.grad_norm.append(norm.item())
-        if not math.isfinite(self.history.grad_norm[-1]):
-            raise NonFiniteLoss(self.history)  # a step along it would lose the parameters
-        if self.clip is not None and self.history.grad_norm[-1] > self.clip:
+        self.unread.append((parallel.mean(loss.detach()), norm))
+        if self.read_every == 1:
+            self.read()  # before the step: one along a gradient that is not finite would lose the parameters
+            too_long = self.clip is not None and self.history.grad_norm[-1] > self.clip
+        else:
+            finite = torch.stack(self.unread[-1]).isfinite().all()
+            self.stop = torch.where(finite, self.stop, 1.0)
+            self.optimizer.found_inf = self.stop  # a fused optimizer that finds a 1 here takes no step
+            too_long = self.clip is not None  # not known yet; a norm below it is left as it is
+        if too_long:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         factor = self.schedule.factor(self.step - 1)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -330,8 +349,26 @@ class _Run:
         self.optimizer.step()
         if self.average is not None:
             self._update_average()
+        if self.read_every > 1:
+            del self.optimizer.found_inf
+            if self.step % self.read_every == 0:
+                self.read()
+
+    def read(self) -> None:
+        """Take the losses and norms of the steps since the last time into the history; a GPU is waited for."""
+        if not self.unread:
+            return
+        losses, norms = (torch.stack(values).tolist() for values in zip(*self.unread, strict=True))
+        self.unread.clear()
         if len(self.durations) < PROBE:
-            self.durations.append(time.monotonic() - began)
+            self.durations += [(time.monotonic() - self.began) / len(losses)] * len(losses)
+        for loss, norm in zip(losses, norms, strict=True):
+            self.history.loss.append(loss)
+            if not math.isfinite(loss):
+                raise NonFiniteLoss(self.history)
+            self.history.grad_norm.append(norm)
+            if not math.isfinite(norm):
+                raise NonFiniteLoss(self.history)
 
     def evaluate(
         self,
@@ -340,6 +377,7 @@ class _Run:
         draws: int,
         on_evaluation: Callable[[Flow, History], None] | None,
     ) -> None:
+        self.read()
         judged = self.judged()
         leads = parallel.number() == 0
         found = mean_and_error(-log_likelihoods(judged, held_out, context, draws)) if leads else None
@@ -361,14 +399,17 @@ class _Run:
 
     def figures(self) -> dict[str, str]:
         """What the progress bar shows."""
+        if not self.history.grad_norm:
+            return {}
         loss = self.history.loss[-1]
         bits = {} if self.flow.levels is None else {"bits/dim": f"{loss / (self.flow.dims * math.log(2)):.3f}"}
         return {"loss": f"{loss:.2f}"} | bits | {"grad": f"{self.history.grad_norm[-1]:.1f}"}
 
     def save(self, folder: Path) -> None:
+        self.read()
         random_states = parallel.gathered(torch.get_rng_state())
-        on_gpu = self.device.type == "cuda"
-        gpu_random_states = parallel.gathered(torch.cuda.get_rng_state(self.device)) if on_gpu else []
+        gpu = None if self.device.type == "cpu" else torch.get_device_module(self.device)
+        gpu_random_states = parallel.gathered(gpu.get_rng_state(self.device)) if gpu else []
         if parallel.number() > 0:
             return
         tensors = {f"flow.{name}": tensor for name, tensor in self.flow.state_dict().items()}
@@ -379,7 +420,7 @@ class _Run:
             tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
         tensors["run.order"] = self.order
         tensors["run.random_states"] = torch.stack(random_states)
-        if on_gpu:
+        if gpu:
             tensors["run.cuda_random_states"] = torch.stack(gpu_random_states)
         for name, values in asdict(self.history).items():
             tensors[f"history.{name}"] = torch.tensor(values, dtype=torch.float64)
@@ -419,7 +460,7 @@ class _Run:
             state.setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.flow.train()
-        self.order, self.position = tensors["run.order"], facts["position"]
+        self.order, self.position = tensors["run.order"].to(self.data.device), facts["position"]
         self.seconds, self.asked = facts["seconds"], facts["asked"]
         self.schedule = Schedule(**facts["schedule"])
         history = _under("history.", tensors)
@@ -430,8 +471,9 @@ class _Run:
         )
         # Copies, not views: what is set is read from the start of the storage.
         torch.set_rng_state(tensors["run.random_states"][parallel.number()].clone())
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["run.cuda_random_states"][parallel.number()].clone(), self.device)
+        if self.device.type != "cpu":
+            state = tensors["run.cuda_random_states"][parallel.number()].clone()
+            torch.get_device_module(self.device).set_rng_state(state, self.device)
         self._replicate()
 
     def _elapsed(self) -> float:
@@ -477,13 +519,13 @@ class _Run:
     def _next_index(self) -> Tensor:
         """Which examples come next, for all processes together."""
         if self.position + self.batch_size > len(self.order):
-            self.order, self.position = parallel.shared(torch.randperm(len(self.data))), 0
+            # On the data's device as a whole: to bring each batch's part there, the CPU would wait for the GPU.
+            self.order, self.position = parallel.shared(torch.randperm(len(self.data))).to(self.data.device), 0
         index = self.order[self.position : self.position + self.batch_size]
         self.position += self.batch_size
         return index
 
     def _batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        index = index.to(self.data.device)
         context = None if self.context is None else self.context[index].to(self.device)
         batch = self.data[index].to(self.device)
         if self.augment is None:
@@ -524,13 +566,6 @@ def _latest(folder: Path) -> Path | None:
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-@contextmanager
-def random_state_kept(device: torch.device) -> Iterator[None]:
-    """torch's global random state is the same before and after, on the CPU and on the device."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
 
 
 @torch.no_grad()

@@ -1,0 +1,178 @@
+"""A GPU that is pretended, so that the suite finds a tensor on the wrong device on a machine without a GPU.
+
+After :func:`install`, and while the mode that it returns is entered, PyTorch has a device "pretended". A tensor on it keeps
+its numbers in an ordinary tensor, and every operation is carried out with that one. But the tensor says that it lies on
+a GPU, and what a GPU refuses is refused: an operation on tensors of two devices, and a NumPy array of a tensor that was
+not copied to the CPU first. PyTorch's FakeTensorMode refuses the same; but it has no numbers and no backward pass. Here
+checks of values, training, checkpoints and whole chapters run as they are. What a GPU lets pass is let pass: 0-dim
+tensors and indices on the CPU, and copies.
+
+The device has a random state of its own, which ``torch.manual_seed`` seeds, as CUDA's. What this cannot show: kernels
+that compute something else on a GPU, torch.compile, and how long anything takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library, fallthrough_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+aten = torch.ops.aten
+NAME = "pretended"
+# Operations that take tensors of two devices: copies, and indices on the CPU into a tensor on a GPU.
+MIXING = {aten.copy_.default, aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+# Operations whose result the CPU needs, so that it waits for all that was queued.
+WAITING = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default}
+
+
+class OnGPU(Tensor):
+    """A tensor that says that it lies on the pretended GPU; ``held`` has its numbers."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> OnGPU:
+        tensor = Tensor._make_wrapper_subclass(
+            cls, held.size(), held.stride(), held.storage_offset(), dtype=held.dtype, device=torch.device(NAME, 0)
+        )
+        tensor.held = held
+        return tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        raise RuntimeError(f"{func} on the pretended GPU, while its mode is not entered")
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["held"], None  # a module that moves then exchanges whole tensors, not the data inside them
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], meta: None, size: Any, stride: Any) -> OnGPU:
+        return OnGPU(inner["held"])
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()  # PyTorch's own refuses subclasses
+
+    def numpy(self, **options: Any) -> None:
+        raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first")
+
+    def __repr__(self, **options: Any) -> str:
+        return repr(self.held).removesuffix(")") + f", device='{self.device}')"
+
+
+class PretendedGPU(TorchDispatchMode):
+    """Carries out every operation with the tensors that are held. ``waits`` counts how often the CPU waited."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = 0
+        self.manual_seed_all(torch.initial_seed())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        on_gpu = any(isinstance(tensor, OnGPU) for tensor in tensors)
+        target = kwargs.get("device")
+        to_gpu = on_gpu if target is None else target.type == NAME
+        if not on_gpu and not to_gpu:
+            return func(*args, **kwargs)
+        if on_gpu and func not in MIXING:
+            strange = [t for t in tensors if not isinstance(t, OnGPU) and t.dim() > 0]
+            if strange:
+                raise RuntimeError(
+                    f"{func}: expected all tensors on {NAME}, got shape {tuple(strange[0].shape)} on cpu"
+                )
+        self.waits += func in WAITING or (on_gpu and not to_gpu)
+        if target is not None:
+            kwargs["device"] = torch.device("cpu")
+        held_args, held_kwargs = tree_map_only(OnGPU, lambda tensor: tensor.held, (args, kwargs))
+        with self._drawing(func):
+            result = func(*held_args, **held_kwargs)
+        # What was changed in place comes out as the very tensor that went in.
+        given = {id(tensor.held if isinstance(tensor, OnGPU) else tensor): tensor for tensor in tensors}
+
+        def out(tensor: Tensor) -> Tensor:
+            return given.get(id(tensor)) if id(tensor) in given else OnGPU(tensor) if to_gpu else tensor
+
+        return tree_map_only(Tensor, out, result)
+
+    @contextmanager
+    def _drawing(self, func: Any) -> Iterator[None]:
+        """While it is entered, the CPU's generator stands for the GPU's, if the operation draws random numbers."""
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            yield
+            return
+        before = torch.get_rng_state()
+        torch.set_rng_state(self.random_state)
+        try:
+            yield
+        finally:
+            self.random_state = torch.get_rng_state()
+            torch.set_rng_state(before)
+
+    def __enter__(self) -> PretendedGPU:
+        torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor(..., device=...) is an operation like others
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch._C._set_only_lift_cpu_tensors(False)
+
+    # What PyTorch asks of the module of a device, as torch.cuda.
+
+    def manual_seed_all(self, seed: int) -> None:
+        self.random_state = torch.Generator().manual_seed(seed).get_state()
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return self.random_state.clone()
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        self.random_state = state.clone()
+
+    def is_available(self) -> bool:
+        return True
+
+    is_initialized = is_available
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def device_count(self) -> int:
+        return 1
+
+    def current_device(self) -> int:
+        return 0
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+
+def install() -> PretendedGPU:
+    """Register the device with PyTorch, for the rest of this process, and return the mode that carries it out."""
+    gpu = PretendedGPU()
+    _setup_privateuseone_for_python_backend(NAME, gpu)
+    key = "AutocastPrivateUse1"
+    EVERY.fallback(fallthrough_kernel, key)
+    for name in ("conv2d.padding", "conv2d", "linear"):
+        ATEN.impl(name, partial(_lowered, getattr(aten, name.split(".")[0])), key)
+    return gpu
+
+
+def _lowered(operation: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """The operation in the precision of autocast, as on a GPU."""
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+    dtype = torch.get_autocast_dtype(NAME)
+    with torch._C._ExcludeDispatchKeyGuard(key):
+        return operation(*tree_map_only(Tensor, lambda tensor: tensor.to(dtype), args), **kwargs)
+
+
+EVERY, ATEN = Library("_", "IMPL"), Library("aten", "IMPL")  # as long as these live, so does what they register
