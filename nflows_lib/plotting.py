@@ -68,7 +68,10 @@ def density(
     points: Tensor | None = None,
     n: int = 200,
 ) -> AxesImage:
-    """Heat map of exp(log_prob) over [-extent, extent] squared, with points drawn on it."""
+    """Heat map of exp(log_prob) over [-extent, extent] squared, with points drawn on it.
+
+    log_prob: a function of points on the CPU; a flow, or a method of one, is given points on its own device.
+    """
     owner = getattr(log_prob, "__self__", log_prob)  # of a method, the flow
     device = next(owner.parameters()).device if isinstance(owner, nn.Module) else None
     values = log_prob(grid(extent, n).to(device)).exp().reshape(n, n).cpu().numpy()
@@ -140,9 +143,8 @@ def filmstrip(
         ax = figure.add_axes(box, xlim=(-extent, extent), ylim=(-extent, extent))
         ax.set_axis_off()
         # Lines without half tones: a sheet then takes half the space.
-        ax.add_collection(
-            LineCollection(lines.cpu().numpy(), colors="0.8", linewidths=0.4, antialiaseds=False, zorder=1)
-        )
+        thin = {"colors": "0.8", "linewidths": 0.4, "antialiaseds": False, "zorder": 1}
+        ax.add_collection(LineCollection(lines.cpu().numpy(), **thin))
         ax.scatter(*dots.cpu().T, s=2, c=hue, cmap="coolwarm", linewidths=0, zorder=2)
         ax.text(0.04, 0.96, title, transform=ax.transAxes, va="top", fontsize="small")
         if i == len(frames) - 1:

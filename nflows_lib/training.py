@@ -127,9 +127,10 @@ def fit(
     each batch. Number 0 draws the shuffle, initialises the flow on the whole first batch, evaluates and writes; noise
     and augmentation are drawn by each for its own share, from a seed of its own. All end with the same parameters.
 
-    The data are checked once, not in every step. On a GPU, and with an optimizer that is ``fused`` (as the default one),
-    losses and gradients' norms are read every few steps, so that the CPU need not wait for each. After the first one
-    that is not finite no step changes the parameters or the optimizer, and the history ends with that one all the same.
+    The data are checked once, not in every step. On a GPU, with a fused optimizer (the default one is), losses and
+    gradient norms are read every few steps only, since the CPU waits for the GPU each time. From the first one on that
+    is not finite no step changes parameters or optimizer; the history ends with that one all the same. (The running
+    averages of a batch norm go on until then.)
 
     With a folder the run outlives a kill: called again with the same arguments and ``resume=True``, it goes on from its
     last checkpoint and takes the very steps that it would have taken (on a CPU to the bit). An interrupt (Ctrl-C, or

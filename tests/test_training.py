@@ -386,7 +386,7 @@ def test_argument_errors(options, message):
 
 
 def test_data_of_another_shape_are_refused_before_training():
-    with pytest.raises(ValueError, match=r"x: expected shape \(B, 1\), got \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"data: expected shape \(B, 1\), got \(4, 3\)"):
         fit(scaling(), torch.zeros(4, 3), 1, batch_size=2)
 
 
