@@ -3,7 +3,7 @@
 After :func:`install`, and while the mode that it returns is entered, PyTorch has a device "pretended". A tensor on it
 keeps its numbers in an ordinary tensor, and every operation is carried out with that one. But the tensor says that it
 lies on a GPU, and what a GPU refuses is refused: an operation on tensors of two devices, and a NumPy array of a tensor
-that was not copied to the CPU first. PyTorch's FakeTensorMode refuses the same; but it has no numbers and no backward pass. Here
+that was not copied to the CPU first. FakeTensorMode refuses the same, but has no numbers and no backward pass. Here
 checks of values, training, checkpoints and whole chapters run as they are. What a GPU lets pass is let pass: 0-dim
 tensors and indices on the CPU, and copies.
 
