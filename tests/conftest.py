@@ -1,4 +1,9 @@
-"""What several test files need: the built book, and a browser."""
+"""What several test files need: the built book, and a browser.
+
+What only these need is imported in them: a lent machine with a GPU has neither.
+"""
+
+from __future__ import annotations
 
 import re
 import shutil
@@ -6,10 +11,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from filelock import FileLock
-from playwright.sync_api import Browser, sync_playwright
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -18,6 +25,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.fixture(scope="session")
 def book(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """The book's html folder, built into a temporary folder with the flags of ``make book``, once for all workers."""
+    from filelock import FileLock
+
     flags = re.search(r"jupyter-book build \. (.+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
     assert flags, "expected `jupyter-book build .` in the Makefile"
     base = tmp_path_factory.getbasetemp()
@@ -35,6 +44,8 @@ def browser() -> Iterator[Browser]:
     """Chromium, as the system has it: Playwright's own is never downloaded."""
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine (on Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield browser

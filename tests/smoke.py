@@ -7,7 +7,8 @@ The chapters run as ``python -m nflows_lib.notebook`` would run them. In the ful
 data, but each named run takes 20 steps in small batches, all of them warm-up, and is judged on 40 images. Every cell
 tagged full-run must run. What a later cell claims of a trained model may not hold then: such cells are listed, and are
 no failure. (At the papers' size Glow needs its warm-up: after five steps of it the loss was infinite.) In the quick
-preset every cell must run, and every check hold. The device "pretended" is that of tests/pretended_gpu.py.
+preset every cell must run, and every check hold. The device "pretended" is that of tests/pretended_gpu.py. With
+``--stand-ins`` the data sets are random numbers of their shapes, for a machine that has none of them.
 """
 
 import argparse
@@ -25,6 +26,25 @@ import torch
 from nflows_lib import data, notebook, runs, segmentation, settings
 
 IMAGES, HELD_OUT = 240, 20
+
+
+def stand_in(shape: tuple[int, ...], levels: int = 256, context_shape: tuple[int, ...] | None = None) -> data.Images:
+    """As many random images as a test needs, with random labels, and contexts if they have some."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(levels, (1000, *shape), generator=generator).byte()
+    contexts = None if context_shape is None else torch.rand(1000, *context_shape, generator=generator)
+    return data.Images(images, torch.randint(10, (1000,), generator=generator), levels, contexts)
+
+
+def use_stand_ins() -> None:
+    """Random images in the place of the data sets that the chapters read."""
+    data.mnist = lambda part="train", folder=None: stand_in((1, 28, 28))
+    data.cifar10 = lambda part="train", folder=None: stand_in((3, 32, 32))
+    data.horses = lambda part="train", folder=None, size=32: stand_in((1, size, size), 2, (3, size, size))
+    for name, run in runs.RUNS.items():
+        levels = 2 if run.context_shape else 17 if name == "nice-digits" else 256
+        images = stand_in(run.shape, levels, run.context_shape)
+        runs.RUNS[name] = replace(run, data=lambda part, folder, images=images: images)
 
 
 def shortened(run: runs.Run, batch_size: int) -> runs.Run:
@@ -75,10 +95,13 @@ def main() -> int:
     parser.add_argument("--preset", choices=("full", "quick"), default="full")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps", "pretended"), default="cpu")
     parser.add_argument("--batch-size", type=int, default=8, help="of the named runs in the full preset (8)")
+    parser.add_argument("--stand-ins", action="store_true", help="random numbers in the place of the data sets")
     parser.add_argument("chapters", type=Path, nargs="+")
     options = parser.parse_args()
     full = options.preset == "full"
     os.environ |= {"NFLOWS_PRESET": options.preset, "NFLOWS_PROGRESS": "0", "NFLOWS_DEVICE": options.device}
+    if options.stand_ins:
+        use_stand_ins()
     runs.RUNS.update({name: shortened(run, options.batch_size) for name, run in runs.RUNS.items()})
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         if options.device == "pretended":

@@ -167,13 +167,15 @@ def test_what_one_alone_meets_ends_all(tmp_path):
 def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
     """The one of its number on this machine; alone, the first one, without a group."""
     said = []
+    monkeypatch.delenv("NFLOWS_DEVICE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: said.append(str(device)))
     monkeypatch.setattr(parallel.dist, "init_process_group", said.append)
     monkeypatch.setattr(parallel.dist, "destroy_process_group", lambda: said.append("left"))
     monkeypatch.setenv("LOCAL_RANK", "3")
     with parallel.joined() as device:
-        assert (str(device), said) == ("cuda:0", [])
+        assert (str(device), said) == ("cuda", [])
     monkeypatch.setattr(parallel.dist, "is_torchelastic_launched", lambda: True)
     with parallel.joined() as device:
         assert (str(device), said) == ("cuda:3", ["cuda:3", "cpu:gloo,cuda:nccl"])
@@ -182,12 +184,16 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
     message = r"^nproc-per-node: expected at most 3, the number of GPUs, got more than 3$"
     with pytest.raises(ValueError, match=message), parallel.joined():
         pass
+    monkeypatch.setenv("NFLOWS_DEVICE", "cpu")
+    said.clear()
+    with parallel.joined() as device:
+        assert (str(device), said) == ("cpu", ["gloo"])
 
 
 def test_after_an_error_no_process_waits_for_the_others(monkeypatch):
     """Leaving the group may wait for them, and they may wait for this one."""
     said = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(parallel.dist, "init_process_group", said.append)
     monkeypatch.setattr(parallel.dist, "destroy_process_group", lambda: said.append("left"))
     monkeypatch.setattr(parallel.dist, "is_torchelastic_launched", lambda: True)

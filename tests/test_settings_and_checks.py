@@ -12,7 +12,7 @@ import torch
 from nflows_lib import settings
 from nflows_lib.checks import check
 
-VARIABLES = ("NFLOWS_PRESET", "NFLOWS_SEED", "NFLOWS_DATA", "NFLOWS_PROGRESS")
+VARIABLES = ("NFLOWS_PRESET", "NFLOWS_SEED", "NFLOWS_DATA", "NFLOWS_PROGRESS", "NFLOWS_DEVICE")
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def test_defaults():
 
 
 def test_variables_are_obeyed(monkeypatch, tmp_path):
-    for name, value in zip(VARIABLES, ("full", "2", str(tmp_path), "0"), strict=True):
+    for name, value in zip(VARIABLES, ("full", "2", str(tmp_path), "0", "cpu"), strict=True):
         monkeypatch.setenv(name, value)
     assert settings.preset() == "full"
     assert [settings.seed(), settings.seed(5)] == [2000, 2005]
@@ -49,6 +49,52 @@ def test_bad_preset(monkeypatch, value):
     monkeypatch.setenv("NFLOWS_PRESET", value)
     with pytest.raises(ValueError, match=f'NFLOWS_PRESET: expected "quick" or "full", got \'{value}\''):
         settings.preset()
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A function that says which GPUs PyTorch finds."""
+
+    def found(*names: str) -> None:
+        for name in ("cuda", "mps"):
+            monkeypatch.setattr(torch.get_device_module(name), "is_available", lambda name=name: name in names)
+
+    return found
+
+
+@pytest.mark.parametrize(
+    ("found", "preset", "prefer_gpu", "device"),
+    [
+        ((), "full", None, "cpu"),
+        (("cuda",), "quick", None, "cpu"),
+        (("cuda",), "full", None, "cuda"),
+        (("mps",), "full", None, "cpu"),  # only if it is named
+        (("cuda",), "quick", True, "cuda"),
+        (("cuda",), "full", False, "cpu"),
+        ((), "quick", True, "cpu"),
+    ],
+)
+def test_the_device_if_none_is_named(monkeypatch, gpus, found, preset, prefer_gpu, device):
+    gpus(*found)
+    monkeypatch.setenv("NFLOWS_PRESET", preset)
+    assert settings.device(prefer_gpu) == torch.device(device)
+
+
+@pytest.mark.parametrize("named", ["cuda", "mps", "cpu"])
+def test_a_device_that_is_named_is_taken(monkeypatch, gpus, named):
+    gpus("cuda", "mps")
+    monkeypatch.setenv("NFLOWS_DEVICE", named)
+    for prefer_gpu in (None, True, False):
+        assert settings.device(prefer_gpu) == torch.device(named)
+
+
+@pytest.mark.parametrize("named", ["mps", "gpu", "", "CUDA", "meta"])
+def test_a_device_that_is_not_there_is_refused(monkeypatch, gpus, named):
+    gpus("cuda")
+    monkeypatch.setenv("NFLOWS_DEVICE", named)
+    message = f'NFLOWS_DEVICE: expected "cuda" or "cpu", what PyTorch finds here, got {named!r}'
+    with pytest.raises(ValueError, match=message):
+        settings.device()
 
 
 FALSE = [False, np.bool_(False), torch.tensor(False)]
