@@ -27,6 +27,7 @@ help:  ## list the targets
 # Outputs and results must not depend on who runs them: one thread, no progress bars.
 test seeds notebooks: export OMP_NUM_THREADS := 1
 test seeds notebooks: export NFLOWS_PROGRESS := 0
+test seeds notebooks: export NFLOWS_DEVICE := cpu
 test notebooks: export NFLOWS_SEED := 0
 test seeds notebooks: export NFLOWS_PRESET := quick
 

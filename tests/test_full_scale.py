@@ -30,7 +30,7 @@ def test_the_page_is_what_the_script_writes(page):
 
 
 def test_every_run_is_on_the_page_or_waits(page):
-    shown = {name for _, alts in full_scale.SECTIONS.values() for name in alts}
+    shown = {name for _, alts in full_scale.SECTIONS.values() for name in alts} | (full_scale.MARKS.keys() & RECORDS)
     assert shown == set(RECORDS) - {"unet-horses-early"}  # chapter 6 has it: the same network, stopped early
     for name in runs.RUNS:
         assert (f"* - `{name}`" in page) == (name not in {"nice-digits", "unet-horses-early"})
@@ -73,6 +73,23 @@ def test_another_record_gives_another_page(monkeypatch):
     assert "The runs had NVIDIA H100, and 77 minutes at most." in text
     assert "CPU thread" not in text
     assert "above" not in re.sub(r"see above", "", text)
+
+
+@pytest.mark.parametrize("name", full_scale.MARKS)
+def test_a_ten_minute_run_is_not_run_yet_or_shown_from_its_record(name):
+    """A lent GPU must need no further code: its record alone makes the page."""
+    shown = {name: RECORDS["glow-mnist"] | {"run": name, "hardware": "NVIDIA H100"}}
+    without, text = full_scale.ten_minutes({}), full_scale.ten_minutes(shown)
+    assert without.count("not run yet") == len(full_scale.MARKS)
+    assert text.count("not run yet") == len(full_scale.MARKS) - 1
+    record = RECORDS["glow-mnist"]
+    for part in (
+        f"`{name}`, ours",
+        "on NVIDIA H100",
+        f"{name}/stages.png",
+        f"{record['measured']['bits_per_dim']:.3f}",
+    ):
+        assert part in text
 
 
 def test_the_pictures_of_the_page_are_there(page):
