@@ -29,7 +29,7 @@ aten = torch.ops.aten
 NAME = "pretended"
 # Operations that take tensors of two devices: copies, and indices on the CPU into a tensor on a GPU.
 MIXING = {aten.copy_.default, aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
-# Operations whose result the CPU needs, so that it waits for all that was queued.
+# Operations whose result the CPU needs, so that it waits for all that was queued; as it does for a copy, either way.
 WAITING = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default}
 
 
@@ -91,7 +91,9 @@ class PretendedGPU(TorchDispatchMode):
                 raise RuntimeError(
                     f"{func}: expected all tensors on {NAME}, got shape {tuple(strange[0].shape)} on cpu"
                 )
-        self.waits += func in WAITING or (on_gpu and not to_gpu)
+        mixed = len({isinstance(tensor, OnGPU) for tensor in tensors}) > 1
+        crosses = mixed if func is aten.copy_.default else on_gpu != to_gpu and bool(tensors)
+        self.waits += func in WAITING or crosses
         if target is not None:
             kwargs["device"] = torch.device("cpu")
         held_args, held_kwargs = tree_map_only(OnGPU, lambda tensor: tensor.held, (args, kwargs))
