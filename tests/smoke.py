@@ -4,10 +4,11 @@
     python tests/smoke.py --preset quick --device pretended chapters/*.ipynb
 
 The chapters run as ``python -m nflows_lib.notebook`` would run them. In the full preset they have the full models and
-data, but each named run takes 20 steps in small batches, all of them warm-up, and is judged on 40 images. Every cell
-tagged full-run must run. What a later cell claims of a trained model may not hold then: such cells are listed, and are
-no failure. (At the papers' size Glow needs its warm-up: after five steps of it the loss was infinite.) In the quick
-preset every cell must run, and every check hold. The device "pretended" is that of tests/pretended_gpu.py. With
+data, but every training takes at most 20 steps, and a named run takes them in small batches, all of them warm-up, and
+is judged on 40 images. (At the papers' size Glow needs its warm-up: after five steps of it the loss was infinite.) A
+check that does not hold is counted, and its cell goes on. Every cell tagged full-run must run, and no cell may fail
+because of a device; other cells that fail, for want of a trained or a shipped model, are listed. In the quick preset
+every cell must run, and every check hold. The device "pretended" is that of tests/pretended_gpu.py. With
 ``--stand-ins`` the data sets are random numbers of their shapes, for a machine that has none of them.
 """
 
@@ -23,9 +24,9 @@ from pathlib import Path
 
 import torch
 
-from nflows_lib import data, notebook, runs, segmentation, settings
+from nflows_lib import ablations, checks, data, notebook, runs, segmentation, settings, training
 
-IMAGES, HELD_OUT = 240, 20
+STEPS, IMAGES, HELD_OUT = 20, 240, 20
 
 
 def stand_in(shape: tuple[int, ...], levels: int = 256, context_shape: tuple[int, ...] | None = None) -> data.Images:
@@ -54,14 +55,39 @@ def shortened(run: runs.Run, batch_size: int) -> runs.Run:
         found = run.data(part, folder)
         return found.select(torch.arange(min(IMAGES if part == "train" else 40, len(found.images))))
 
-    fewer = {**run.settings, "batch_size": batch_size, "warmup": 20}
+    fewer = {**run.settings, "batch_size": batch_size, "warmup": STEPS}
     return replace(run, data=few, held_out=HELD_OUT, settings=fewer, measure=None)
 
 
-def smoke(chapter: Path, full: bool) -> list[int]:
+def use_few_steps() -> list[str]:
+    """Trainings of at most 20 steps, and checks that do not raise. What is returned fills with the claims that fail."""
+    broken: list[str] = []
+    fit, check = training.fit, checks.check
+
+    def short(flow, examples, steps=None, **options):
+        if steps is not None:
+            steps = min(steps, STEPS)
+            options["warmup"] = min(options.get("warmup", 0), steps)
+        return fit(flow, examples, steps, **options)
+
+    def noted(claim, holds):
+        try:
+            check(claim, holds)
+        except AssertionError as error:
+            print(error)
+            broken.append(claim)
+
+    for module in (training, ablations):
+        module.fit = short
+    checks.check = noted
+    return broken
+
+
+def smoke(chapter: Path, full: bool, broken: list[str]) -> list[int]:
     """Run a chapter; the numbers of the cells that failed."""
     cells = notebook.read_code_cells(chapter)
-    failed, claims = [], []
+    failed, others = [], []
+    broken.clear()
 
     def run_cell(source: str, name: str, namespace: dict) -> None:
         number = int(name.rstrip(">").rpartition(" ")[2])
@@ -73,7 +99,7 @@ def smoke(chapter: Path, full: bool) -> list[int]:
                 raise
             device_mixed = isinstance(error, RuntimeError | TypeError) and "device" in str(error)
             must_run = not full or "full-run" in tags or device_mixed
-            (failed if must_run else claims).append(number)
+            (failed if must_run else others).append(number)
             if must_run:
                 traceback.print_exception(error)
             else:
@@ -86,7 +112,11 @@ def smoke(chapter: Path, full: bool) -> list[int]:
     finally:
         notebook.run_cell = original
     tagged = [number for number, (_, tags) in enumerate(cells, start=1) if "full-run" in tags]
-    print(f"{chapter.name}: full-run cells {tagged}, failed {failed}; claims that did not hold: {claims}", flush=True)
+    print(
+        f"{chapter.name}: full-run cells {tagged}, failed {failed}; other cells that did not run: {others}; "
+        f"{len(broken)} checks do not hold",
+        flush=True,
+    )
     return failed
 
 
@@ -111,9 +141,10 @@ def main() -> int:
             settings.device = lambda prefer_gpu=None: torch.device(NAME, 0)
         # The runs must not go on from, or be mistaken for, those of somebody's data folder.
         runs.work_folder = lambda name: Path(folder) / name
-        runs.train = partial(runs.train, steps=20, draws=1)
+        runs.train = partial(runs.train, steps=STEPS, draws=1)
         segmentation.figures = partial(segmentation.figures, samples=2, most=2)
-        failed = [chapter.name for chapter in options.chapters if smoke(chapter, full)]
+        broken = use_few_steps() if full else []
+        failed = [chapter.name for chapter in options.chapters if smoke(chapter, full, broken)]
     print(f"failed: {', '.join(failed) or 'none'}")
     return int(bool(failed))
 
