@@ -351,8 +351,9 @@ def test_measures_of_masks_follow_the_model(device):
     masks, photographs = torch.randint(2, (6, 1, 8, 8)), torch.rand(6, 3, 8, 8)
     model.initialize(masks.to(device), photographs.to(device))
     images = Images(masks, torch.zeros(6), 2, photographs)
-    found = segmentation.figures(model.eval(), images, samples=2, most=4)
-    assert all(math.isfinite(value) for name, value in found.items() if isinstance(value, float))
+    for judged in (model.eval(), PixelClassifier(UNet(3, 2, 4, 2), (1, 8, 8), 2).to(device)):
+        found = segmentation.figures(judged, images, samples=2, most=4)
+        assert all(math.isfinite(value) for value in found.values() if isinstance(value, float))
 
 
 def test_pictures_follow_the_flow(device):
