@@ -18,7 +18,7 @@ FIRST=${FIRST:-180}              # seconds that the first call may take
 AFTER=${AFTER:-60}               # seconds kept for the figures, the samples and the files that go back
 DATA=${DATA:-/tmp/nflows-data}   # outside of the checkout, where it outlives a call
 LEASE=.lease                     # what is carried: the halves of CIFAR-10, in folders 1 and 2
-export PYTHONPATH=$PWD           # the library is not installed there
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # the library is not installed there
 BEGAN=$SECONDS
 
 pack() {
