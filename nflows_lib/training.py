@@ -141,8 +141,9 @@ def fit(
         data: all examples, ``(N, *flow.shape)``, on the flow's device, or on the CPU, from where each batch is copied.
         steps: number of updates.
         budget: in place of steps, the seconds that the whole run may take; the first steps are timed, then the number
-            of steps is fixed. A resumed run keeps that number unless it is given another budget: then the rest of the
-            schedule is fitted to the rest of the time.
+            of steps is fixed. A run whose later steps are slower would overrun: an evaluation that sees this coming
+            makes the number smaller. A resumed run keeps the number unless it is given another budget: then the rest
+            of the schedule is fitted to the rest of the time.
         context: one row for each example, where the flow is conditional.
         augment: changes each batch before the flow sees it, on its device, the first one included; where there is a
             context it is called with both and returns both. Held-out data stay as they are. Like the shuffle it draws
@@ -208,6 +209,8 @@ def fit(
             done, before = (run.schedule.progress(step) for step in (run.step, run.step - 1))
             if held_out is not None and math.floor(evaluations * done + 1e-9) > math.floor(evaluations * before + 1e-9):
                 run.evaluate(held_out, held_out_context, draws, on_evaluation)
+                if budget is not None:
+                    bar.total = run.hurry(budget)
             finished = run.step == run.schedule.total
             # Asked later to stop, it saves after the next step.
             stopping, due = parallel.any_of(bool(stop), time.monotonic() - saved > save_every)
@@ -282,6 +285,7 @@ class _Run:
         self.first: tuple[Tensor, Tensor | None] | None = None
         self.asked: dict[str, float | None] = {}  # steps or budget, as the caller gave them
         self.durations: list[float] = []  # of this process's first steps, in seconds
+        self.planned = 0, 0.0  # steps and seconds of the run when this process planned last, or began
         self.seconds = 0.0  # trained so far, before this process
         self.started = time.monotonic()
 
@@ -323,7 +327,21 @@ class _Run:
             raise ValueError(f"resume: expected an unfinished run, got one that has taken its {self.step:,} steps")
         if total <= self.step:
             raise ValueError(f"{'steps' if steps else 'budget'}: expected more than the {self.step:,} steps taken")
+        self._plan(total)
+
+    def hurry(self, budget: float) -> int:
+        """Plan fewer steps, if at the pace since the last plan the rest would not fit the budget; their number."""
+        (step, seconds), total = self.planned, self.schedule.total
+        if self.step not in (step, total):
+            pace = (self._elapsed() - seconds) / (self.step - step)
+            fits = parallel.shared(self.step + max(1, int((budget - self._elapsed()) / pace)))
+            if fits < total:
+                self._plan(fits)
+        return self.schedule.total
+
+    def _plan(self, total: int) -> None:
         self.schedule.plan(self.step, total)
+        self.planned = self.step, self._elapsed()
 
     def take_step(self) -> None:
         if not self.unread:
@@ -463,6 +481,7 @@ class _Run:
         self.flow.train()
         self.order, self.position = tensors["run.order"].to(self.data.device), facts["position"]
         self.seconds, self.asked = facts["seconds"], facts["asked"]
+        self.planned = facts["step"], facts["seconds"]
         self.schedule = Schedule(**facts["schedule"])
         history = _under("history.", tensors)
         self.history = History(

@@ -62,6 +62,9 @@ class OnGPU(Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()  # PyTorch's own refuses subclasses
 
+    def __format__(self, form: str) -> str:
+        return format(self.held, form)
+
     def numpy(self, **options: Any) -> None:
         raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first")
 

@@ -54,6 +54,7 @@ def test_bad_preset(monkeypatch, value):
 @pytest.fixture
 def gpus(monkeypatch):
     """A function that says which GPUs PyTorch finds."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)  # put back in the end
 
     def found(*names: str) -> None:
         for name in ("cuda", "mps"):
@@ -78,6 +79,15 @@ def test_the_device_if_none_is_named(monkeypatch, gpus, found, preset, prefer_gp
     gpus(*found)
     monkeypatch.setenv("NFLOWS_PRESET", preset)
     assert settings.device(prefer_gpu) == torch.device(device)
+
+
+@pytest.mark.parametrize(("named", "tf32"), [("cuda", False), ("mps", True), ("cpu", True)])
+def test_convolutions_on_cuda_are_in_float32(monkeypatch, gpus, named, tf32):
+    gpus("cuda", "mps")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setenv("NFLOWS_DEVICE", named)
+    settings.device()
+    assert torch.backends.cudnn.allow_tf32 == tf32
 
 
 @pytest.mark.parametrize("named", ["cuda", "mps", "cpu"])

@@ -503,6 +503,23 @@ def test_the_number_of_steps_is_fixed_once(timed_run):
     assert timed_run(budget=100, slower_from=30)[0] == 95
 
 
+@pytest.mark.parametrize("slower_from", [30, 60, 93])
+def test_a_run_that_gets_slower_ends_within_its_budget(timed_run, slower_from):
+    """It would take 95 steps and up to 165 seconds of 100: at the evaluations its rest is planned again, shorter."""
+    held_out = {"held_out": torch.zeros(2, 1), "evaluations": 20}
+    steps, history, _ = timed_run(budget=100, slower_from=slower_from, **held_out)
+    seconds = steps + max(0, steps - slower_from)
+    assert 95 <= seconds <= 102
+    assert steps == len(history.loss) == history.held_out[-1][0]
+    assert len(history.held_out) == 20
+
+
+def test_a_run_that_keeps_its_pace_keeps_its_number_of_steps(timed_run):
+    options = {"budget": 100, "held_out": torch.zeros(2, 1), "evaluations": 20}
+    assert timed_run(50, **options)[0] == 50
+    assert timed_run(**options)[0] == 45
+
+
 def test_a_budget_that_is_used_up_at_once_is_refused(timed_run):
     with pytest.raises(ValueError, match="budget: expected more than the 25 steps taken"):
         timed_run(budget=20)
