@@ -331,6 +331,7 @@ RUNS: dict[str, Run] = {
         steps=16,
         noise=64,
         bounded=True,
+        bounded_priors=True,
         batch_size=512,
     ),
     "glow-flowers": glow_flowers_large("Glow on Flowers-102, 64x64, four scales", images=flowers102),

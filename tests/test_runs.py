@@ -104,7 +104,7 @@ GLOWS = {
     "glow-cifar10-small": ((3, 32, 32), 3, 8, 64, False, False, 0),
     "glow-cifar10-bounded": ((3, 32, 32), 3, 8, 64, True, False, 0),
     "glow-cifar10": ((3, 32, 32), 3, 32, 512, False, False, 0),
-    "glow-cifar10-10min": ((3, 32, 32), 3, 16, 512, True, False, 64),
+    "glow-cifar10-10min": ((3, 32, 32), 3, 16, 512, True, True, 64),
     "glow-flowers": ((3, 64, 64), 4, 16, 256, True, False, 0),
     "glow-flowers5": ((3, 64, 64), 4, 16, 256, True, False, 0),
     "glow-flowers5-small": ((3, 64, 64), 4, 4, 64, True, True, 0),
