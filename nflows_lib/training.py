@@ -285,7 +285,7 @@ class _Run:
         self.first: tuple[Tensor, Tensor | None] | None = None
         self.asked: dict[str, float | None] = {}  # steps or budget, as the caller gave them
         self.durations: list[float] = []  # of this process's first steps, in seconds
-        self.planned = 0, 0.0  # steps and seconds of the run when this process planned last, or began
+        self.planned = 0, 0.0  # steps and seconds of the run when this process planned last, or the run began
         self.seconds = 0.0  # trained so far, before this process
         self.started = time.monotonic()
 
@@ -481,7 +481,6 @@ class _Run:
         self.flow.train()
         self.order, self.position = tensors["run.order"].to(self.data.device), facts["position"]
         self.seconds, self.asked = facts["seconds"], facts["asked"]
-        self.planned = facts["step"], facts["seconds"]
         self.schedule = Schedule(**facts["schedule"])
         history = _under("history.", tensors)
         self.history = History(
