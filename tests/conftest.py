@@ -13,10 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pretended_gpu
 import pytest
+import torch
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+
+# Here, since it must be done before any test's backward pass.
+PRETENDED = None if torch.cuda.is_available() else pretended_gpu.install()
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -37,6 +42,14 @@ def book(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
             built = subprocess.run([*command, "--path-output", str(out)], cwd=ROOT, capture_output=True, text=True)
             assert built.returncode == 0, f"the book does not build:\n{built.stdout[-3000:]}\n{built.stderr[-3000:]}"
     return out / "_build" / "html"
+
+
+@pytest.fixture(scope="session")
+def pretended() -> pretended_gpu.PretendedGPU:
+    """The mode of the pretended GPU, to be entered."""
+    if PRETENDED is None:
+        pytest.skip("a real GPU is there")
+    return PRETENDED
 
 
 @pytest.fixture(scope="session")

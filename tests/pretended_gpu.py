@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.library import Library, fallthrough_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 aten = torch.ops.aten
 NAME = "pretended"
@@ -162,7 +161,13 @@ class PretendedGPU(TorchDispatchMode):
 
 
 def install() -> PretendedGPU:
-    """Register the device with PyTorch, for the rest of this process, and return the mode that carries it out."""
+    """Register the device with PyTorch, for the rest of this process, and return the mode that carries it out.
+
+    It must be done before the process's first backward pass, for which PyTorch counts the devices once; and not beside
+    a real GPU, whose place it would take.
+    """
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # not in every PyTorch
+
     gpu = PretendedGPU()
     _setup_privateuseone_for_python_backend(NAME, gpu)
     key = "AutocastPrivateUse1"

@@ -1,8 +1,8 @@
 """Everything follows its device: layers, bases, models, training, runs and pictures.
 
-Each test runs on a pretended GPU (pretended_gpu.py), which finds a tensor on the wrong device without having one, and,
-marked ``cuda``, on a real one, where it also compares the numbers: ``pytest -m cuda tests/test_device.py``. A machine
-that is lent may have no more than torch and pytest: nothing here imports what only the book needs.
+Each test runs on a pretended GPU (pretended_gpu.py), which finds a tensor on the wrong device. On a machine with a real
+one it is marked ``cuda`` and runs there, where its numbers count, too: ``pytest -m cuda tests/test_device.py``. A lent
+machine may have no more than torch and pytest: nothing here imports what only the book needs.
 """
 
 from __future__ import annotations
@@ -35,14 +35,7 @@ from nflows_lib.pixelwise import PixelClassifier
 from nflows_lib.training import History, Interrupted, NonFiniteLoss, fit, log_likelihoods
 
 HAS_CUDA = torch.cuda.is_available()
-DEVICES = ["pretended", *([pytest.param("cuda", marks=pytest.mark.cuda)] if HAS_CUDA else [])]
-
-
-@pytest.fixture(scope="module")
-def pretended() -> Any:
-    import pretended_gpu  # only here: it wants a recent PyTorch
-
-    return pretended_gpu.install()
+DEVICES = [pytest.param("cuda", marks=pytest.mark.cuda) if HAS_CUDA else "pretended"]
 
 
 @pytest.fixture(params=DEVICES)

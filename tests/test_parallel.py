@@ -265,7 +265,7 @@ def start(arguments: list[str]) -> subprocess.Popen:
 def test_ctrl_c_under_torchrun_saves_and_says_how_to_go_on_and_that_goes_on(tmp_path, capsys):
     out = tmp_path / "a folder"
     process = start(
-        [*shlex.split("-m nflows_lib train nice-digits --steps 200 --draws 1 --save-every 0s --out"), str(out)]
+        [*shlex.split("-m nflows_lib train nice-digits --steps 600 --draws 1 --save-every 0s --out"), str(out)]
     )
     try:
         while process.poll() is None and not (out / PREVIOUS).exists():
@@ -276,7 +276,7 @@ def test_ctrl_c_under_torchrun_saves_and_says_how_to_go_on_and_that_goes_on(tmp_
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0
-    (stopped,) = re.findall(r"stopped after step ([\d,]+) of 200, and saved", said)
+    (stopped,) = re.findall(r"stopped after step ([\d,]+) of 600, and saved", said)
     (again,) = re.findall(r"To go on: (.*)", said)
     again = shlex.split(again)
     assert again[:5] == ["torchrun", "--standalone", "--nproc-per-node", "2", "-m"]
@@ -288,10 +288,10 @@ def test_ctrl_c_under_torchrun_saves_and_says_how_to_go_on_and_that_goes_on(tmp_
     process = start(again[4:])
     printed, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    assert printed.count("200 steps in") == 1  # one of them speaks
+    assert printed.count("600 steps in") == 1  # one of them speaks
     record = json.loads((out / "run.json").read_text())
-    assert int(stopped.replace(",", "")) < record["steps"] == 200
-    assert record["command"] == "torchrun --standalone --nproc-per-node 2 -m nflows_lib train nice-digits --steps 200"
+    assert int(stopped.replace(",", "")) < record["steps"] == 600
+    assert record["command"] == "torchrun --standalone --nproc-per-node 2 -m nflows_lib train nice-digits --steps 600"
     assert record["settings"]["processes"] == 2
     assert record["hardware"].startswith("2 × ")
     assert record["figure"]["bits_per_dim"] < 4  # 6 at first
