@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from nflows_lib import checkpoint, parallel, settings
 from nflows_lib.distributions import random_state_kept
-from nflows_lib.flow import Flow, check_data
+from nflows_lib.flow import Flow, check_context, check_data
 
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 PROBE = 25  # steps of a run with a time budget that are timed before their number is fixed
@@ -171,11 +171,11 @@ def fit(
         NonFiniteLoss: the loss or the norm of its gradient is NaN or infinite. Its history ends there.
         Interrupted: the run was asked to stop, and has saved.
     """
-    _check_arguments(
-        data, steps, budget, context, batch_size, clip, warmup, ema, held_out, held_out_context, evaluations
-    )
+    _check_arguments(data, steps, budget, batch_size, clip, warmup, ema, held_out, evaluations)
     check_data(data, context, flow.shape, flow.levels, ("data", "context"))
-    if held_out is not None:
+    if held_out is None:
+        check_context(held_out_context, 0, "held_out_context")
+    else:
         check_data(held_out, held_out_context, flow.shape, flow.levels, ("held_out", "held_out_context"))
     keep_freed_memory()
     run = _Run(flow, data, context, augment, batch_size, lr, optimizer, clip, Schedule(warmup, cosine), ema)
@@ -345,7 +345,7 @@ class _Run:
 
     def take_step(self) -> None:
         if not self.unread:
-            self.began = time.monotonic()
+            self.began = self.step, time.monotonic()
         batch, self.first = self.first or self._batch(parallel.share(self._next_index())), None
         loss = -self.replica(*batch, validate=False).mean()
         self.optimizer.zero_grad()
@@ -372,6 +372,10 @@ class _Run:
             del self.optimizer.found_inf
             if self.step % self.read_every == 0:
                 self.read()
+        if not self.unread and len(self.durations) < PROBE:  # all that was queued is done
+            step, began = self.began
+            count = self.step - step
+            self.durations += [(time.monotonic() - began) / count] * count
 
     def read(self) -> None:
         """Take the losses and norms of the steps since the last time into the history; a GPU is waited for."""
@@ -379,8 +383,6 @@ class _Run:
             return
         losses, norms = (torch.stack(values).tolist() for values in zip(*self.unread, strict=True))
         self.unread.clear()
-        if len(self.durations) < PROBE:
-            self.durations += [(time.monotonic() - self.began) / len(losses)] * len(losses)
         for loss, norm in zip(losses, norms, strict=True):
             self.history.loss.append(loss)
             if not math.isfinite(loss):
@@ -626,13 +628,11 @@ def _check_arguments(
     data: Tensor,
     steps: int | None,
     budget: float | None,
-    context: Tensor | None,
     batch_size: int,
     clip: float | None,
     warmup: int,
     ema: float | None,
     held_out: Tensor | None,
-    held_out_context: Tensor | None,
     evaluations: int,
 ) -> None:
     if (steps is None) == (budget is None):
@@ -656,7 +656,3 @@ def _check_arguments(
         raise ValueError(f"evaluations: expected at least 1, got {evaluations}")
     if evaluations > 1 and held_out is None:
         raise ValueError(f"held_out: expected data for {evaluations} evaluations, got None")
-    for name, rows, examples in (("context", context, data), ("held_out_context", held_out_context, held_out)):
-        expected = 0 if examples is None else len(examples)
-        if rows is not None and len(rows) != expected:
-            raise ValueError(f"{name}: expected {expected} rows, one for each example, got {len(rows)}")

@@ -514,6 +514,16 @@ def test_a_run_that_gets_slower_ends_within_its_budget(timed_run, slower_from):
     assert len(history.held_out) == 20
 
 
+def test_the_whole_step_is_timed(timed_run, monkeypatch):
+    """The average of the parameters comes last in a step: here it takes a second, as the rest of the step."""
+
+    def slow_average(run: training._Run) -> None:
+        training.time.now += 1
+
+    monkeypatch.setattr(training._Run, "_update_average", slow_average)
+    assert timed_run(budget=100)[0] == 47  # 25 steps are timed, then 45 of 95 seconds are left
+
+
 def test_a_run_that_keeps_its_pace_keeps_its_number_of_steps(timed_run):
     options = {"budget": 100, "held_out": torch.zeros(2, 1), "evaluations": 20}
     assert timed_run(50, **options)[0] == 50

@@ -130,7 +130,7 @@ flow = runs.load_flow("glow-mnist")
 images = flow.sample(16, temperature=0.8)  # (16, 1, 28, 28), integers from 0 to 255
 ```
 
-From a terminal (`evaluate` needs the data, `data/README.md` says whence; `sample` needs them only for a conditional model):
+From a terminal (`evaluate` needs the data, and `data/README.md` says where they come from; `sample` needs them only for a conditional model):
 
 ```sh
 python -m nflows_lib sample glow-mnist --n 60 --to samples.png
