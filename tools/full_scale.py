@@ -203,7 +203,7 @@ One command starts a run, and the same one goes on with it after a stop:
 python -m nflows_lib train glow-cifar10 --budget 25m --out DIR --resume
 ```
 
-A budget fixes the number of steps once the first 25 have been timed, so another machine takes another number of them; `--steps` with the number
+A budget fixes the number of steps once the first 25 have been timed, and a run that falls behind takes fewer, so another machine takes another number of them; `--steps` with the number
 in a record is the way to repeat it.
 
 On a machine with several GPUs it is the same command under `torchrun`:
