@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import models
 from benchmarks.models import MODELS, OURS, Built, Model
-from nflows_lib import runs
+from nflows_lib.experiments import archive
 from nflows_lib.flow import Flow
 from nflows_lib.training import keep_freed_memory
 
@@ -333,7 +333,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{MODELS[name].title} ...", file=sys.stderr, flush=True)
         results[name] = measure(MODELS[name], options)
     content = {
-        **runs.origin(),
+        **archive.origin(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "device": options.device,
@@ -343,7 +343,7 @@ def main(arguments: list[str] | None = None) -> None:
         "models": results,
         "bars": bars(results),
     }
-    runs.write_json(options.out or HERE / f"{options.device}.json", content)
+    archive.write_json(options.out or HERE / f"{options.device}.json", content)
     print(table(content))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +54,7 @@ class ChannelBijection(Bijection):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels: expected at least 1, got {channels}")
+        check_positive(channels=channels)
         self.channels = channels
 
     def check_channels(self, name: str, x: Tensor) -> None:
@@ -72,6 +72,10 @@ class ChannelBijection(Bijection):
 
 class Chain(Layer):
     """Layers applied one after the other; their contributions add up.
+
+    Like an ``nn.Sequential`` it can be sliced, and joined with a list of layers: ``chain[1:]`` is the chain without its
+    first layer, ``[layer] + chain[1:]`` has another first layer. The result shares the layers' parameters. Its state
+    dict numbers the layers from 0 again, so a checkpoint is always written from the whole chain, never from a slice.
 
     >>> import torch
     >>> from nflows_lib.dequantization import Rescale
@@ -93,8 +97,14 @@ class Chain(Layer):
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, index: int) -> Layer:
-        return self.layers[index]
+    def __getitem__(self, index: int | slice) -> Layer:
+        return Chain(self.layers[index]) if isinstance(index, slice) else self.layers[index]
+
+    def __add__(self, others: Iterable[Layer]) -> Chain:
+        return Chain([*self, *others])
+
+    def __radd__(self, others: Iterable[Layer]) -> Chain:
+        return Chain([*others, *self])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = torch.zeros(len(x), device=x.device)
@@ -128,6 +138,15 @@ def initialize_network(network: nn.Module | None, x: Tensor, context: Tensor | N
     """Let the network inside a layer set parameters from what it sees of a first batch, where it has such."""
     if hasattr(network, "initialize"):
         network.initialize(x, context)
+
+
+def check_positive(**numbers: int) -> None:
+    """Raise a ValueError, with the number's name, unless each is a whole number of at least 1."""
+    for name, number in numbers.items():
+        if not isinstance(number, Integral):
+            raise ValueError(f"{name}: expected a whole number, got {number!r}")
+        if number < 1:
+            raise ValueError(f"{name}: expected at least 1, got {number}")
 
 
 def check_shape(name: str, x: Tensor | None, shape: Shape) -> None:

@@ -14,9 +14,9 @@ import sklearn.datasets
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.nn import functional as F
 
 from nflows_lib import settings
+from nflows_lib.bijection import check_positive
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def digits(part: str = "train") -> Images:
         ValueError: another part.
     """
     bunch = sklearn.datasets.load_digits()
-    keep = _every_sixth(len(bunch.images), part)
+    keep = every_sixth(len(bunch.images), part)
     images = torch.tensor(bunch.images[keep], dtype=torch.uint8).unsqueeze(1)
     return Images(images, torch.tensor(bunch.target[keep]), levels=17)
 
@@ -169,7 +169,7 @@ def patches(part: str = "train", size: int = 16) -> Images:
     Raises:
         ValueError: another part, or a size out of range.
     """
-    _check_part(part)
+    check_part(part)
     if not 4 <= size <= 64:
         raise ValueError(f"size: expected 4 to 64, got {size}")
     images, labels = [], []
@@ -255,70 +255,6 @@ def flowers102(
     return _squares(chain.from_iterable(found), sum(map(len, found)), size)
 
 
-def horses(part: str = "train", folder: Path | str | None = None, *, size: int = 32) -> Images:
-    """The Weizmann horses (Borenstein and Ullman): masks, 1 where the horse is, to be told from photographs.
-
-    They are read from ``weizmann_horse_db``: two folders, ``horse`` and ``mask``, with images of the same names (a mask
-    is 255 where the horse is). Both are squashed to a square. No split is published: here, in the order of their names,
-    every sixth of the 327 is for testing, unless the same photograph is trained on. Nine are in the set twice, with
-    masks by two hands; that leaves 273 to train on and 51 to test.
-
-    Args:
-        part: "train", "test" or "all".
-        folder: the folder that ``weizmann_horse_db`` lies in, ``settings.data_folder()`` where None.
-        size: height and width to resize to.
-
-    Raises:
-        ValueError: another part, size is below 1, a photograph without a mask, or masks in which nothing is bright.
-        FileNotFoundError: there is no such folder, or no photograph in it.
-    """
-    home = Path(folder or settings.data_folder()) / "weizmann_horse_db"
-    photographs = sorted(path for path in home.glob("horse/*") if path.suffix.lower() in SUFFIXES)
-    if not photographs:
-        raise FileNotFoundError(f"no photographs in {home}/horse: put the folders horse and mask there")
-    masks = {path.stem: path for path in home.glob("mask/*") if path.suffix.lower() in SUFFIXES}
-    lonely = [path.name for path in photographs if path.stem not in masks]
-    if lonely:
-        raise ValueError(f"folder: expected a mask for every photograph, got none for {', '.join(lonely[:5])}")
-    pairs = ((Image.open(path), Image.open(masks[path.stem]).convert("L")) for path in photographs)
-    everything = _masks(pairs, torch.zeros(len(photographs), dtype=torch.int64), size)
-    keep = _every_sixth(len(photographs), part)
-    if part == "test":
-        for i, j in twins(everything.contexts):
-            if keep[i] != keep[j]:
-                keep[[i, j]] = False
-    return everything.select(keep)
-
-
-def twins(photographs: Tensor) -> list[tuple[int, int]]:
-    """Pairs i < j of photographs, (N, C, H, W) in [0, 1], that are the same to within 0.08 (root mean square)."""
-    flat = photographs.flatten(1)
-    distance = torch.cdist(flat, flat) / math.sqrt(flat.shape[1])
-    return [(i, j) for i, j in (distance < 0.08).nonzero().tolist() if i < j]
-
-
-def pets(part: str = "train", folder: Path | str | None = None, download: bool = False, *, size: int = 32) -> Images:
-    """Oxford-IIIT Pet through torchvision: masks of cats and dogs of 37 breeds, to be told from photographs.
-
-    3,680 to train on ("trainval") and 3,669 to test. A mask is 1 on the pet and on its border, which the set marks
-    apart. Photographs and masks are squashed to a square. Arguments and errors as of :func:`mnist`. To fetch: 800 MB.
-
-    Raises:
-        ValueError: size is below 1.
-    """
-    files, split = "images/ and annotations/", "trainval" if part == "train" else part
-    options = {"split": split, "target_types": ["category", "segmentation"]}
-    found = _torchvision("OxfordIIITPet", "800 MB", files, "oxford-iiit-pet", part, folder, download, "pets", **options)
-    labels = torch.tensor(found._labels)
-
-    def pairs() -> Iterator[tuple[Image.Image, Image.Image]]:
-        for i in range(len(found)):
-            photograph, (_, trimap) = found[i]
-            yield photograph, trimap.point(lambda value: 0 if value == 2 else 255)  # 1 pet, 2 background, 3 border
-
-    return _masks(pairs(), labels, size)
-
-
 def image_folder(folder: Path | str, size: int = 64, part: str = "train") -> Images:
     """Images of your own, in the order of their paths, 256 levels: in RGB, of each the square in its middle, resized.
 
@@ -341,7 +277,7 @@ def image_folder(folder: Path | str, size: int = 64, part: str = "train") -> Ima
         raise FileNotFoundError(f"folder: expected one with images ({', '.join(SUFFIXES)}), got {folder}, {got}")
     classes = [path.relative_to(folder).parts[:-1][:1] for path in paths]
     number = {name: i for i, name in enumerate(sorted(set(classes)))}
-    keep = _every_sixth(len(paths), part)
+    keep = every_sixth(len(paths), part)
 
     def pictures() -> Iterator[tuple[Image.Image, int]]:
         for path, name in compress(zip(paths, classes, strict=True), keep):
@@ -351,38 +287,6 @@ def image_folder(folder: Path | str, size: int = 64, part: str = "train") -> Ima
                 raise ValueError(f"folder: expected images that can be read, got {path}: {error}") from error
 
     return _squares(pictures(), keep.sum().item(), size)
-
-
-def random_view(masks: Tensor, photographs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mask and photograph seen from elsewhere, both alike: mirrored, shifted, turned and zoomed at random.
-
-    The photograph's brightness and contrast change, too. What comes into sight from beyond a border is a copy of it.
-
-    Args:
-        masks: (B, C, H, W), integers, which stay those that they are.
-        photographs: (B, K, H', W'), in [0, 1].
-    """
-    n, device = len(masks), masks.device
-
-    def between(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(n, device=device)
-
-    angle, zoom = between(-0.2, 0.2), between(0.75, 1.1)
-    mirror = torch.where(between(0, 1) < 0.5, -1.0, 1.0)
-    cos, sin = zoom * angle.cos(), zoom * angle.sin()
-    rows = [
-        torch.stack([mirror * cos, -sin, between(-0.2, 0.2)], 1),
-        torch.stack([mirror * sin, cos, between(-0.2, 0.2)], 1),
-    ]
-    where = torch.stack(rows, 1)
-
-    def seen(images: Tensor, mode: str) -> Tensor:
-        grid = F.affine_grid(where, list(images.shape), align_corners=False)
-        return F.grid_sample(images, grid, mode=mode, padding_mode="border", align_corners=False)
-
-    contrast, light = (values[:, None, None, None] for values in (between(0.7, 1.3), between(-0.15, 0.15)))
-    photographs = ((seen(photographs, "bilinear") - 0.5) * contrast + 0.5 + light).clamp(0, 1)
-    return seen(masks.float(), "nearest").to(masks.dtype), photographs
 
 
 def random_flip(x: Tensor) -> Tensor:
@@ -396,12 +300,12 @@ def random_flip(x: Tensor) -> Tensor:
     return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
 
 
-def _check_part(part: str) -> None:
+def check_part(part: str) -> None:
     if part not in ("train", "test"):
         raise ValueError(f'part: expected "train" or "test", got {part!r}')
 
 
-def _every_sixth(n: int, part: str) -> Tensor:
+def every_sixth(n: int, part: str) -> Tensor:
     """Which of n examples a part holds, (n,), bool: every sixth one is for testing."""
     test = torch.arange(n) % 6 == 5
     keep = {"train": ~test, "test": test, "all": torch.ones_like(test)}
@@ -412,8 +316,7 @@ def _every_sixth(n: int, part: str) -> Tensor:
 
 def _squares(pictures: Iterable[tuple[Image.Image, int]], n: int, size: int) -> Images:
     """n pictures with labels, one tensor: of each the square in its middle, resized (antialiased)."""
-    if size < 1:
-        raise ValueError(f"size: expected at least 1, got {size}")
+    check_positive(size=size)
     images = torch.empty(n, 3, size, size, dtype=torch.uint8)  # filled in place: a list would take it all twice
     labels = torch.empty(n, dtype=torch.int64)
     for i, (picture, label) in enumerate(pictures):
@@ -421,21 +324,6 @@ def _squares(pictures: Iterable[tuple[Image.Image, int]], n: int, size: int) -> 
         images[i] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
         labels[i] = label
     return Images(images, labels, levels=256)
-
-
-def _masks(pairs: Iterable[tuple[Image.Image, Image.Image]], labels: Tensor, size: int) -> Images:
-    """Pairs of a photograph and a mask, bright on what it shows: two levels, with the photographs as contexts."""
-    if size < 1:
-        raise ValueError(f"size: expected at least 1, got {size}")
-    masks = torch.empty(len(labels), 1, size, size, dtype=torch.uint8)
-    photographs = torch.empty(len(labels), 3, size, size)
-    for i, (photograph, mask) in enumerate(pairs):
-        small = photograph.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-        photographs[i] = torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255
-        masks[i, 0] = torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.BILINEAR)) > 127)
-    if not masks.any():
-        raise ValueError("folder: expected masks that are bright, 255, on what they show, got none above 127")
-    return Images(masks, labels, levels=2, contexts=photographs)
 
 
 def _torchvision(
@@ -446,11 +334,10 @@ def _torchvision(
     part: str,
     folder: Path | str | None,
     download: bool,
-    call: str = "",
-    **options,
+    **options: Any,
 ) -> Any:
     """One of torchvision's data sets; where it is missing, an error that says how to get it and where it goes."""
-    _check_part(part)
+    check_part(part)
     from torchvision import datasets  # only full runs need torchvision
 
     folder = Path(folder or settings.data_folder())
@@ -460,6 +347,6 @@ def _torchvision(
         if download:
             raise  # it says what failed
         raise FileNotFoundError(
-            f'no {name} in {folder}: call {call or name.lower()}("{part}", download=True) once to fetch it '
+            f'no {name} in {folder}: call {name.lower()}("{part}", download=True) once to fetch it '
             f"({size}), or put {files} into {folder / place}, or name another folder in NFLOWS_DATA"
         ) from error

@@ -15,11 +15,11 @@ from nflows_lib.distributions import StandardLogistic, random_state_kept
 
 
 class UniformDequantize(Layer):
-    """k -> k + eps with eps ~ U[0, 1), drawn afresh for every value at every call (Theis et al. 2016, section 3.1).
+    """k -> k + eps with eps ~ U[0, 1), drawn again for every value at every call (Theis et al. 2016, section 3.1).
 
-    Integers in, floats in [k, k + 1) out; the inverse takes the floor and clamps it to the levels (NaN becomes 0, with
-    a warning). The noise has density 1, so the contribution is 0, and log p(x) becomes a one-draw lower bound of
-    log P(k).
+    Integers come in, floats of the flow's own type in [k, k + 1) go out; the inverse takes the floor and clamps it to
+    the levels (NaN becomes 0, with a warning). The noise has density 1, so the contribution is 0, and log p(x) becomes
+    a one-draw lower bound of log P(k).
 
     Args:
         levels: number of levels n; the data are integers from 0 to n - 1.
@@ -30,9 +30,11 @@ class UniformDequantize(Layer):
         if levels < 2:
             raise ValueError(f"levels: expected at least 2, got {levels}")
         self.levels = levels
+        # Of the flow's type, also after flow.double(): the integers and their noise become numbers of this type.
+        self.register_buffer("example", torch.zeros(()), persistent=False)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        k = x.to(torch.get_default_dtype())
+        k = x.to(self.example.dtype)
         return _add_within_level(k, torch.rand_like(k)), k.new_zeros(len(k))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
@@ -62,7 +64,7 @@ class VariationalDequantize(UniformDequantize):
         self.noise = Chain(layers)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        k = x.to(torch.get_default_dtype())
+        k = x.to(self.example.dtype)
         base = StandardLogistic()
         v = base.sample(k)
         y, log_det = self.noise(v, self._as_context(k))
@@ -71,7 +73,7 @@ class VariationalDequantize(UniformDequantize):
         return _add_within_level(k, y.sigmoid()), -log_q
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        k = x.to(torch.get_default_dtype())
+        k = x.to(self.example.dtype)
         with random_state_kept(k.device):  # whether there is something to initialise or not, a run draws the same
             self.noise.initialize(StandardLogistic().sample(k), self._as_context(k))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from nflows_lib.bijection import Chain, Layer, Shape, check_shape
+from nflows_lib.bijection import Chain, Layer, Shape, check_positive, check_shape
 from nflows_lib.distributions import Base
 from nflows_lib.multiscale import FactorOut
 
@@ -16,8 +16,11 @@ from nflows_lib.multiscale import FactorOut
 class Flow(nn.Module):
     """log p(x) = log p_base(z) + the sum of the layers' contributions, where z is what the layers make of x.
 
-    With a noise layer among them (``UniformDequantize``), log p(x) is a one-draw lower bound of the log-likelihood of
-    the discrete data (chapter 2); without one it is exact.
+    With a noise layer at the first position (``UniformDequantize``), log p(x) is a one-draw lower bound of the
+    log-likelihood of the discrete data (chapter 2); without a noise layer it is exact.
+
+    A slice is a flow of some of the layers, with the same base and the same parameters: ``flow[1:]`` is the flow
+    without its noise layer. Checkpoints are written from the whole flow, never from a slice (:class:`Chain`).
 
     Args:
         layers: the steps from data to latent, in that order.
@@ -25,7 +28,7 @@ class Flow(nn.Module):
         shape: shape of one example of the *data*, without the batch: (2,) for points, (1, 28, 28) for images.
 
     Raises:
-        ValueError: a layer cannot take the shape that reaches it.
+        ValueError: a size is below 1, a layer cannot take the shape that reaches it, or a noise layer is not the first.
 
     >>> import torch
     >>> from nflows_lib.dequantization import Rescale
@@ -40,10 +43,23 @@ class Flow(nn.Module):
         self.chain = Chain(layers)
         self.base = base
         self.shape = tuple(shape)
+        for size in self.shape:
+            check_positive(shape=size)
         self.dims = math.prod(self.shape)  # D of the input, the D of bits per dimension
         self.latent_shape = self.chain.output_shape(self.shape)
         # How many levels discrete data have; None where the data are real numbers.
         self.levels: int | None = getattr(self.chain[0], "levels", None) if len(self.chain) else None
+        for position, layer in self.chain.layers.named_modules():
+            if position not in ("", "0") and getattr(layer, "levels", None) is not None:
+                got = f"{type(layer).__name__} at position {position}"
+                raise ValueError(f"layers: expected a noise layer at position 0 alone, got {got}")
+
+    def __getitem__(self, part: slice) -> Flow:
+        if not isinstance(part, slice) or part.step not in (None, 1):
+            raise ValueError(f"part: expected a slice of neighbouring layers, as in flow[1:], got {part!r}")
+        skipped = part.indices(len(self.chain))[0]
+        shape = self.chain[:skipped].output_shape(self.shape)
+        return Flow(self.chain[part], self.base, shape).train(self.training)
 
     def forward(self, x: Tensor, context: Tensor | None = None, validate: bool = True) -> Tensor:
         """log p(x) in nats: ``(B, *shape)`` to (B,). The same as :meth:`log_prob`, and what wrappers of modules call.
@@ -58,7 +74,7 @@ class Flow(nn.Module):
             ValueError: x has another shape or type than the flow's data, or values that are not finite or out of range.
         """
         if validate:
-            check_data(x, context, self.shape, self.levels)
+            check_data(self, x, context)
         z, contribution = self.chain(x, context)
         return self.base.log_prob(z.flatten(1)) + contribution
 
@@ -72,14 +88,13 @@ class Flow(nn.Module):
         D counts the dimensions of the input. The average of logs is the bound; it does not tighten with more draws,
         it only gets less noisy.
         """
-        if draws < 1:
-            raise ValueError(f"draws: expected at least 1, got {draws}")
+        check_positive(draws=draws)
         log_prob = torch.stack([self(x, context) for _ in range(draws)]).mean(0)
         return -log_prob / (self.dims * math.log(2))
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The latent of x: ``(B, *shape)`` to (B, D)."""
-        check_data(x, context, self.shape, self.levels)
+        check_data(self, x, context)
         return self.chain(x, context)[0].flatten(1)
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
@@ -102,7 +117,7 @@ class Flow(nn.Module):
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Run every layer's data-dependent initialisation on a first batch. Call it once, before the optimizer."""
-        check_data(x, context, self.shape, self.levels)
+        check_data(self, x, context)
         if len(x) == 0:
             raise ValueError("x: expected a first batch of at least one example, got none")
         self.chain.initialize(x, context)
@@ -120,55 +135,69 @@ class Flow(nn.Module):
 
 
 def check_data(
-    x: Tensor,
-    context: Tensor | None,
-    shape: Shape,
-    levels: int | None,
-    names: tuple[str, str] = ("x", "context"),
+    model: nn.Module, x: Tensor, context: Tensor | None = None, names: tuple[str, str] = ("x", "context")
 ) -> None:
-    """Raise a ValueError unless x is a batch of examples of this shape, and its values are those of such data.
+    """Raise a ValueError unless x is a batch of the model's data, and the context has one row for each example.
 
-    That is integers from 0 to levels - 1; or, where levels is None, finite floats. The context must belong to them.
-    The names are those of both arguments in an error.
+    The data are integers from 0 to ``model.levels - 1``; or, where that is None, finite floats of the type of the
+    model's parameters. In a compiled graph and under ``torch.func.vmap``, where nothing can be asked about values,
+    shapes and types are checked alone.
+
+    Args:
+        model: a :class:`Flow`, or another model with its ``shape`` and ``levels``.
+        x: the batch, ``(B, *shape)``.
+        context: contexts of the examples, (B, ...), or None.
+        names: what an error calls x and the context.
     """
     name, name_of_context = names
-    check_shape(name, x, shape)
-    check_context(context, len(x), name_of_context)
-    if torch.compiler.is_compiling():
-        return  # a compiled graph cannot look at values
-    if levels is None:
-        if not x.is_floating_point():
-            raise ValueError(
-                f"{name}: expected floating-point numbers, got {x.dtype}; discrete data need UniformDequantize first"
-            )
-        if not x.isfinite().all():
-            raise ValueError(f"{name}: expected finite values, got NaN or infinity")
-    else:
-        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-            raise ValueError(f"{name}: expected integers from 0 to {levels - 1}, got {x.dtype}")
-        # As Python numbers: 256 compared within uint8 would wrap around to 0.
-        low, high = (int(x.min()), int(x.max())) if x.numel() else (0, 0)
-        if low < 0 or high >= levels:
-            raise ValueError(f"{name}: expected integers from 0 to {levels - 1}, got values from {low} to {high}")
+    dtype = next((parameter.dtype for parameter in model.parameters()), None)
+    check_shape(name, x, model.shape)
+    check_context(context, len(x), name_of_context, dtype)
+    if model.levels is None:
+        _check_floats(name, x, dtype, "; discrete data need UniformDequantize first")
+        return
+    expected = f"{name}: expected integers from 0 to {model.levels - 1}"
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise ValueError(f"{expected}, got {x.dtype}")
+    if x.numel():
+        # As int64: 256 compared within uint8 would wrap around to 0.
+        low, high = x.min().long(), x.max().long()
+        if not _holds((low >= 0) & (high < model.levels)):
+            raise ValueError(f"{expected}, got values from {low} to {high}")
 
 
-def check_context(context: Tensor | None, n: int, name: str = "context") -> None:
-    """Raise a ValueError unless a context, where there is one, has n rows of finite floats."""
+def check_context(context: Tensor | None, n: int, name: str = "context", dtype: torch.dtype | None = None) -> None:
+    """Raise a ValueError unless a context, if there is one, has n rows of finite floats, of the type if it is given."""
     if context is None:
         return
     if context.shape[:1] != (n,):
         got = len(context) if context.dim() else "a single number"
         raise ValueError(f"{name}: expected {n} rows, one for each example, got {got}")
-    if not context.is_floating_point():
-        raise ValueError(f"{name}: expected floating-point numbers, got {context.dtype}")
-    if not torch.compiler.is_compiling() and not context.isfinite().all():
+    _check_floats(name, context, dtype)
+
+
+def _check_floats(name: str, values: Tensor, dtype: torch.dtype | None, hint: str = "") -> None:
+    if not values.is_floating_point():
+        raise ValueError(f"{name}: expected floating-point numbers, got {values.dtype}{hint}")
+    if values.dtype != (dtype or values.dtype):
+        raise ValueError(f"{name}: expected {dtype}, as the flow's parameters are, got {values.dtype}")
+    if not _holds(values.isfinite().all()):
         raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+
+
+def _holds(condition: Tensor) -> bool:
+    """Whether a condition on values holds. Where values cannot be read (in a compiled graph, under vmap): True."""
+    if torch.compiler.is_compiling():
+        return True
+    try:
+        return bool(condition)
+    except RuntimeError:
+        return True
 
 
 def check_sampling(n: int, temperature: float) -> None:
     """Raise a ValueError unless so many samples can be drawn at that temperature."""
-    if n < 1:
-        raise ValueError(f"n: expected at least 1, got {n}")
+    check_positive(n=n)
     if not temperature >= 0:
         raise ValueError(f"temperature: expected a number >= 0, got {temperature}")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from nflows_lib.bijection import Layer, Shape
+from nflows_lib.bijection import Layer, Shape, check_positive
 from nflows_lib.conditional import (
     Conditional1x1Conv,
     ConditionalActNorm,
@@ -119,7 +119,7 @@ def realnvp(
         precision: what the networks' convolutions compute in.
     """
     _check_couplings(couplings)
-    _check_positive("scales", scales)
+    check_positive(scales=scales)
 
     def coupled(masks: Iterable[Tensor], width: int) -> list[Layer]:
         layers: list[Layer] = []
@@ -240,7 +240,7 @@ def cglow(
     Raises:
         ValueError: scales, steps, hidden or conditioning is below 1, or a size does not fit.
     """
-    _check_positive("conditioning", conditioning)
+    check_positive(conditioning=conditioning)
     check_context_shape(context_shape)
     is_image = len(context_shape) == 3
 
@@ -276,8 +276,7 @@ def _glow_of(
     hidden: int,
 ) -> Flow:
     """Glow's arrangement, after a start, of steps and priors, each built for so many channels and (height, width)."""
-    for name, value in (("scales", scales), ("steps", steps), ("hidden", hidden)):
-        _check_positive(name, value)
+    check_positive(scales=scales, steps=steps, hidden=hidden)
 
     def from_scale_on(shape: Shape, left: int) -> list[Layer]:
         layers: list[Layer] = [Squeeze()]
@@ -286,15 +285,12 @@ def _glow_of(
             layers += step(channels, size)
         if left == 1:
             return layers
-        conditioned = prior(channels, size)  # drawn before what is inside: a seed gives the same weights as ever
+        conditioned = prior(
+            channels, size
+        )  # before the inner layers, so that a seed gives the weights that it always gave
         return [*layers, FactorOut((channels, *size), from_scale_on((channels // 2, *size), left - 1), conditioned)]
 
     return Flow([*start, *from_scale_on(shape, scales)], StandardNormal(), shape)
-
-
-def _check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 def _check_couplings(couplings: int) -> None:

@@ -1,4 +1,4 @@
-"""The inside of a coupling or of a prior, and a U-Net: ordinary networks, never inverted, free to be anything."""
+"""The inside of a coupling or of a prior: ordinary networks, which are never inverted and may compute anything."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from nflows_lib.bijection import check_shape, initialize_network
+from nflows_lib.bijection import check_positive, check_shape, initialize_network
 from nflows_lib.normalization import standardise_first
 
 
@@ -38,8 +38,7 @@ class MLP(nn.Module):
         context: int = 0,
     ) -> None:
         super().__init__()
-        if depth < 1:
-            raise ValueError(f"depth: expected at least 1 hidden layer, got {depth}")
+        check_positive(inputs=inputs, outputs=outputs, hidden=hidden, depth=depth)
         self.context = context
         widths = [inputs + context] + [hidden] * depth
         layers: list[nn.Module] = []
@@ -83,6 +82,7 @@ class ResNet(nn.Module):
         precision: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        check_positive(inputs=inputs, outputs=outputs, hidden=hidden)
         if blocks < 0:
             raise ValueError(f"blocks: expected at least 0, got {blocks}")
         check_precision(precision)
@@ -152,6 +152,7 @@ class GlowNet(nn.Module):
         self, inputs: int, outputs: int, hidden: int, context: int = 0, precision: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
+        check_positive(inputs=inputs, outputs=outputs, hidden=hidden)
         check_precision(precision)
         self.context, self.precision = context, precision
         self.layers = nn.Sequential(
@@ -192,52 +193,6 @@ class ZeroConv(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """As :meth:`GlowNet.forward`."""
         return finished(self.conv(_joined([x], context, self.context)), x)
-
-
-class UNet(nn.Module):
-    """From an image to one of the same height and width, by way of smaller ones (Ronneberger et al. 2015).
-
-    Each level has two 3x3 convolutions; on the way down the next level has half the height and width and twice the
-    channels; on the way up what comes from below joins what the same level gave on the way down.
-
-    Args:
-        inputs: channels that come in.
-        outputs: channels that go out.
-        hidden: channels at the full size.
-        levels: number of sizes; height and width can be halved levels - 1 times.
-        precision: as of :class:`ResNet`.
-    """
-
-    def __init__(
-        self, inputs: int, outputs: int, hidden: int, levels: int, precision: torch.dtype = torch.float32
-    ) -> None:
-        super().__init__()
-        check_precision(precision)
-        if levels < 1:
-            raise ValueError(f"levels: expected at least 1, got {levels}")
-        self.precision = precision
-        widths = [hidden * 2**i for i in range(levels)]
-        self.down = nn.ModuleList(_two_convs(a, b) for a, b in itertools.pairwise([inputs, *widths]))
-        self.up = nn.ModuleList(_two_convs(a + b, a) for a, b in itertools.pairwise(widths))
-        self.last = nn.Conv2d(hidden, outputs, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, H, W) to (B, outputs, H, W).
-
-        Raises:
-            ValueError: height or width cannot be halved as often as there are levels but one.
-        """
-        times = 2 ** (len(self.down) - 1)
-        if x.shape[-2] % times or x.shape[-1] % times:
-            raise ValueError(f"x: expected height and width that are multiples of {times}, got {tuple(x.shape[-2:])}")
-        with computing_in(self.precision, x):
-            h, kept = x.contiguous(memory_format=torch.channels_last), []
-            for i, block in enumerate(self.down):
-                h = block(F.max_pool2d(h, 2) if i else h)
-                kept.append(h)
-            for block, beside in zip(reversed(self.up), reversed(kept[:-1]), strict=True):
-                h = block(torch.cat([beside, F.interpolate(h, scale_factor=2.0)], dim=1))
-            return finished(self.last(h), x)
 
 
 class BoundedPrior(nn.Module):
@@ -293,15 +248,6 @@ def _joined(parts: list[Tensor], context: Tensor | None, channels: int) -> Tenso
 def finished(output: Tensor, x: Tensor) -> Tensor:
     """Back in the type of x, and in the ordinary layout: arithmetic on half of the channels is several times faster."""
     return output.to(x.dtype, memory_format=torch.contiguous_format)
-
-
-def _two_convs(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(outputs, outputs, 3, padding=1),
-        nn.ReLU(inplace=True),
-    )
 
 
 def zeroed(layer: nn.Conv2d | nn.Linear) -> nn.Module:

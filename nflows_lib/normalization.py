@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.nn.functional import all_reduce
 
-from nflows_lib import parallel
-from nflows_lib.bijection import Bijection, ChannelBijection, Shape, check_shape
+from nflows_lib.bijection import Bijection, ChannelBijection, Shape, check_positive, check_shape
 
 
 class DiagonalScaling(Bijection):
@@ -22,6 +24,7 @@ class DiagonalScaling(Bijection):
 
     def __init__(self, dims: int) -> None:
         super().__init__()
+        check_positive(dims=dims)
         self.log_scale = nn.Parameter(torch.zeros(dims))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -68,8 +71,9 @@ class FlowBatchNorm(ChannelBijection):
             if x[:, 0].numel() < 2:
                 raise ValueError(f"x: expected several values a channel in training mode, got shape {tuple(x.shape)}")
             variance, own = torch.var_mean(x.transpose(0, 1).flatten(1), dim=1, correction=0)
-            mean = parallel.mean(own)
-            variance = parallel.mean(variance + (own - mean).square())  # of the whole batch, wherever its parts are
+            # Under torchrun each process holds a part of the batch; these are the mean and variance of all of it.
+            mean = mean_over_processes(own)
+            variance = mean_over_processes(variance + (own - mean).square())
             self.running_mean.lerp_(mean.detach(), self.momentum)
             self.running_variance.lerp_(variance.detach(), self.momentum)
         log_det = -0.5 * math.prod(x.shape[2:]) * (variance + self.eps).log().sum()
@@ -100,7 +104,7 @@ class ActNorm(ChannelBijection):
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("initialized", torch.tensor(False))
-        self._ready = False  # the buffer's yes, remembered: on a GPU, asking it waits for all that was queued
+        self._ready = False  # the buffer's value, cached: to read the buffer would make the CPU wait for the GPU
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._check("x", x)
@@ -124,6 +128,10 @@ class ActNorm(ChannelBijection):
             self.check_channels("x", x)
             standardise_first(self, x)
 
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)
+        self._ready = False  # what was loaded may be the state of a layer that was never initialised
+
     def _check(self, name: str, x: Tensor) -> None:
         self.check_channels(name, x)
         if torch.compiler.is_compiling() or self._ready:
@@ -131,6 +139,16 @@ class ActNorm(ChannelBijection):
         self._ready = bool(self.initialized)
         if not self._ready:
             raise ValueError("ActNorm: expected one call of Flow.initialize with a batch of data first, got none")
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean over the processes that train together (torchrun), each of which gives a tensor of the same shape.
+
+    Gradients flow back through the mean to every process. A process that trains alone gets its own values back.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return values
+    return all_reduce(values) / dist.get_world_size()
 
 
 def standardise_first(layer: nn.Module, x: Tensor) -> None:

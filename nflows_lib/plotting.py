@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.patches import Circle, Rectangle
 from torch import Tensor, nn
 
 from nflows_lib.flow import Flow
@@ -92,7 +90,7 @@ def warp(axes: Sequence[Axes], flow: Flow, points: Tensor, *, extent: float = 3.
     """
     if len(axes) != len(flow.chain) + 1:
         raise ValueError(f"axes: expected {len(flow.chain) + 1}, one for the data and each layer, got {len(axes)}")
-    mesh = _mesh(extent, lines, 200).to(points.device)
+    mesh = mesh_lines(extent, lines, 200).to(points.device)
     hue = points[:, 0].cpu()
     titles = ["data $x$", *[f"after layer {i + 1}\n{type(layer).__name__}" for i, layer in enumerate(flow.chain)]]
     for i, (ax, title) in enumerate(zip(axes, titles, strict=True)):
@@ -108,49 +106,11 @@ def warp(axes: Sequence[Axes], flow: Flow, points: Tensor, *, extent: float = 3.
         ax.grid(False)
 
 
-def _mesh(extent: float, lines: int, n: int) -> Tensor:
+def mesh_lines(extent: float, lines: int, n: int) -> Tensor:
     """Horizontal lines, then vertical ones, over [-extent, extent] squared: n points each, (2 * lines, n, 2)."""
     smooth, ticks = torch.linspace(-extent, extent, n), torch.linspace(-extent, extent, lines)
     rows = torch.stack([torch.stack([smooth, torch.full_like(smooth, t)], -1) for t in ticks])
     return torch.cat([rows, rows.flip(-1)])
-
-
-@torch.no_grad()
-def filmstrip(
-    figure: Figure, flow: Flow, points: Tensor, *, columns: int = 4, between: int = 1, extent: float = 3.5
-) -> int:
-    """The warp of :func:`warp` as a sheet of equal frames, in reading order: the data, then the way through each layer.
-
-    Between one layer's output and the next, points and grid go straight, in ``between`` steps. The last frame has the
-    latents alone, and circles around the origin at 1, 2 and 3. In a cell tagged ``frames-4x3`` (columns x rows) the
-    page turns the sheet into one frame with a slider. Returns the number of frames. The figure's size should be that
-    of columns x rows squares.
-    """
-    mesh = _mesh(extent, 13, 80).to(points.device)
-    hue, frames = points[:, 0].cpu(), [("data", points, mesh)]
-    for i, layer in enumerate(flow.chain):
-        moved = layer(points)[0], layer(mesh.flatten(0, 1))[0].unflatten(0, mesh.shape[:2])
-        for part in torch.linspace(0, 1, between + 1)[1:].tolist():
-            frames.append((f"layer {i + 1}", torch.lerp(points, moved[0], part), torch.lerp(mesh, moved[1], part)))
-        points, mesh = moved
-    frames.append(("latent $z$", points, mesh[:0]))
-    height = -(-len(frames) // columns)
-    figure.set_layout_engine("none")
-    figure.add_axes((0, 0, 1, 1)).set_axis_off()  # so that a figure cut to its content keeps its size
-    figure.axes[0].add_patch(Rectangle((0, 0), 1, 1, color="white"))
-    for i, (title, dots, lines) in enumerate(frames):
-        box = (i % columns / columns, 1 - (i // columns + 1) / height, 1 / columns, 1 / height)
-        ax = figure.add_axes(box, xlim=(-extent, extent), ylim=(-extent, extent))
-        ax.set_axis_off()
-        # Lines without half tones: a sheet then takes half the space.
-        thin = {"colors": "0.8", "linewidths": 0.4, "antialiaseds": False, "zorder": 1}
-        ax.add_collection(LineCollection(lines.cpu().numpy(), **thin))
-        ax.scatter(*dots.cpu().T, s=2, c=hue, cmap="coolwarm", linewidths=0, zorder=2)
-        ax.text(0.04, 0.96, title, transform=ax.transAxes, va="top", fontsize="small")
-        if i == len(frames) - 1:
-            for radius in (1, 2, 3):
-                ax.add_patch(Circle((0, 0), radius, fill=False, linewidth=0.8, zorder=3))
-    return len(frames)
 
 
 def tile(batch: Tensor, *, columns: int, levels: int, shape: Sequence[int], pad: int = 1) -> np.ndarray:

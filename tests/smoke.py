@@ -24,7 +24,8 @@ from pathlib import Path
 
 import torch
 
-from nflows_lib import ablations, checks, data, notebook, runs, segmentation, settings, training
+from nflows_lib import checks, data, settings, training
+from nflows_lib.experiments import ablations, archive, notebooks, runs, segmentation, table
 
 STEPS, IMAGES, HELD_OUT = 20, 240, 20
 
@@ -38,25 +39,28 @@ def stand_in(shape: tuple[int, ...], levels: int = 256, context_shape: tuple[int
 
 
 def use_stand_ins() -> None:
-    """Random images in the place of the data sets that the chapters read."""
+    """Random images instead of the data sets that the chapters read."""
     data.mnist = lambda part="train", folder=None: stand_in((1, 28, 28))
     data.cifar10 = lambda part="train", folder=None: stand_in((3, 32, 32))
-    data.horses = lambda part="train", folder=None, size=32: stand_in((1, size, size), 2, (3, size, size))
-    for name, run in runs.RUNS.items():
-        levels = 2 if run.context_shape else 17 if name == "nice-digits" else 256
-        images = stand_in(run.shape, levels, run.context_shape)
-        runs.RUNS[name] = replace(run, data=lambda part, folder, images=images: images)
+    segmentation.horses = lambda part="train", folder=None, size=32: stand_in((1, size, size), 2, (3, size, size))
+    runs.images_of = lambda run, part, folder=None: stand_in(run.shape, run.size.get("levels", 256), run.context_shape)
 
 
-def shortened(run: runs.Run, batch_size: int) -> runs.Run:
-    """The run on a few of its images, in small batches."""
+def use_few_images() -> None:
+    """The named runs are trained and judged on a few of their images."""
+    images_of = runs.images_of
 
-    def few(part: str, folder: Path | None) -> data.Images:
-        found = run.data(part, folder)
+    def few(run: table.Run, part: str, folder: Path | None = None) -> data.Images:
+        found = images_of(run, part, folder)
         return found.select(torch.arange(min(IMAGES if part == "train" else 40, len(found.images))))
 
-    fewer = {**run.settings, "batch_size": batch_size, "warmup": STEPS}
-    return replace(run, data=few, held_out=HELD_OUT, settings=fewer, measure=None)
+    runs.images_of = few
+
+
+def shortened(run: table.Run, batch_size: int) -> table.Run:
+    """The run in small batches, all of them warm-up."""
+    fewer = {**run.training, "batch_size": batch_size, "warmup": STEPS}
+    return replace(run, held_out=HELD_OUT, training=fewer, metrics=None)
 
 
 def use_few_steps() -> list[str]:
@@ -64,10 +68,9 @@ def use_few_steps() -> list[str]:
     broken: list[str] = []
     fit, check = training.fit, checks.check
 
-    def short(flow, examples, steps=None, **options):
-        if steps is not None:
-            steps = min(steps, STEPS)
-            options["warmup"] = min(options.get("warmup", 0), steps)
+    def short(flow, examples, steps, **options):
+        steps = min(steps, STEPS)
+        options["warmup"] = min(options.get("warmup", 0), steps)
         return fit(flow, examples, steps, **options)
 
     def noted(claim, holds):
@@ -77,7 +80,7 @@ def use_few_steps() -> list[str]:
             print(error)
             broken.append(claim)
 
-    for module in (training, ablations):
+    for module in (training, ablations.nice, ablations.realnvp, ablations.glow):
         module.fit = short
     checks.check = noted
     return broken
@@ -85,7 +88,7 @@ def use_few_steps() -> list[str]:
 
 def smoke(chapter: Path, full: bool, broken: list[str]) -> list[int]:
     """Run a chapter; the numbers of the cells that failed."""
-    cells = notebook.read_code_cells(chapter)
+    cells = notebooks.read_code_cells(chapter)
     failed, others = [], []
     broken.clear()
 
@@ -105,12 +108,12 @@ def smoke(chapter: Path, full: bool, broken: list[str]) -> list[int]:
             else:
                 print(f"{type(error).__name__}: {error}")
 
-    original, notebook.run_cell = notebook.run_cell, run_cell
+    original, notebooks.run_cell = notebooks.run_cell, run_cell
     try:
         with tempfile.TemporaryDirectory() as figures:
-            notebook.run_notebook(chapter, Path(figures))
+            notebooks.run_notebook(chapter, Path(figures))
     finally:
-        notebook.run_cell = original
+        notebooks.run_cell = original
     tagged = [number for number, (_, tags) in enumerate(cells, start=1) if "full-run" in tags]
     print(
         f"{chapter.name}: full-run cells {tagged}, failed {failed}; other cells that did not run: {others}; "
@@ -125,14 +128,15 @@ def main() -> int:
     parser.add_argument("--preset", choices=("full", "quick"), default="full")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps", "pretended"), default="cpu")
     parser.add_argument("--batch-size", type=int, default=8, help="of the named runs in the full preset (8)")
-    parser.add_argument("--stand-ins", action="store_true", help="random numbers in the place of the data sets")
+    parser.add_argument("--stand-ins", action="store_true", help="random numbers instead of the data sets")
     parser.add_argument("chapters", type=Path, nargs="+")
     options = parser.parse_args()
     full = options.preset == "full"
     os.environ |= {"NFLOWS_PRESET": options.preset, "NFLOWS_PROGRESS": "0", "NFLOWS_DEVICE": options.device}
     if options.stand_ins:
         use_stand_ins()
-    runs.RUNS.update({name: shortened(run, options.batch_size) for name, run in runs.RUNS.items()})
+    use_few_images()
+    table.RUNS.update({name: shortened(run, options.batch_size) for name, run in table.RUNS.items()})
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         if options.device == "pretended":
             from pretended_gpu import NAME, install
@@ -140,9 +144,9 @@ def main() -> int:
             stack.enter_context(install())
             settings.device = lambda prefer_gpu=None: torch.device(NAME, 0)
         # The runs must not go on from, or be mistaken for, those of somebody's data folder.
-        runs.work_folder = lambda name: Path(folder) / name
+        archive.work_folder = lambda name: Path(folder) / name
         runs.train = partial(runs.train, steps=STEPS, draws=1)
-        segmentation.figures = partial(segmentation.figures, samples=2, most=2)
+        segmentation.metrics = partial(segmentation.metrics, samples=2, most=2)
         broken = use_few_steps() if full else []
         failed = [chapter.name for chapter in options.chapters if smoke(chapter, full, broken)]
     print(f"failed: {', '.join(failed) or 'none'}")

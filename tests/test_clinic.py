@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import nflows_lib
-from nflows_lib import ablations, clinic, data, doctor
+from nflows_lib import clinic, data, doctor
 from nflows_lib.bijection import Chain
 from nflows_lib.clinic import Finding
 from nflows_lib.convolution import ChannelPermutation, Invertible1x1Conv
@@ -32,6 +32,7 @@ from nflows_lib.coupling import AffineCoupling, GlowCoupling, alternating_mask, 
 from nflows_lib.dequantization import Logit, Rescale, UniformDequantize
 from nflows_lib.distributions import StandardLogistic, StandardNormal
 from nflows_lib.examination import Case, in_float64
+from nflows_lib.experiments import ablations
 from nflows_lib.flow import Flow
 from nflows_lib.models import cglow, glow, nice, realnvp, realnvp_points
 from nflows_lib.multiscale import Squeeze
@@ -387,7 +388,7 @@ def f22(mended: bool, order: str = "shuffle") -> Patient:
         return ChannelPermutation(orders.get(order, torch.arange)(layer.channels))
 
     if not mended:
-        ablations.replace(flow, Invertible1x1Conv, mixer)
+        ablations.glow.replace(flow, Invertible1x1Conv, mixer)
     flow.initialize(patches()[64:128])
     return Patient(flow, patches()[:64])
 
@@ -409,7 +410,7 @@ def f23(mended: bool) -> Patient:
         mask = channel_mask if mended else checkerboard_mask
         return AffineCoupling(mask((12, 4, 4), count % 2), GlowNet(12, 24, hidden=16))
 
-    ablations.replace(flow, GlowCoupling, masked)
+    ablations.glow.replace(flow, GlowCoupling, masked)
     flow.initialize(patches()[64:128])
     return Patient(flow, patches()[:64])
 

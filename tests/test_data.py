@@ -20,6 +20,7 @@ from scipy.stats import binomtest
 from torch.nn import functional as F
 
 from nflows_lib import data
+from nflows_lib.experiments import segmentation
 
 MIXTURES = pytest.mark.parametrize("mixture", [data.two_gaussians(), data.four_gaussians()], ids=["two", "four"])
 
@@ -425,14 +426,14 @@ def test_horses_are_in_the_order_of_their_names_and_every_sixth_is_for_testing(t
     monkeypatch.setenv("NFLOWS_DATA", str(tmp_path / "elsewhere"))
     parts = {"train": [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 12], "test": [5, 11], "all": list(range(13))}
     for part, expected in parts.items():
-        found = data.horses(part, tmp_path, size=12)
+        found = segmentation.horses(part, tmp_path, size=12)
         assert_masks(found, len(expected), 12)
         assert (255 * found.contexts[:, 0, 0, 0]).round().tolist() == [21 * i for i in expected]
         columns = torch.tensor([[column >= 12 - i % 12 for column in range(12)] for i in expected])
         assert torch.equal(found.images, columns[:, None, None].expand(-1, 1, 12, 12).to(torch.uint8))
         assert found.labels.eq(0).all()
     monkeypatch.setenv("NFLOWS_DATA", str(tmp_path))
-    assert data.horses().images.shape == (11, 1, 32, 32)
+    assert segmentation.horses().images.shape == (11, 1, 32, 32)
 
 
 def test_a_photograph_that_is_trained_on_is_not_tested(tmp_path):
@@ -441,7 +442,7 @@ def test_a_photograph_that_is_trained_on_is_not_tested(tmp_path):
     greys = [0, 22, 44, 44, 88, 110, 132, 154, 176, 198, 220, 0, *[242] * 5, 66, *[250] * 5, 66]
     for i, grey in enumerate(greys):
         save_horse(tmp_path, f"horse{i:03d}.png", grey)
-    found = {part: data.horses(part, tmp_path, size=8) for part in ("train", "test", "all")}
+    found = {part: segmentation.horses(part, tmp_path, size=8) for part in ("train", "test", "all")}
     assert {part: len(images.images) for part, images in found.items()} == {"train": 20, "test": 3, "all": 24}
     assert (255 * found["test"].contexts[:, 0, 0, 0]).round().tolist() == [110, 66, 66]
     assert len(found["test"].labels) == 3
@@ -451,7 +452,7 @@ def test_twins_are_pairs_of_photographs_that_are_almost_the_same():
     photographs = torch.rand(4, 3, 8, 8)
     photographs[3] = photographs[1] + 0.079
     photographs = torch.cat([photographs, photographs[2:3] + 0.081])
-    assert data.twins(photographs) == [(1, 3)]
+    assert segmentation.twins(photographs) == [(1, 3)]
 
 
 @pytest.mark.parametrize(
@@ -464,16 +465,16 @@ def test_twins_are_pairs_of_photographs_that_are_almost_the_same():
 )
 def test_masks_of_any_mode_and_suffix(tmp_path, mode, suffix):
     save_horse(tmp_path, "horse001.jpg", 0, "1" + suffix, mode)
-    found = data.horses("all", tmp_path, size=8)
+    found = segmentation.horses("all", tmp_path, size=8)
     assert torch.equal(found.images[0, 0, 0], torch.tensor([0, 0, 0, 0, 1, 1, 1, 1], dtype=torch.uint8))
 
 
 def test_a_pixel_of_a_small_mask_is_what_most_of_its_pixels_are(tmp_path):
     """Of 24 columns the last 10 are bright, or the last 14: of the middle 8 two, or six."""
     save_horse(tmp_path, "1.png", 0, right=5)
-    assert data.horses("all", tmp_path, size=3).images[0, 0, 0].tolist() == [0, 0, 1]
+    assert segmentation.horses("all", tmp_path, size=3).images[0, 0, 0].tolist() == [0, 0, 1]
     save_horse(tmp_path, "1.png", 0, right=7)
-    assert data.horses("all", tmp_path, size=3).images[0, 0, 0].tolist() == [0, 1, 1]
+    assert segmentation.horses("all", tmp_path, size=3).images[0, 0, 0].tolist() == [0, 1, 1]
 
 
 def test_horses_are_squashed_and_not_cut(tmp_path):
@@ -483,7 +484,7 @@ def test_horses_are_squashed_and_not_cut(tmp_path):
         [np.tile(np.arange(40), (20, 1)), np.tile(5 * np.arange(20)[:, None], (1, 40)), np.full((20, 40), 200)]
     )
     save_picture(tmp_path / "weizmann_horse_db" / "horse" / "1.png", ramp.transpose(1, 2, 0).astype(np.uint8))
-    red, green, blue = 255 * data.horses("all", tmp_path, size=4).contexts[0]
+    red, green, blue = 255 * segmentation.horses("all", tmp_path, size=4).contexts[0]
     assert (red - (4.5 + 10 * torch.arange(4))).abs().max() <= 2
     assert (green.T - (10 + 25 * torch.arange(4))).abs().max() <= 5
     assert blue.eq(200).all()
@@ -492,10 +493,10 @@ def test_horses_are_squashed_and_not_cut(tmp_path):
 def test_horses_errors(tmp_path):
     place = re.escape(f"no photographs in {tmp_path / 'weizmann_horse_db' / 'horse'}")
     with pytest.raises(FileNotFoundError, match=place):
-        data.horses("all", tmp_path)
+        segmentation.horses("all", tmp_path)
     (tmp_path / "weizmann_horse_db" / "horse").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=place):
-        data.horses("all", tmp_path)
+        segmentation.horses("all", tmp_path)
     for i in range(8):
         save_horse(tmp_path, f"{i}.png", 0)
     for part, size, message in (
@@ -503,11 +504,11 @@ def test_horses_errors(tmp_path):
         ("validation", 4, 'part: expected "train", "test" or "all", got \'validation\''),
     ):
         with pytest.raises(ValueError, match=message):
-            data.horses(part, tmp_path, size=size)
+            segmentation.horses(part, tmp_path, size=size)
     for i in (2, 4):
         (tmp_path / "weizmann_horse_db" / "mask" / f"{i}.png").unlink()
     with pytest.raises(ValueError, match=r"^folder: expected a mask for every photograph, got none for 2.png, 4.png$"):
-        data.horses("test", tmp_path)
+        segmentation.horses("test", tmp_path)
 
 
 def test_masks_with_nothing_bright_in_them_are_named(tmp_path):
@@ -516,7 +517,7 @@ def test_masks_with_nothing_bright_in_them_are_named(tmp_path):
     path = tmp_path / "weizmann_horse_db" / "mask" / "1.png"
     Image.fromarray(np.array(Image.open(path)) // 255).save(path)
     with pytest.raises(ValueError, match=r"^folder: expected masks that are bright, 255, on what they show"):
-        data.horses("all", tmp_path, size=8)
+        segmentation.horses("all", tmp_path, size=8)
 
 
 # --- a folder of images -----------------------------------------------------------------------------------------------
@@ -628,7 +629,7 @@ def test_random_flip_shape_error():
 
 def view(masks: torch.Tensor, photographs: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(seed)
-    return data.random_view(masks, photographs)
+    return segmentation.random_view(masks, photographs)
 
 
 def blobs(n: int, size: int) -> torch.Tensor:
@@ -692,7 +693,7 @@ def test_views_are_mirrored_half_of_the_time():
     stroke = torch.zeros_like(masks)
     stroke[:, :, 16:24, 26:29] = 1  # ... and what lies to its right
     torch.manual_seed(0)
-    seen, _ = data.random_view(torch.cat([masks, stroke], 1), torch.rand(n, 3, 4, 4))
+    seen, _ = segmentation.random_view(torch.cat([masks, stroke], 1), torch.rand(n, 3, 4, 4))
     centre = moments(seen[:, :1])[0]
     right = moments(seen[:, 1:])[0][:, 0] > centre[:, 0]
     assert binomtest(int(right.sum()), n).pvalue > FIVE_SIGMA

@@ -21,18 +21,21 @@ import torch
 from bijections import BATCH, BIJECTIONS, build, randomize
 from torch import Tensor, nn
 
-from nflows_lib import checkpoint, data, plotting, runs, segmentation, settings, training
+from nflows_lib import data, plotting, settings, training
 from nflows_lib.bijection import Bijection
 from nflows_lib.data import Images
 from nflows_lib.dequantization import Rescale
 from nflows_lib.distributions import StandardLogistic, StandardNormal
+from nflows_lib.evaluation import log_likelihoods
+from nflows_lib.experiments import archive, checkpoint, runs, segmentation, sheets
+from nflows_lib.experiments.pixelwise import PixelClassifier
+from nflows_lib.experiments.trainer import Interrupted
 from nflows_lib.flow import Flow
 from nflows_lib.models import cglow, glow, nice, realnvp, realnvp_points
 from nflows_lib.multiscale import split_latent
 from nflows_lib.networks import GlowNet, ResNet, UNet
 from nflows_lib.normalization import DiagonalScaling
-from nflows_lib.pixelwise import PixelClassifier
-from nflows_lib.training import History, Interrupted, NonFiniteLoss, fit, log_likelihoods
+from nflows_lib.training import History, NonFiniteLoss, fit
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICES = [pytest.param("cuda", marks=pytest.mark.cuda) if HAS_CUDA else "pretended"]
@@ -288,7 +291,7 @@ def test_augmentation_stays_on_its_device(device):
     images = torch.randint(2, (6, 1, 8, 8), device=device)
     photographs = torch.rand(6, 3, 8, 8, device=device)
     assert data.random_flip(images).device == device
-    masks, seen = data.random_view(images, photographs)
+    masks, seen = segmentation.random_view(images, photographs)
     assert masks.device == seen.device == device
     assert masks.dtype == images.dtype
     assert set(masks.unique().tolist()) <= {0, 1}
@@ -332,12 +335,12 @@ def test_a_named_run_stays_on_its_device_and_says_which(device, monkeypatch, tmp
     monkeypatch.setattr(settings, "device", lambda prefer_gpu=None: device)
     flow = runs.train("nice-digits", tmp_path, steps=100, draws=1)
     assert next(flow.parameters()).device == device
-    record = json.loads((tmp_path / runs.RECORD).read_text())
+    record = json.loads((tmp_path / archive.RECORD).read_text())
     assert "CPU" not in record["hardware"]
     assert record["steps"] == 100
-    shipped, _ = checkpoint.load(tmp_path / runs.MODEL)
+    shipped, _ = checkpoint.load(tmp_path / archive.MODEL)
     assert all(tensor.device.type == "cpu" for tensor in shipped.values())
-    assert (tmp_path / runs.SAMPLES).exists()
+    assert (tmp_path / archive.SAMPLES).exists()
 
 
 def test_measures_of_masks_follow_the_model(device):
@@ -346,7 +349,7 @@ def test_measures_of_masks_follow_the_model(device):
     model.initialize(masks.to(device), photographs.to(device))
     images = Images(masks, torch.zeros(6), 2, photographs)
     for judged in (model.eval(), PixelClassifier(UNet(3, 2, 4, 2), (1, 8, 8), 2).to(device)):
-        found = segmentation.figures(judged, images, samples=2, most=4)
+        found = segmentation.metrics(judged, images, samples=2, most=4)
         assert all(math.isfinite(value) for value in found.values() if isinstance(value, float))
 
 
@@ -360,7 +363,7 @@ def test_pictures_follow_the_flow(device):
         plotting.density(ax, data.two_gaussians().log_prob, n=10)
         _, axes = plt.subplots(1, len(flow.chain) + 1)
         plotting.warp(axes, flow, points, lines=3)
-        plotting.filmstrip(plt.figure(), flow, points)
+        sheets.filmstrip(plt.figure(), flow, points)
         images, _ = examples("nice", device)[1:]
         plotting.images(ax, images, columns=5, levels=LEVELS, shape=(1, 2, 3))
     plt.close("all")

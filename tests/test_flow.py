@@ -542,5 +542,5 @@ def test_mlp():
         network(x)
     with pytest.raises(ValueError, match=re.escape("context: expected shape (B, 2), got (6, 3)")):
         network(x, x)
-    with pytest.raises(ValueError, match="depth: expected at least 1 hidden layer, got 0"):
+    with pytest.raises(ValueError, match="depth: expected at least 1, got 0"):
         MLP(3, 5, hidden=4, depth=0)

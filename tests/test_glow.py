@@ -13,7 +13,6 @@ from bijections import Fixed, randomize
 from densities import gauss
 from torch import Tensor, nn
 
-from nflows_lib import checkpoint
 from nflows_lib.bijection import Chain, ChannelBijection, Shape
 from nflows_lib.convolution import ChannelPermutation, Invertible1x1Conv
 from nflows_lib.coupling import (
@@ -27,12 +26,15 @@ from nflows_lib.coupling import (
 from nflows_lib.data import digits
 from nflows_lib.dequantization import Logit, Rescale, UniformDequantize, VariationalDequantize
 from nflows_lib.distributions import StandardNormal
+from nflows_lib.evaluation import log_likelihoods
+from nflows_lib.experiments import checkpoint
+from nflows_lib.experiments.trainer import CHECKPOINT, read_model
 from nflows_lib.flow import Flow
 from nflows_lib.models import glow
 from nflows_lib.multiscale import FactorOut, PhaseOrder, Squeeze, split_latent
 from nflows_lib.networks import MLP, ActNormConv, BoundedPrior, GlowNet, ResNet, ZeroConv
 from nflows_lib.normalization import ActNorm
-from nflows_lib.training import CHECKPOINT, fit, log_likelihoods, read_model
+from nflows_lib.training import fit
 
 NOT_YET = r"^ActNorm: expected one call of Flow\.initialize with a batch of data first, got none$"
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from nflows_lib.bijection import Bijection
 from nflows_lib.coupling import AdditiveCoupling, alternating_mask
 from nflows_lib.distributions import StandardNormal
+from nflows_lib.evaluation import log_likelihoods, mean_and_error
 from nflows_lib.flow import Flow
 from nflows_lib.models import nice
 from nflows_lib.normalization import DiagonalScaling
-from nflows_lib.training import NonFiniteLoss, fit, log_likelihoods, mean_and_error
+from nflows_lib.training import History, NonFiniteLoss, fit
 
 AT_ZERO = 0.5 * math.log(2 * math.pi)  # -log N(0; 0, 1)
 ZEROS = torch.zeros(4, 1)
@@ -376,13 +377,83 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step():
             {"held_out": ZEROS, "held_out_context": ZEROS[:1]},
             "held_out_context: expected 4 rows, one for each example, got 1",
         ),
-        ({"budget": 1.0}, "steps, budget: expected one of them, got 2 and 1.0"),
-        ({"steps": None}, "steps, budget: expected one of them, got None and None"),
+        ({"steps": 2.5}, "steps: expected a whole number, got 2.5"),
+        ({"batch_size": 2.5}, "batch_size: expected 1 to 4, the number of examples, got 2.5"),
+        ({"warmup": 1.5}, "warmup: expected 0 to 2, the number of steps, got 1.5"),
+        ({"draws": 0}, "draws: expected at least 1, got 0"),
+        ({"held_out": torch.zeros(4, 2)}, r"held_out: expected shape \(B, 1\), got \(4, 2\)"),
+        ({"held_out": torch.tensor([[math.nan]])}, "held_out: expected finite values, got NaN or infinity"),
     ],
 )
 def test_argument_errors(options, message):
+    """Before the first step, not after the last one."""
+    recorder = Recorder()
     with pytest.raises(ValueError, match=message):
-        fit(scaling(), ZEROS, **{"steps": 2, "batch_size": 2, **options})
+        fit(scaling(1, recorder), ZEROS, **{"steps": 2, "batch_size": 2, **options})
+    assert recorder.seen == []
+
+
+def test_an_optimizer_of_another_flow_is_refused():
+    """As it happens in a notebook after the flow has been built again."""
+    flow = scaling()
+    optimizer = sgd(flow)
+    with pytest.raises(ValueError, match="optimizer: expected parameters of this flow alone, got 1 that are not in it"):
+        fit(scaling(), ZEROS, 2, batch_size=2, optimizer=optimizer)
+    fit(flow, ZEROS, 2, batch_size=2, optimizer=optimizer)
+
+
+def test_the_optimizer_keeps_its_learning_rate():
+    """Trained again with the same optimizer, a flow does not go on at the end of the schedule."""
+    flow = scaling()
+    optimizer = sgd(flow, 0.1)
+    for _ in range(2):
+        fit(flow, ZEROS, 4, batch_size=4, optimizer=optimizer, cosine=True)
+        assert optimizer.param_groups[0]["lr"] == 0.1
+    assert log_scale(flow).item() == pytest.approx(2 * 0.1 * 2.5, abs=1e-6)  # 1 + (1 + r)/2 + 1/2 + (1 - r)/2 a run
+
+
+def test_the_callback_comes_after_each_step_and_its_evaluation_and_does_not_disturb_the_training():
+    called = []
+
+    def callback(flow: Flow, history: History) -> None:
+        torch.rand(5)
+        called.append((len(history.loss), len(history.held_out), flow.training))
+
+    losses = []
+    for options in ({}, {"callback": callback}):
+        flow, data = noisy_nice()
+        torch.manual_seed(1)
+        losses.append(fit(flow, data, 4, batch_size=16, held_out=data[:9], evaluations=2, **options).loss)
+    assert losses[0] == losses[1]
+    assert called == [(1, 0, True), (2, 1, True), (3, 1, True), (4, 2, True)]
+
+
+def test_a_flow_in_double_precision_is_trained_in_it():
+    """Its noise as well: a float32 would end up among float64 matrices."""
+    flow, data = noisy_nice()
+    history = fit(flow.double(), data, 3, batch_size=16, held_out=data[:9])
+    assert {tensor.dtype for tensor in flow.state_dict().values() if tensor.is_floating_point()} == {torch.float64}
+    assert flow.log_prob(data).dtype == torch.float64
+    assert math.isfinite(history.loss[-1])
+
+
+@pytest.mark.parametrize("double", ["flow", "data"])
+def test_floats_of_another_type_than_the_flows_are_named(double):
+    flow, data = scaling(), ZEROS
+    (flow, data) = (flow.double(), data) if double == "flow" else (flow, data.double())
+    types = ("float64", "float32") if double == "flow" else ("float32", "float64")
+    with pytest.raises(
+        ValueError, match="data: expected torch.{}, as the flow's parameters are, got torch.{}".format(*types)
+    ):
+        fit(flow, data, 2, batch_size=2)
+
+
+def test_a_history_is_shown_in_one_line():
+    assert repr(History()) == "History of 0 steps"
+    history = fit(scaling(), ZEROS, 3, batch_size=2, lr=1e-9)
+    assert repr(history) == "History of 3 steps, mean loss of the last 3: ≈ 0.92 nats"
+    history.loss = [5.0] * 1000 + [1.0] * 100
+    assert repr(history) == "History of 1,100 steps, mean loss of the last 100: ≈ 1.00 nats"
 
 
 def test_data_of_another_shape_are_refused_before_training():

@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nflows_lib import runs  # noqa: E402
+from nflows_lib.experiments import archive, runs, sheets, table  # noqa: E402
 
 PAGE = ROOT / "chapters" / "full_scale.md"
 
@@ -124,7 +124,7 @@ These ship: {shipped}. Each is at most 4 MiB, in half precision, which moved no 
 A shipped model loads and samples on a laptop in seconds, and the chapters do so:
 
 ```python
-from nflows_lib import runs
+from nflows_lib.experiments import runs
 
 flow = runs.load_flow("glow-mnist")
 images = flow.sample(16, temperature=0.8)  # (16, 1, 28, 28), integers from 0 to 255
@@ -241,7 +241,7 @@ def machine(record: dict[str, Any]) -> str:
 @cache
 def parameters(name: str) -> int:
     """Of a run's model."""
-    return sum(parameter.numel() for parameter in runs.RUNS[name].model().parameters())
+    return sum(parameter.numel() for parameter in runs.build(table.RUNS[name]).parameters())
 
 
 def epochs(record: dict[str, Any]) -> float:
@@ -272,20 +272,20 @@ def away(figure: dict[str, float], other: float, digits: int = 2) -> str:
 
 def quoted(name: str) -> str:
     """The figure of a run's paper, marked where it is second-hand."""
-    value, whose = runs.RUNS[name].paper
+    value, whose = table.RUNS[name].paper
     return f"{value}" + (" (second-hand)" if "second-hand" in whose else "")
 
 
 def one_run(name: str, record: dict[str, Any], alt: str) -> str:
     """Its picture, and under it what it is and how it was made."""
     stages = record.get("stages")
-    picture = runs.STAGES if stages else runs.SAMPLES
+    picture = sheets.STAGES if stages else archive.SAMPLES
     after = (
         f"Samples after {', '.join(f'{step:,}' for step in stages[:-1])} and {stages[-1]:,} steps, " if stages else ""
     )
     after += "each column from one seed." if stages else "Samples at the end."
     measured = f", measured at `{record['measured_at']}`" if "measured_at" in record else ""
-    given = " All are given one photograph." if runs.RUNS[name].context_shape else ""
+    given = " All are given one photograph." if table.RUNS[name].context_shape else ""
     return f"""\
 ```{{figure}} ../data/pretrained/{name}/{picture}
 :alt: {alt[0].upper()}{alt[1:]}.
@@ -402,13 +402,13 @@ def page() -> str:
     missing = {name for _, alts in SECTIONS.values() for name in alts} - set(found)
     if missing:
         raise ValueError(f"SECTIONS: expected runs with a record, got {', '.join(sorted(missing))}")
-    records = {name: runs.load(name) for name in runs.RUNS if name in found}
+    records = {name: archive.load(name) for name in table.RUNS if name in found}
     hardware = sorted({machine(record) for record in records.values()})
     without_gpu = all("CPU" in name for name in hardware)
     summary = [
-        row(f"`{name}`", figure(record), quoted(name), away(record["figure"], runs.RUNS[name].paper[0]))
+        row(f"`{name}`", figure(record), quoted(name), away(record["figure"], table.RUNS[name].paper[0]))
         for name, record in records.items()
-        if runs.RUNS[name].paper
+        if table.RUNS[name].paper
     ]
     waiting = [
         row(
@@ -418,7 +418,7 @@ def page() -> str:
             f"{run.budget / 60:.0f} minutes",
             quoted(name) if run.paper else "–",
         )
-        for name, run in runs.RUNS.items()
+        for name, run in table.RUNS.items()
         if name not in records and name != "nice-digits"
     ]
     head = HEAD.format(
@@ -426,7 +426,7 @@ def page() -> str:
         + f"The runs had {' or '.join(hardware)}, and {max(r['minutes'] for r in records.values()):.0f} minutes at most.",
         summary="\n".join(summary),
     )
-    shipped = ", ".join(f"`{name}`" for name in records if (runs.folder(name) / runs.MODEL).exists())
+    shipped = ", ".join(f"`{name}`" for name in records if (archive.folder(name) / archive.MODEL).exists())
     parts = [
         head,
         USE.format(shipped=shipped),

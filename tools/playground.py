@@ -15,13 +15,15 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
-from nflows_lib import data, export, plotting
+from nflows_lib import data, plotting
 from nflows_lib.bijection import Chain
 from nflows_lib.coupling import AffineCoupling, alternating_mask
 from nflows_lib.distributions import StandardNormal
+from nflows_lib.evaluation import log_likelihoods
+from nflows_lib.experiments import export
 from nflows_lib.flow import Flow
 from nflows_lib.models import nice, realnvp_points
-from nflows_lib.training import NonFiniteLoss, fit, log_likelihoods
+from nflows_lib.training import NonFiniteLoss, fit
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "_extra" / "playground" / "flows.js"

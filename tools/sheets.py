@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nflows_lib import runs
+from nflows_lib.experiments import runs
 from nflows_lib.flow import Flow
 from nflows_lib.multiscale import split_latent
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nflows_lib import runs
+from nflows_lib.experiments import archive, runs, sheets, table
 
-PRETRAINED = runs.ROOT / "data" / "pretrained"
+PRETRAINED = archive.ROOT / "data" / "pretrained"
 RECORDS = {path.parent.name: json.loads(path.read_text()) for path in sorted(PRETRAINED.glob("*/run.json"))}
 
-specification = importlib.util.spec_from_file_location("full_scale", runs.ROOT / "tools" / "full_scale.py")
+specification = importlib.util.spec_from_file_location("full_scale", archive.ROOT / "tools" / "full_scale.py")
 full_scale = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(full_scale)
 
@@ -32,7 +32,7 @@ def test_the_page_is_what_the_script_writes(page):
 def test_every_run_is_on_the_page_or_waits(page):
     shown = {name for _, alts in full_scale.SECTIONS.values() for name in alts} | (full_scale.MARKS.keys() & RECORDS)
     assert shown == set(RECORDS) - {"unet-horses-early"}  # chapter 6 has it: the same network, stopped early
-    for name in runs.RUNS:
+    for name in table.RUNS:
         assert (f"* - `{name}`" in page) == (name not in {"nice-digits", "unet-horses-early"})
 
 
@@ -51,7 +51,7 @@ def test_what_falls_short_of_a_paper_says_by_how_much(page):
     rows = re.findall(
         r"\* - `([\w-]+)`\n  - ([\d.]+) ± [\d.]+\n  - ([\d.]+)(?: \(second-hand\))?\n  - ([\d.]+) (above|below)", page
     )
-    assert {name for name, *_ in rows} == {name for name in RECORDS if runs.RUNS[name].paper}
+    assert {name for name, *_ in rows} == {name for name in RECORDS if table.RUNS[name].paper}
     for _, ours, paper, away, side in rows:
         difference = float(ours) - float(paper)
         assert (difference > 0) == (side == "above")
@@ -96,14 +96,14 @@ def test_the_pictures_of_the_page_are_there(page):
     found = re.findall(r"```\{figure\} \.\./(\S+)\n:alt: (.+)", page)
     assert len(found) == len(RECORDS) - 1
     for path, alt in found:
-        assert (runs.ROOT / path).is_file()
+        assert (archive.ROOT / path).is_file()
         assert len(alt) > 30
 
 
 @pytest.mark.parametrize("name", [name for name, record in RECORDS.items() if "stages" in record])
 def test_a_sheet_of_stages_has_a_row_for_each_of_them(name):
-    record, shape = RECORDS[name], runs.RUNS[name].shape
-    with Image.open(PRETRAINED / name / runs.STAGES) as sheet:
+    record, shape = RECORDS[name], table.RUNS[name].shape
+    with Image.open(PRETRAINED / name / sheets.STAGES) as sheet:
         assert sheet.size == (10 * (shape[2] + 1) + 1, len(record["stages"]) * (shape[1] + 1) + 1)
     assert record["stages"] == sorted(record["stages"])
     assert record["stages"][-1] == record["steps"]

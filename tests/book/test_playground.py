@@ -17,11 +17,13 @@ from playwright._impl._driver import compute_driver_executable
 from playwright.sync_api import Browser, Page
 from torch.distributions import MultivariateNormal
 
-from nflows_lib import export, models, plotting
+from nflows_lib import models, plotting
+from nflows_lib.evaluation import log_likelihoods
+from nflows_lib.experiments import export
 from nflows_lib.flow import Flow
-from nflows_lib.training import History, log_likelihoods
+from nflows_lib.training import History
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "_extra" / "playground"
 sys.path.insert(0, str(ROOT / "tools"))
 import playground  # noqa: E402  (a script, not a package)

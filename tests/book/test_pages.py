@@ -16,7 +16,7 @@ from PIL import Image
 import nflows_lib
 from nflows_lib.clinic import doctor
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CHAPTERS = ROOT / "chapters"
 sys.path.insert(0, str(ROOT / "tools"))
 import thumbnails  # noqa: E402  (a script, not a package)

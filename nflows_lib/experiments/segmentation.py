@@ -1,18 +1,118 @@
-"""How good a predicted mask is: overlap, calibration, and what a distribution over masks is worth."""
+"""Masks of what a photograph shows: the Weizmann horses, and how good predicted masks are."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
+from nflows_lib import data, settings
+from nflows_lib.bijection import check_positive
 from nflows_lib.data import Images
 from nflows_lib.distributions import random_state_kept
+from nflows_lib.evaluation import log_likelihoods, log_mean_exp, mean_and_error
+from nflows_lib.experiments.pixelwise import PixelClassifier
 from nflows_lib.flow import Flow
-from nflows_lib.pixelwise import PixelClassifier
-from nflows_lib.training import log_likelihoods, log_mean_exp, mean_and_error
+
+# --- photographs with masks -------------------------------------------------------------------------------------------
+
+
+def horses(part: str = "train", folder: Path | str | None = None, *, size: int = 32) -> Images:
+    """The Weizmann horses (Borenstein and Ullman): masks, 1 where the horse is, to be told from photographs.
+
+    They are read from ``weizmann_horse_db``: two folders, ``horse`` and ``mask``, with images of the same names (a mask
+    is 255 where the horse is). Both are squashed to a square. No split is published: here, in the order of their names,
+    every sixth of the 327 is for testing, unless the same photograph is trained on. Nine are in the set twice, with
+    masks by two hands; that leaves 273 to train on and 51 to test.
+
+    Args:
+        part: "train", "test" or "all".
+        folder: the folder that ``weizmann_horse_db`` lies in, ``settings.data_folder()`` where None.
+        size: height and width to resize to.
+
+    Raises:
+        ValueError: another part, size is below 1, a photograph without a mask, or masks in which nothing is bright.
+        FileNotFoundError: there is no such folder, or no photograph in it.
+    """
+    home = Path(folder or settings.data_folder()) / "weizmann_horse_db"
+    photographs = sorted(path for path in home.glob("horse/*") if path.suffix.lower() in data.SUFFIXES)
+    if not photographs:
+        raise FileNotFoundError(f"no photographs in {home}/horse: put the folders horse and mask there")
+    masks = {path.stem: path for path in home.glob("mask/*") if path.suffix.lower() in data.SUFFIXES}
+    lonely = [path.name for path in photographs if path.stem not in masks]
+    if lonely:
+        raise ValueError(f"folder: expected a mask for every photograph, got none for {', '.join(lonely[:5])}")
+    pairs = ((Image.open(path), Image.open(masks[path.stem]).convert("L")) for path in photographs)
+    everything = _masks(pairs, torch.zeros(len(photographs), dtype=torch.int64), size)
+    keep = data.every_sixth(len(photographs), part)
+    if part == "test":
+        for i, j in twins(everything.contexts):
+            if keep[i] != keep[j]:
+                keep[[i, j]] = False
+    return everything.select(keep)
+
+
+def twins(photographs: Tensor) -> list[tuple[int, int]]:
+    """Pairs i < j of photographs, (N, C, H, W) in [0, 1], that are the same to within 0.08 (root mean square)."""
+    flat = photographs.flatten(1)
+    distance = torch.cdist(flat, flat) / math.sqrt(flat.shape[1])
+    return [(i, j) for i, j in (distance < 0.08).nonzero().tolist() if i < j]
+
+
+def random_view(masks: Tensor, photographs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask and photograph seen from elsewhere, both alike: mirrored, shifted, turned and zoomed at random.
+
+    The photograph's brightness and contrast change, too. What comes into sight from beyond a border is a copy of it.
+
+    Args:
+        masks: (B, C, H, W), integers, which stay those that they are.
+        photographs: (B, K, H', W'), in [0, 1].
+    """
+    n, device = len(masks), masks.device
+
+    def between(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(n, device=device)
+
+    angle, zoom = between(-0.2, 0.2), between(0.75, 1.1)
+    mirror = torch.where(between(0, 1) < 0.5, -1.0, 1.0)
+    cos, sin = zoom * angle.cos(), zoom * angle.sin()
+    rows = [
+        torch.stack([mirror * cos, -sin, between(-0.2, 0.2)], 1),
+        torch.stack([mirror * sin, cos, between(-0.2, 0.2)], 1),
+    ]
+    where = torch.stack(rows, 1)
+
+    def seen(images: Tensor, mode: str) -> Tensor:
+        grid = F.affine_grid(where, list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, mode=mode, padding_mode="border", align_corners=False)
+
+    contrast, light = (values[:, None, None, None] for values in (between(0.7, 1.3), between(-0.15, 0.15)))
+    photographs = ((seen(photographs, "bilinear") - 0.5) * contrast + 0.5 + light).clamp(0, 1)
+    return seen(masks.float(), "nearest").to(masks.dtype), photographs
+
+
+def _masks(pairs: Iterable[tuple[Image.Image, Image.Image]], labels: Tensor, size: int) -> Images:
+    """Pairs of a photograph and a mask, bright on what it shows: two levels, with the photographs as contexts."""
+    check_positive(size=size)
+    masks = torch.empty(len(labels), 1, size, size, dtype=torch.uint8)
+    photographs = torch.empty(len(labels), 3, size, size)
+    for i, (photograph, mask) in enumerate(pairs):
+        small = photograph.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+        photographs[i] = torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255
+        masks[i, 0] = torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.BILINEAR)) > 127)
+    if not masks.any():
+        raise ValueError("folder: expected masks that are bright, 255, on what they show, got none above 127")
+    return Images(masks, labels, levels=2, contexts=photographs)
+
+
+# --- how good predicted masks are: overlap, calibration, what a distribution over masks is worth ----------------------
 
 
 def iou(predicted: Tensor, true: Tensor) -> Tensor:
@@ -79,7 +179,7 @@ def covered(drawn: Tensor, true: Tensor) -> float:
 
 
 @torch.no_grad()
-def figures(model: Flow | PixelClassifier, images: Images, samples: int = 10, most: int = 100) -> dict[str, Any]:
+def metrics(model: Flow | PixelClassifier, images: Images, samples: int = 10, most: int = 100) -> dict[str, Any]:
     """What ``run.json`` says of a model of masks given photographs, on these images.
 
     ``iou``: of the mean of so many samples, thresholded at 1/2, with its standard error over images; ``iou_most``: of

@@ -7,15 +7,15 @@ import json
 import pytest
 import torch
 
-from nflows_lib import runs
+from nflows_lib.experiments import archive, runs, table
 
-SHIPPED = sorted(path.parent.name for path in (runs.ROOT / "data" / "pretrained").glob("*/model.safetensors"))
-QUEUE = (runs.ROOT / "data" / "pretrained" / "README.md").read_text(encoding="utf-8")
+SHIPPED = sorted(path.parent.name for path in (archive.ROOT / "data" / "pretrained").glob("*/model.safetensors"))
+QUEUE = (archive.ROOT / "data" / "pretrained" / "README.md").read_text(encoding="utf-8")
 
 
 def test_something_is_shipped_and_small():
     assert "nice-mnist-small" in SHIPPED
-    sizes = [(runs.folder(name) / runs.MODEL).stat().st_size for name in SHIPPED]
+    sizes = [(archive.folder(name) / archive.MODEL).stat().st_size for name in SHIPPED]
     assert max(sizes) <= 4 * 2**20
     assert sum(sizes) <= 16 * 2**20
 
@@ -24,7 +24,7 @@ def test_something_is_shipped_and_small():
 def test_a_shipped_model_loads_and_samples(name):
     flow = runs.load_flow(name)
     torch.manual_seed(0)
-    context_shape = runs.find(name).context_shape
+    context_shape = table.find(name).context_shape
     context = None if context_shape is None else torch.rand(16, *context_shape)
     drawn = flow.sample(16, context=context)
     assert drawn.shape == (16, *flow.shape)
@@ -34,18 +34,18 @@ def test_a_shipped_model_loads_and_samples(name):
     assert drawn.float().std() > 1 or drawn.float().mean() < 0.4
     log_p = flow.log_prob(drawn, context)
     assert log_p.isfinite().all()
-    assert sum(parameter.numel() for parameter in flow.parameters()) == runs.load(name)["parameters"]
+    assert sum(parameter.numel() for parameter in flow.parameters()) == archive.load(name)["parameters"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_half_precision_costs_less_than_a_hundredth_of_a_bit(name):
-    record = runs.load(name)
+    record = archive.load(name)
     whole, half = record["figure"], record["figure_in_half_precision"]
     assert abs(whole["bits_per_dim"] - half["bits_per_dim"]) < 0.01
 
 
 @pytest.mark.parametrize(
-    "path", sorted((runs.ROOT / "data" / "pretrained").glob("*/run.json")), ids=lambda p: p.parent.name
+    "path", sorted((archive.ROOT / "data" / "pretrained").glob("*/run.json")), ids=lambda p: p.parent.name
 )
 def test_the_queue_says_what_the_record_says(path):
     record = json.loads(path.read_text())
@@ -55,7 +55,7 @@ def test_the_queue_says_what_the_record_says(path):
     assert f"| {record['minutes']:.0f} minutes on {record['hardware'].removesuffix('s')}" in line
 
 
-@pytest.mark.parametrize("name", [name for name in runs.RUNS if runs.RUNS[name].paper])
+@pytest.mark.parametrize("name", [name for name in table.RUNS if table.RUNS[name].paper])
 def test_every_run_with_a_figure_to_beat_is_in_the_queue(name):
     line = next(line for line in QUEUE.splitlines() if f"| `{name}` |" in line)
-    assert f"{runs.RUNS[name].paper[0]}" in line
+    assert f"{table.RUNS[name].paper[0]}" in line

@@ -11,7 +11,7 @@ import pytest
 from nbformat import v4
 from notebooks import check, normalise, problems
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
 
 

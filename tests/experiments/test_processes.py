@@ -17,12 +17,13 @@ import two_processes
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nflows_lib import parallel, runs, training
+from nflows_lib import training
 from nflows_lib.__main__ import main
 from nflows_lib.distributions import StandardNormal
+from nflows_lib.experiments import processes, runs
+from nflows_lib.experiments.trainer import CHECKPOINT, PREVIOUS
 from nflows_lib.flow import Flow
 from nflows_lib.normalization import DiagonalScaling
-from nflows_lib.training import CHECKPOINT, PREVIOUS
 
 # --standalone: on a port that is free. Two processes on the CPU, whatever the machine has.
 ON_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -145,13 +146,13 @@ def test_what_processes_tell_each_other(found):
 
 def test_one_process_gives_back_what_it_gets():
     values = torch.rand(3)
-    assert parallel.mean(values) is parallel.share(values) is parallel.shared(values) is values
-    assert parallel.gathered(7) == [7]
-    assert parallel.any_of(True, False) == (True, False)
-    assert (parallel.processes(), parallel.number(), parallel.launcher()) == (1, 0, "python")
-    with parallel.joined() as device:
+    assert processes.mean(values) is processes.share(values) is processes.shared(values) is values
+    assert processes.gathered(7) == [7]
+    assert processes.any_of(True, False) == (True, False)
+    assert (processes.processes(), processes.number(), processes.launcher()) == (1, 0, "python")
+    with processes.joined() as device:
         assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
-        assert parallel.processes() == 1
+        assert processes.processes() == 1
 
 
 def test_what_one_alone_meets_ends_all(tmp_path):
@@ -171,22 +172,22 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: said.append(str(device)))
-    monkeypatch.setattr(parallel.dist, "init_process_group", said.append)
-    monkeypatch.setattr(parallel.dist, "destroy_process_group", lambda: said.append("left"))
+    monkeypatch.setattr(processes.dist, "init_process_group", said.append)
+    monkeypatch.setattr(processes.dist, "destroy_process_group", lambda: said.append("left"))
     monkeypatch.setenv("LOCAL_RANK", "3")
-    with parallel.joined() as device:
+    with processes.joined() as device:
         assert (str(device), said) == ("cuda", [])
-    monkeypatch.setattr(parallel.dist, "is_torchelastic_launched", lambda: True)
-    with parallel.joined() as device:
+    monkeypatch.setattr(processes.dist, "is_torchelastic_launched", lambda: True)
+    with processes.joined() as device:
         assert (str(device), said) == ("cuda:3", ["cuda:3", "cpu:gloo,cuda:nccl"])
     assert said[2:] == ["left"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     message = r"^nproc-per-node: expected at most 3, the number of GPUs, got more than 3$"
-    with pytest.raises(ValueError, match=message), parallel.joined():
+    with pytest.raises(ValueError, match=message), processes.joined():
         pass
     monkeypatch.setenv("NFLOWS_DEVICE", "cpu")
     said.clear()
-    with parallel.joined() as device:
+    with processes.joined() as device:
         assert (str(device), said) == ("cpu", ["gloo"])
 
 
@@ -194,11 +195,11 @@ def test_after_an_error_no_process_waits_for_the_others(monkeypatch):
     """Leaving the group may wait for them, and they may wait for this one."""
     said = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(parallel.dist, "init_process_group", said.append)
-    monkeypatch.setattr(parallel.dist, "destroy_process_group", lambda: said.append("left"))
-    monkeypatch.setattr(parallel.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(processes.dist, "init_process_group", said.append)
+    monkeypatch.setattr(processes.dist, "destroy_process_group", lambda: said.append("left"))
+    monkeypatch.setattr(processes.dist, "is_torchelastic_launched", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(RuntimeError, match="in the midst"), parallel.joined():
+    with pytest.raises(RuntimeError, match="in the midst"), processes.joined():
         raise RuntimeError("in the midst")
     assert said == ["gloo"]
 

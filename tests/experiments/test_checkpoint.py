@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from nflows_lib import checkpoint
-from nflows_lib.checkpoint import CheckpointError
+from nflows_lib.experiments import checkpoint
+from nflows_lib.experiments.checkpoint import CheckpointError
 
 TENSORS = {
     "float": torch.randn(3, 4),

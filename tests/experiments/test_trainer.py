@@ -1,4 +1,7 @@
-"""fit() with a folder: a run that is interrupted, killed or out of disk goes on as if nothing had been."""
+"""The trainer: a run that is interrupted, killed or out of disk goes on as if nothing had happened.
+
+What it must arrive at is what fit(), which knows no folder, arrives at without a stop: to the bit.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,16 @@ from bijections import randomize
 from test_training import ZEROS, Recorder, log_scale, noisy_nice, scaling, sgd
 from torch import Tensor
 
-from nflows_lib import checkpoint, training
-from nflows_lib.checkpoint import CheckpointError
-from nflows_lib.data import digit_halves, random_flip, random_view
+from nflows_lib.data import digit_halves, digits, random_flip
 from nflows_lib.distributions import StandardNormal
+from nflows_lib.experiments import checkpoint, trainer
+from nflows_lib.experiments.checkpoint import CheckpointError
+from nflows_lib.experiments.segmentation import random_view
+from nflows_lib.experiments.trainer import CHECKPOINT, LOCK, PREVIOUS, Interrupted, Schedule, train
 from nflows_lib.flow import Flow
-from nflows_lib.models import cglow, nice
+from nflows_lib.models import cglow, glow, nice
 from nflows_lib.normalization import DiagonalScaling, FlowBatchNorm
-from nflows_lib.training import CHECKPOINT, PREVIOUS, History, Interrupted, NonFiniteLoss, Schedule, fit
+from nflows_lib.training import Average, History, NonFiniteLoss, fit
 
 STEPS = 24
 OPTIONS = {
@@ -68,9 +73,22 @@ def nice_run(
             act()
 
     options = {**OPTIONS, "held_out": data[:9], "on_evaluation": on_evaluation, **options}
-    history = fit(flow, data, folder=folder, **options)
+    if folder is None:
+        history = fitted(flow, data, **options)
+    else:
+        history = train(flow, data, folder=folder, **options)
     assert not flow.training
     return flow.state_dict(), history
+
+
+def fitted(flow: Flow, data: Tensor, on_evaluation=None, **options) -> History:
+    """By fit(), whose callback comes after each step."""
+
+    def callback(flow: Flow, history: History) -> None:
+        if on_evaluation is not None and history.held_out and history.held_out[-1][0] == len(history.loss):
+            on_evaluation(flow, history)
+
+    return fit(flow, data, callback=callback, **{k: v for k, v in options.items() if k != "save_every"})
 
 
 def stop() -> None:
@@ -82,7 +100,7 @@ def interrupt(number: int = signal.SIGINT) -> None:
 
 
 def step_of(folder: Path) -> int:
-    return training.read_checkpoint(folder)["step"]
+    return trainer.read_checkpoint(folder)["step"]
 
 
 def assert_same(found: tuple[dict[str, Tensor], History], expected: tuple[dict[str, Tensor], History]) -> None:
@@ -101,7 +119,7 @@ def uninterrupted():
 
 def test_writing_checkpoints_changes_nothing(tmp_path, uninterrupted):
     assert_same(nice_run(tmp_path), uninterrupted)
-    assert sorted(os.listdir(tmp_path)) == sorted([CHECKPOINT, PREVIOUS])
+    assert sorted(os.listdir(tmp_path)) == sorted([CHECKPOINT, PREVIOUS, LOCK])
     assert step_of(tmp_path) == STEPS
     assert checkpoint.load_facts(tmp_path / PREVIOUS)["step"] == STEPS - 1
 
@@ -164,7 +182,7 @@ def test_a_given_optimizer_goes_on_too(tmp_path, name):
                 interrupt()
 
         settings = {**OPTIONS, "ema": None, "held_out": data[:9], "on_evaluation": act, **options}
-        history = fit(flow, data, optimizer=makers[name](flow), **settings)
+        history = (train if "folder" in options else fitted)(flow, data, optimizer=makers[name](flow), **settings)
         return flow.state_dict(), history
 
     with pytest.raises(Interrupted):
@@ -182,7 +200,7 @@ def test_context_rows_stay_with_their_examples_over_a_resume(tmp_path):
         options |= {"held_out_context": data[:2], "folder": tmp_path, "resume": resume}
         act = None if resume else lambda flow, history: interrupt() if len(history.loss) == 2 else None
         try:
-            fit(scaling(1, recorder), data, 4, on_evaluation=act, **options)
+            train(scaling(1, recorder), data, 4, on_evaluation=act, **options)
         except Interrupted:
             assert not resume
         seen += recorder.seen
@@ -204,7 +222,10 @@ def conditional_run(folder: Path | None = None, at: int | None = None, **options
 
     pairs = {"context": images.contexts, "held_out": images.images[:9], "held_out_context": images.contexts[:9]}
     options = {**OPTIONS, "steps": 8, "augment": random_view, "on_evaluation": on_evaluation, **pairs, **options}
-    history = fit(flow, images.images, folder=folder, **options)
+    if folder is None:
+        history = fitted(flow, images.images, **options)
+    else:
+        history = train(flow, images.images, folder=folder, **options)
     return flow.state_dict(), history
 
 
@@ -222,7 +243,7 @@ def test_a_conditional_run_goes_on_to_the_same_parameters(tmp_path):
 def test_resume_without_a_checkpoint_starts(tmp_path, uninterrupted):
     flow, data = noisy_nice()
     torch.manual_seed(1)
-    history = fit(flow, data, folder=tmp_path / "new", resume=True, held_out=data[:9], **OPTIONS)
+    history = train(flow, data, folder=tmp_path / "new", resume=True, held_out=data[:9], **OPTIONS)
     assert_same((flow.state_dict(), history), uninterrupted)
 
 
@@ -268,9 +289,38 @@ def test_another_run_is_refused_and_the_checkpoint_still_good(tmp_path, uninterr
     data = data[: options.pop("examples", 40)]
     optimizer = sgd(flow) if options.pop("sgd", False) else None
     with pytest.raises(CheckpointError, match=f"^{CHECKPOINT}: {message}"):
-        fit(flow, data, folder=tmp_path, resume=True, optimizer=optimizer, held_out=data, **{**OPTIONS, **options})
+        train(flow, data, folder=tmp_path, resume=True, optimizer=optimizer, held_out=data, **{**OPTIONS, **options})
     assert (tmp_path / CHECKPOINT).read_bytes() == before
     assert_same(nice_run(tmp_path, resume=True), uninterrupted)
+
+
+def test_data_with_other_numbers_are_another_run(tmp_path):
+    """As many examples as before, and one number is another: in the data, or in a context."""
+    data = torch.arange(20.0)[:, None]
+    for place in ("data", "context"):
+        given = {"data": data, "context": 10 * data}
+        options = {"batch_size": 5, "lr": 1e-9, "folder": tmp_path / place}
+        train(scaling(1, Recorder()), given["data"], 2, context=given["context"], **options)
+        given[place] = given[place].clone()
+        given[place][7] += 1
+        with pytest.raises(CheckpointError, match=f"{CHECKPOINT}: another run's: expected checksum"):
+            train(scaling(1, Recorder()), given["data"], 2, context=given["context"], resume=True, **options)
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_to_the_parameters_of_that_version(tmp_path):
+    """Begun at commit c7af0c3, stopped after 6 of 12 steps; beside it what the whole run ended with at that commit."""
+    here = Path(__file__).parent / "begun_at_c7af0c3"
+    (tmp_path / CHECKPOINT).write_bytes((here / CHECKPOINT).read_bytes())
+    assert step_of(tmp_path) == 6
+    flow = glow((1, 8, 8), levels=17, scales=2, steps=1, hidden=4)
+    images = digits("test").images
+    options = {"batch_size": 64, "lr": 1e-2, "clip": 1.0, "warmup": 3, "cosine": True, "ema": 0.9, "evaluations": 4}
+    history = train(flow, images[20:], 12, held_out=images[:20], folder=tmp_path, resume=True, **options)
+    expected, facts = checkpoint.load(here / "ended.safetensors")
+    assert history.loss == pytest.approx(facts["loss"], rel=1e-4)
+    torch.testing.assert_close(history.held_out, [tuple(found) for found in facts["held_out"]], rtol=1e-4, atol=1e-4)
+    for name, value in flow.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
@@ -306,6 +356,35 @@ def test_a_kill_between_the_renames_goes_on_from_the_one_before(tmp_path, uninte
     assert_same(nice_run(tmp_path, resume=True), uninterrupted)
 
 
+@pytest.mark.parametrize("operation", range(1, 10))
+def test_a_kill_between_any_two_file_operations_leaves_a_checkpoint_that_goes_on(
+    tmp_path, uninterrupted, monkeypatch, operation
+):
+    """The second and third checkpoint: each is opened, forced to the disk, and renamed after the one before it."""
+    done: list[str] = []
+
+    def counted(name, act):
+        def acted(*args, **options):
+            done.append(name)
+            if sum(1 for _ in done) - first == operation:
+                raise SystemExit  # stands for the kill: no later operation takes place
+            return act(*args, **options)
+
+        return acted
+
+    first = 3  # operations of the first checkpoint, which has none before it: open, force, rename
+    monkeypatch.setattr(os, "replace", counted("rename", os.replace))
+    monkeypatch.setattr(os, "fsync", counted("force", os.fsync))
+    monkeypatch.setattr(Path, "open", counted("open", Path.open))
+    with pytest.raises(SystemExit):
+        nice_run(tmp_path)
+    monkeypatch.undo()
+    assert done[:3] == ["open", "force", "rename"]
+    assert done[3:] == (["open", "force", "rename", "rename"] * 3)[:operation]
+    assert step_of(tmp_path) == 1 + (operation - 1) // 4
+    assert_same(nice_run(tmp_path, resume=True), uninterrupted)
+
+
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(tmp_path, uninterrupted, monkeypatch):
     fsync, calls = os.fsync, []
 
@@ -319,18 +398,49 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(tmp_path, uni
     with pytest.raises(CheckpointError, match=f"{os.strerror(errno.ENOSPC)}; the last good one, {CHECKPOINT}"):
         nice_run(tmp_path)
     assert step_of(tmp_path) == 9
-    assert sorted(os.listdir(tmp_path)) == sorted([CHECKPOINT, PREVIOUS])
+    assert sorted(os.listdir(tmp_path)) == sorted([CHECKPOINT, PREVIOUS, LOCK])
     assert_same(nice_run(tmp_path, resume=True), uninterrupted)
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
     flow = scaling()
     with pytest.raises(NonFiniteLoss):
-        fit(flow, ZEROS, 9, batch_size=4, optimizer=sgd(flow, 1e38), folder=tmp_path, save_every=-1.0)
+        train(flow, ZEROS, 9, batch_size=4, optimizer=sgd(flow, 1e38), folder=tmp_path, save_every=-1.0)
     tensors, facts = checkpoint.load(tmp_path / CHECKPOINT)
     assert facts["step"] == 1
     assert len(tensors["history.loss"]) == 1
     assert tensors["history.loss"].isfinite().all()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("")
+    recorder = Recorder()
+    for folder in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(ValueError, match="folder: expected one that can be written to, got .*file"):
+            train(scaling(1, recorder), ZEROS, 2, batch_size=4, folder=folder)
+    assert recorder.seen == []
+
+
+def test_a_second_training_in_the_same_folder_is_refused(tmp_path):
+    """As long as the first one runs, and in another process as in this one; after it the folder is free."""
+    refused = []
+
+    def another(judged: Flow, history: History) -> None:
+        with pytest.raises(ValueError, match="folder: expected one in which no other training runs, got ") as caught:
+            train(scaling(), ZEROS, 2, batch_size=4, folder=tmp_path, resume=True)
+        refused.append(caught.value)
+        script = (
+            "import sys; from filelock import FileLock, Timeout\n"
+            "try: FileLock(sys.argv[1], timeout=0).acquire()\n"
+            "except Timeout: print('locked')"
+        )
+        done = subprocess.run([sys.executable, "-c", script, tmp_path / LOCK], capture_output=True, text=True)
+        refused.append(done.stdout.strip())
+
+    train(scaling(), ZEROS, 2, batch_size=4, folder=tmp_path, held_out=ZEROS, on_evaluation=another)
+    assert len(refused) == 2
+    assert refused[1] == "locked"
+    train(scaling(), ZEROS, 2, batch_size=4, folder=tmp_path, resume=True)
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------
@@ -386,13 +496,13 @@ def test_an_interrupt_at_any_moment_of_a_step_has_saved(tmp_path, monkeypatch):
     def monotonic() -> float:
         caller = sys._getframe(1).f_code.co_name
         calls.append(caller)
-        if caller == "fit" and calls.count("fit") == 4:
+        if caller == "train" and calls.count("train") == 4:
             interrupt()
         return time.monotonic()
 
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=monotonic))
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=monotonic))
     with pytest.raises(Interrupted, match="stopped after step") as caught:
-        fit(flow, data, folder=tmp_path, held_out=data[:9], **{**OPTIONS, "save_every": 1e9})
+        train(flow, data, folder=tmp_path, held_out=data[:9], **{**OPTIONS, "save_every": 1e9})
     assert f"step {step_of(tmp_path)} of" in str(caught.value)
 
 
@@ -424,6 +534,18 @@ def test_a_plan_after_the_first_steps_starts_there():
     schedule = Schedule(warmup=0, cosine=False)
     schedule.plan(25, 125)
     assert [schedule.progress(step) for step in (0, 25, 75, 125)] == [0, 0, 0.5, 1]
+
+
+def test_a_warmup_that_is_longer_than_the_run_is_shortened_to_half_of_it():
+    schedule = Schedule(warmup=100, cosine=False)
+    schedule.plan(25, None)
+    assert schedule.warmup == 100
+    schedule.plan(25, 40)
+    assert schedule.warmup == 20
+    assert schedule.factor(39) == 1
+    schedule = Schedule(warmup=100, cosine=False)
+    schedule.plan(25, 100)
+    assert schedule.warmup == 100
 
 
 def test_factor_is_warmup_times_half_a_cosine():
@@ -473,12 +595,12 @@ def timed_run(tmp_path, monkeypatch):
     def run(interrupt_at=None, slower_from=10**9, folder=tmp_path, **options):
         torch.manual_seed(0)
         clock = Clock()
-        monkeypatch.setattr(training, "time", clock)
+        monkeypatch.setattr(trainer, "time", clock)
         slow = Slow(clock, interrupt_at, slower_from)
         flow = scaling(1, slow)
         options = {"batch_size": 2, "cosine": True, "ema": 0.5, "resume": True, **options}
         try:
-            history = fit(flow, torch.arange(4.0)[:, None], folder=folder, save_every=1e9, **options)
+            history = train(flow, torch.arange(4.0)[:, None], folder=folder, save_every=1e9, **options)
         except Interrupted:
             return len(slow.seen), None, flow
         return len(slow.seen), history, flow
@@ -487,16 +609,12 @@ def timed_run(tmp_path, monkeypatch):
 
 
 def total_of(folder: Path) -> int:
-    return training.read_checkpoint(folder)["schedule"]["total"]
+    return trainer.read_checkpoint(folder)["schedule"]["total"]
 
 
 def test_the_number_of_steps_fits_the_budget(timed_run):
     steps, history, _ = timed_run(budget=100)
     assert steps == len(history.loss) == 95  # a second each, and 5 % to spare
-
-
-def test_without_a_folder_the_number_of_steps_fits_the_budget(timed_run):
-    assert timed_run(budget=60, folder=None, resume=False)[0] == 57
 
 
 def test_the_number_of_steps_is_fixed_once(timed_run):
@@ -517,10 +635,13 @@ def test_a_run_that_gets_slower_ends_within_its_budget(timed_run, slower_from):
 def test_the_whole_step_is_timed(timed_run, monkeypatch):
     """The average of the parameters comes last in a step: here it takes a second, as the rest of the step."""
 
-    def slow_average(run: training._Run) -> None:
-        training.time.now += 1
+    update = Average.update
 
-    monkeypatch.setattr(training._Run, "_update_average", slow_average)
+    def slow_average(average: Average) -> None:
+        trainer.time.now += 1
+        update(average)
+
+    monkeypatch.setattr(Average, "update", slow_average)
     assert timed_run(budget=100)[0] == 47  # 25 steps are timed, then 45 of 95 seconds are left
 
 
@@ -528,6 +649,30 @@ def test_a_run_that_keeps_its_pace_keeps_its_number_of_steps(timed_run):
     options = {"budget": 100, "held_out": torch.zeros(2, 1), "evaluations": 20}
     assert timed_run(50, **options)[0] == 50
     assert timed_run(**options)[0] == 45
+
+
+def test_a_budget_that_is_shorter_than_the_warmup_shortens_it(timed_run, tmp_path):
+    assert timed_run(budget=60, warmup=500)[0] == 57
+    facts = trainer.read_checkpoint(tmp_path)
+    assert facts["schedule"]["warmup"] == 28
+    assert facts["settings"]["warmup"] == 500  # what was asked for, which a resumed run must ask for again
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 1.0, "steps": 2}, "steps, budget: expected one of them, got 2 and 1.0"),
+        ({}, "steps, budget: expected one of them, got None and None"),
+        ({"steps": 2.5}, "steps: expected a whole number, got 2.5"),
+        ({"budget": 0.0}, "budget: expected seconds above 0, got 0.0"),
+        ({"budget": 9.0, "warmup": -1}, "warmup: expected at least 0, got -1"),
+        ({"steps": 2, "warmup": 3}, "warmup: expected 0 to 2, the number of steps, got 3"),
+    ],
+)
+def test_a_length_that_makes_no_sense_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        train(scaling(), ZEROS, batch_size=4, folder=tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_budget_that_is_used_up_at_once_is_refused(timed_run):
@@ -538,7 +683,7 @@ def test_a_budget_that_is_used_up_at_once_is_refused(timed_run):
 def test_the_number_of_steps_is_kept_over_a_resume(timed_run, tmp_path):
     assert timed_run(50, budget=100)[0] == 50
     assert total_of(tmp_path) == 95
-    assert training.read_checkpoint(tmp_path)["seconds"] == 50
+    assert trainer.read_checkpoint(tmp_path)["seconds"] == 50
     steps, history, _ = timed_run(budget=100, slower_from=0)
     assert steps == 45
     assert len(history.loss) == 95
@@ -553,9 +698,9 @@ def test_a_resume_before_the_number_of_steps_is_fixed_times_the_first_steps_agai
 @pytest.mark.parametrize("budget", [200, 80])
 def test_another_budget_fits_the_rest_of_the_schedule_to_the_rest_of_the_time(timed_run, tmp_path, budget):
     timed_run(50, budget=100)
-    before = Schedule(**training.read_checkpoint(tmp_path)["schedule"])
+    before = Schedule(**trainer.read_checkpoint(tmp_path)["schedule"])
     assert len(timed_run(budget=budget)[1].loss) == 0.95 * budget
-    after = Schedule(**training.read_checkpoint(tmp_path)["schedule"])
+    after = Schedule(**trainer.read_checkpoint(tmp_path)["schedule"])
     assert (after.start, after.total) == (50, 0.95 * budget)
     assert after.progress(50) == before.progress(50)
 
@@ -614,7 +759,7 @@ def start(out: Path, steps: int) -> multiprocessing.Process:
 
 def reached(folder: Path, step: int) -> bool:
     try:
-        return (training.read_checkpoint(folder) or {"step": 0})["step"] >= step
+        return (trainer.read_checkpoint(folder) or {"step": 0})["step"] >= step
     except (FileNotFoundError, RuntimeError, checkpoint.CheckpointError):  # looked between two renames
         return False
 
@@ -679,8 +824,8 @@ def test_ctrl_c_says_how_to_go_on_and_that_goes_on(tmp_path, capsys):
 
 def test_the_average_of_a_checkpoint_has_the_buffers_of_its_step(tmp_path):
     flow = Flow([FlowBatchNorm(2), DiagonalScaling(2)], StandardNormal(), (2,))
-    fit(flow, 3 + torch.randn(32, 2), 5, batch_size=16, ema=0.9, folder=tmp_path)
-    saved = training.read_model(tmp_path)
+    train(flow, 3 + torch.randn(32, 2), 5, batch_size=16, ema=0.9, folder=tmp_path)
+    saved = trainer.read_model(tmp_path)
     assert saved.keys() == flow.state_dict().keys()
     assert all(torch.equal(saved[name], value) for name, value in flow.state_dict().items())
     assert (saved["chain.layers.0.running_mean"] > 0.5).all()  # it was 0 at first

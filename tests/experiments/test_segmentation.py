@@ -11,8 +11,8 @@ from test_pixelwise import Given
 from torch import Tensor, nn
 
 from nflows_lib.data import Images
-from nflows_lib.pixelwise import PixelClassifier
-from nflows_lib.segmentation import calibration, figures, iou
+from nflows_lib.experiments.pixelwise import PixelClassifier
+from nflows_lib.experiments.segmentation import calibration, figures, iou
 
 # --- overlap ----------------------------------------------------------------------------------------------------------
 

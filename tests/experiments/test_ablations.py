@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nflows_lib import ablations, runs
 from nflows_lib.bijection import Chain
 from nflows_lib.convolution import ChannelPermutation, Invertible1x1Conv
 from nflows_lib.coupling import BoundedGlowCoupling, GlowCoupling
 from nflows_lib.data import patches
+from nflows_lib.experiments import ablations, archive, runs
 from nflows_lib.models import glow
 from nflows_lib.multiscale import FactorOut
 from nflows_lib.normalization import ActNorm
 
-CHAPTERS = runs.ROOT / "chapters"
+CHAPTERS = archive.ROOT / "chapters"
 
 
 def printed(chapter: str) -> str:
@@ -45,7 +45,7 @@ def test_all_of_them_take_at_most_30_minutes():
 
 
 def test_the_table_of_q1_on_the_page_follows_from_the_file():
-    record = json.loads((runs.ROOT / "data" / "ablations" / "nice-activation.json").read_text())
+    record = json.loads((archive.ROOT / "data" / "ablations" / "nice-activation.json").read_text())
     page = printed("01_nice.ipynb")
     for arm, results in record["results"].items():
         bits = [result["bits_per_dim"] for result in results]
@@ -56,7 +56,7 @@ def test_the_table_of_q1_on_the_page_follows_from_the_file():
 
 @pytest.mark.parametrize("name", [name for name in ablations.ABLATIONS if name.startswith("realnvp-")])
 def test_the_tables_of_chapter_3_follow_from_the_files(name):
-    record = json.loads((runs.ROOT / "data" / "ablations" / f"{name}.json").read_text())
+    record = json.loads((archive.ROOT / "data" / "ablations" / f"{name}.json").read_text())
     page = printed("03_realnvp.ipynb")
     width = max(map(len, record["results"]))
     for arm, results in record["results"].items():
@@ -67,17 +67,17 @@ def test_the_tables_of_chapter_3_follow_from_the_files(name):
 
 def test_weights_lose_their_norm_and_nothing_else():
     torch.manual_seed(0)
-    network, x = ablations.resnet(), torch.randn(2, 1, 8, 8)
+    network, x = ablations.realnvp.resnet(), torch.randn(2, 1, 8, 8)
     before = network(x)
-    ordinary = ablations.without_weight_norm(network)
+    ordinary = ablations.realnvp.without_weight_norm(network)
     assert not [name for name, _ in ordinary.named_parameters() if "original" in name]
     torch.testing.assert_close(ordinary(x), before)
 
 
-@pytest.mark.parametrize("steps", [{}, *ablations.REFERENCE_STEPS.values(), {"batch_norm": False}], ids=str)
+@pytest.mark.parametrize("steps", [{}, *ablations.realnvp.REFERENCE_STEPS.values(), {"batch_norm": False}], ids=str)
 def test_the_source_s_first_network_and_each_step_from_it(steps):
     torch.manual_seed(0)
-    network = ablations.PlainResNet(4, 2, **steps)
+    network = ablations.realnvp.PlainResNet(4, 2, **steps)
     kinds = [type(module) for module in network.modules()]
     convolutions = steps.get("convolutions", 3) * 2 + 2 + (3 if steps.get("skips") else 0)
     assert kinds.count(torch.nn.Conv2d) + sum("Parametrized" in kind.__name__ for kind in kinds) == convolutions
@@ -90,7 +90,7 @@ def test_the_source_s_first_network_and_each_step_from_it(steps):
 
 
 def test_the_long_run_of_f6_on_the_page_is_that_of_the_file():
-    record = json.loads((runs.ROOT / "data" / "ablations" / "no-dequantization.json").read_text())
+    record = json.loads((archive.ROOT / "data" / "ablations" / "no-dequantization.json").read_text())
     left_out = record["results"]["left out"][0]
     assert f"left out: {left_out['broke_with']} at step {left_out['broke_at']:,}\n" in printed(
         "02_dequantization.ipynb"
@@ -99,7 +99,7 @@ def test_the_long_run_of_f6_on_the_page_is_that_of_the_file():
 
 
 def test_an_arm_repeats_and_its_seed_matters():
-    first, again, other = (ablations.no_dequantization(True, seed, steps=3, every=1) for seed in (0, 0, 1))
+    first, again, other = (ablations.nice.no_dequantization(True, seed, steps=3, every=1) for seed in (0, 0, 1))
     assert first == again
     assert first["log_p"] != other["log_p"]
 
@@ -108,7 +108,7 @@ def test_the_arm_without_noise_breaks_and_says_where(monkeypatch):
     """With a learning rate a hundred times as high the end comes a hundred times as soon."""
     fit = ablations.fit
     monkeypatch.setattr(ablations, "fit", lambda *a, **options: fit(*a, **{**options, "lr": 0.5}))
-    left_out = ablations.no_dequantization(False, 0, steps=400, every=50)
+    left_out = ablations.nice.no_dequantization(False, 0, steps=400, every=50)
     assert left_out["broke_at"] == left_out["steps"] + 1 < 400
     assert left_out["broke_with"] in ("nan", "inf")
 
@@ -129,7 +129,7 @@ def test_replace_reaches_into_a_factor_out_and_keeps_the_order():
         return ChannelPermutation(torch.arange(layer.channels))
 
     old = [layer for layer in flow.modules() if isinstance(layer, Invertible1x1Conv)]
-    ablations.replace(flow, Invertible1x1Conv, make)
+    ablations.glow.replace(flow, Invertible1x1Conv, make)
     assert kinds(flow) == ["ChannelPermutation" if kind == "Invertible1x1Conv" else kind for kind in before]
     assert len(old) == len(seen) == 6
     assert {id(layer) for layer in old} == {id(layer) for layer in seen}
@@ -147,14 +147,14 @@ def test_replace_takes_the_exact_type_only():
 
     module = nn.Sequential(nn.Linear(1, 1), Derived(1, 1), nn.ModuleDict({"a": nn.Sequential(nn.Linear(1, 1))}))
     derived = module[1]
-    ablations.replace(module, nn.Linear, lambda layer: Derived(1, 1))
+    ablations.glow.replace(module, nn.Linear, lambda layer: Derived(1, 1))
     assert kinds(module) == ["Sequential", "Derived", "Derived", "ModuleDict", "Sequential", "Derived"]
     assert module[1] is derived
     made = []
-    ablations.replace(module, Derived, lambda layer: made.append(layer) or nn.Sequential(Derived(1, 1)))
+    ablations.glow.replace(module, Derived, lambda layer: made.append(layer) or nn.Sequential(Derived(1, 1)))
     assert len(made) == 3
     nested = nn.Sequential(GlowCoupling(4, nn.Sequential(GlowCoupling(2, nn.Identity()))))
-    ablations.replace(nested, GlowCoupling, lambda layer: BoundedGlowCoupling(layer.channels, layer.network))
+    ablations.glow.replace(nested, GlowCoupling, lambda layer: BoundedGlowCoupling(layer.channels, layer.network))
     assert kinds(nested).count("BoundedGlowCoupling") == 2
     assert "GlowCoupling" not in kinds(nested)
 
@@ -165,8 +165,8 @@ def test_grid_texture_by_hand():
     image = row + torch.tensor([0, 3, 4, 4])[:, None]
     inside, across = (1 + 2) / 2 + (3 + 0) / 2, 4 + 1
     for images in (image[None, None], image.byte().repeat(3, 2, 1, 1), image.double()[None, None], -image[None, None]):
-        assert ablations.grid_texture(images) == pytest.approx(across / inside)
-    assert isinstance(ablations.grid_texture(image[None, None]), float)
+        assert ablations.glow.grid_texture(images) == pytest.approx(across / inside)
+    assert isinstance(ablations.glow.grid_texture(image[None, None]), float)
 
 
 def test_grid_texture_is_1_of_noise():
@@ -174,8 +174,8 @@ def test_grid_texture_is_1_of_noise():
     torch.manual_seed(0)
     images = torch.randint(256, (500, 3, 16, 16))
     error = 2 / math.sqrt(2 * 500 * 3 * 16 * 7)
-    assert abs(ablations.grid_texture(images) - 1) < 5 * error
-    assert abs(ablations.grid_texture(images.float() ** 2) - 1) < 10 * error
+    assert abs(ablations.glow.grid_texture(images) - 1) < 5 * error
+    assert abs(ablations.glow.grid_texture(images.float() ** 2) - 1) < 10 * error
 
 
 def squares(n: int, noise: float, size: int = 8) -> Tensor:
@@ -189,31 +189,31 @@ def test_grid_texture_of_squares_is_known(noise):
     """Steps inside are N(0, 2 noise^2), across N(0, 2 + 2 noise^2): the ratio of their mean sizes."""
     torch.manual_seed(0)
     expected = math.sqrt(1 + noise**-2)
-    assert ablations.grid_texture(squares(300, noise)) == pytest.approx(expected, rel=0.03)
+    assert ablations.glow.grid_texture(squares(300, noise)) == pytest.approx(expected, rel=0.03)
     shifted = squares(300, noise).roll((1, 1), (2, 3))  # the borders lie where squares should be
-    assert ablations.grid_texture(shifted[..., 2:14, 2:14]) == pytest.approx(1 / expected, rel=0.03)
+    assert ablations.glow.grid_texture(shifted[..., 2:14, 2:14]) == pytest.approx(1 / expected, rel=0.03)
 
 
 def test_grid_texture_does_not_tell_rows_from_columns():
     torch.manual_seed(0)
     x = squares(4, 0.3) * torch.linspace(1, 3, 16)
-    assert ablations.grid_texture(x) == pytest.approx(ablations.grid_texture(x.transpose(2, 3)), rel=1e-12)
+    assert ablations.glow.grid_texture(x) == pytest.approx(ablations.glow.grid_texture(x.transpose(2, 3)), rel=1e-12)
     one_way = torch.randn(50, 1, 8, 16).repeat_interleave(2, 2) + 0.1 * torch.randn(50, 1, 16, 16)  # rows in pairs
-    texture = ablations.grid_texture(one_way)
+    texture = ablations.glow.grid_texture(one_way)
     assert texture > 1.2
-    assert ablations.grid_texture(one_way.transpose(2, 3)) == pytest.approx(texture, rel=1e-12)
+    assert ablations.glow.grid_texture(one_way.transpose(2, 3)) == pytest.approx(texture, rel=1e-12)
 
 
 def test_the_mixers_are_what_they_say():
     torch.manual_seed(0)
-    assert list(ablations.MIXERS) == ["1x1, LU", "1x1, plain", "shuffle", "reversal", "nothing"]
-    made = {name: mixer(16) for name, mixer in ablations.MIXERS.items()}
+    assert list(ablations.glow.MIXERS) == ["1x1, LU", "1x1, plain", "shuffle", "reversal", "nothing"]
+    made = {name: mixer(16) for name, mixer in ablations.glow.MIXERS.items()}
     assert all(layer.channels == 16 for layer in made.values())
     assert [type(layer) for layer in made.values()] == [Invertible1x1Conv] * 2 + [ChannelPermutation] * 3
     assert (made["1x1, LU"].lu, made["1x1, plain"].lu) == (True, False)
     assert made["reversal"].order.tolist() == list(range(15, -1, -1))
     assert made["nothing"].order.tolist() == list(range(16))
-    orders = [tuple(ablations.MIXERS["shuffle"](16).order.tolist()) for _ in range(5)]
+    orders = [tuple(ablations.glow.MIXERS["shuffle"](16).order.tolist()) for _ in range(5)]
     assert len({*orders, tuple(range(16)), tuple(range(15, -1, -1))}) == 7
 
 
@@ -221,7 +221,7 @@ TINY = {"steps_per_scale": 1, "hidden": 2, "steps": 10}  # the warm-up's
 
 
 def test_an_arm_of_glow_repeats_and_its_seed_matters():
-    first, again, other = (ablations.glow_patches(seed, **TINY) for seed in (0, 0, 1))
+    first, again, other = (ablations.glow.glow_patches(seed, **TINY) for seed in (0, 0, 1))
     assert first == again
     assert set(first) == {"test", "grid", "broken", "parameters"}
     assert first["parameters"] == other["parameters"]
@@ -251,16 +251,16 @@ def trained(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("mixer", ablations.MIXERS)
+@pytest.mark.parametrize("mixer", ablations.glow.MIXERS)
 @pytest.mark.parametrize("bounded", [False, True])
 def test_the_flow_of_an_arm_has_its_mixer_and_its_coupling(trained, mixer, bounded):
-    measures = ablations.glow_patches(0, mixer=mixer, bounded=bounded, steps_per_scale=2, hidden=3, steps=7)
+    measures = ablations.glow.glow_patches(0, mixer=mixer, bounded=bounded, steps_per_scale=2, hidden=3, steps=7)
     ((flow, train, steps, options),) = trained
     assert torch.equal(train, patches("train").images)
     assert (steps, options["batch_size"], flow.shape, flow.levels) == (7, 64, (3, 16, 16), 256)
     assert measures["test"] == pytest.approx(3)
     names = kinds(flow)
-    expected = type(ablations.MIXERS[mixer](12))
+    expected = type(ablations.glow.MIXERS[mixer](12))
     layers = [layer for layer in flow.modules() if isinstance(layer, Invertible1x1Conv | ChannelPermutation)]
     assert [(type(layer), layer.channels) for layer in layers] == [(expected, 12)] * 2 + [(expected, 24)] * 2
     assert all(layer.lu == (mixer == "1x1, LU") for layer in layers if isinstance(layer, Invertible1x1Conv))
@@ -287,24 +287,24 @@ def test_the_grid_of_an_arm_is_that_of_its_finite_samples(trained, monkeypatch):
             return drawn
 
     monkeypatch.setattr(ablations, "Chain", Known)
-    measures = ablations.glow_patches(0, **TINY)
+    measures = ablations.glow.glow_patches(0, **TINY)
     ((chain, z),) = inner
     assert [*chain] == [*trained[0][0].chain][1:]
     assert z.shape == (500, 768)
     assert abs(z.std() - 1) < 0.01
     assert measures["broken"] == pytest.approx(3 / 500, rel=1e-4)
     kept = torch.cat([drawn[:3], drawn[4:77], drawn[78:400], drawn[401:]])
-    assert measures["grid"] == pytest.approx(ablations.grid_texture(kept.floor().clamp(0, 255)), rel=1e-3)
+    assert measures["grid"] == pytest.approx(ablations.glow.grid_texture(kept.floor().clamp(0, 255)), rel=1e-3)
 
 
 def test_the_arms_of_the_questions_about_glow():
     mixing, depth = ablations.find("glow-mixing"), ablations.find("glow-depth")
-    assert list(mixing.arms) == list(ablations.MIXERS)
+    assert list(mixing.arms) == list(ablations.glow.MIXERS)
     for name, arm in mixing.arms.items():
-        assert (arm.func, arm.keywords["mixer"]) == (ablations.glow_patches, name)
+        assert (arm.func, arm.keywords["mixer"]) == (ablations.glow.glow_patches, name)
     for name, arm in depth.arms.items():
         steps, _, kind = name.partition(", ")
-        assert arm.func is ablations.glow_patches
+        assert arm.func is ablations.glow.glow_patches
         assert arm.keywords["steps_per_scale"] == int(steps)
         assert arm.keywords.get("bounded", False) == (kind == "bounded")
         assert arm.keywords.get("hidden", 32) == (104 if kind == "wide" else 32)

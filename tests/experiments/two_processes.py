@@ -15,17 +15,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nflows_lib import parallel
 from nflows_lib.bijection import Layer
-from nflows_lib.checkpoint import CheckpointError
 from nflows_lib.coupling import AffineCoupling, alternating_mask
 from nflows_lib.dequantization import Rescale, UniformDequantize
 from nflows_lib.distributions import StandardNormal
+from nflows_lib.experiments import processes
+from nflows_lib.experiments.checkpoint import CheckpointError
+from nflows_lib.experiments.trainer import Interrupted
 from nflows_lib.flow import Flow
 from nflows_lib.models import glow
 from nflows_lib.networks import MLP
 from nflows_lib.normalization import ActNorm, FlowBatchNorm
-from nflows_lib.training import History, Interrupted, NonFiniteLoss, fit
+from nflows_lib.training import History, NonFiniteLoss, fit
 
 STOP = 6  # the step after which a run is stopped
 OPTIONS = {"steps": 12, "batch_size": 16, "lr": 1e-2, "clip": 1.0, "warmup": 3, "cosine": True, "ema": 0.9}
@@ -40,7 +41,7 @@ def points() -> dict:
     torch.set_default_dtype(torch.float64)
     try:
         # Each process starts from other weights: those of number 0 are everybody's.
-        torch.manual_seed(parallel.number())
+        torch.manual_seed(processes.number())
         layers: list[Layer] = [ActNorm(2)]
         for i in range(4):
             network = MLP(2, 4, 8, 1, torch.nn.Tanh, context=1)
@@ -60,7 +61,7 @@ def points() -> dict:
             held_out=data[:9],
             held_out_context=context[:9],
             evaluations=3,
-            on_evaluation=lambda judged, history: called.append((len(history.loss), parallel.processes())),
+            on_evaluation=lambda judged, history: called.append((len(history.loss), processes.processes())),
             # A shift before a batch norm has gradient 0 but for rounding, which Adam would blow up to whole steps.
             optimizer=torch.optim.SGD(flow.parameters(), lr=0.05, momentum=0.5),
             **OPTIONS,
@@ -100,7 +101,7 @@ def images(folder: Path | None = None, stop_at: int | None = None, resume: bool 
     flow = glow((1, 4, 4), levels=8, scales=2, steps=1, hidden=4)
     data = torch.randint(8, (40, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     calls: list[int] = []
-    last = parallel.number() == parallel.processes() - 1
+    last = processes.number() == processes.processes() - 1
 
     def noisily(batch: Tensor) -> Tensor:
         calls.append(len(batch))
@@ -118,22 +119,22 @@ def images(folder: Path | None = None, stop_at: int | None = None, resume: bool 
 
 def mean() -> dict[str, float]:
     """The mean m of 1 and 2, and the gradient of the sum of both processes' losses, m^2 and 2 m^2: 6 m / 2."""
-    own = torch.tensor(1.0 + parallel.number(), requires_grad=True)
-    found = parallel.mean(own)
+    own = torch.tensor(1.0 + processes.number(), requires_grad=True)
+    found = processes.mean(own)
     (own.detach() * found.square()).backward()
     return {"mean": found.item(), "gradient": own.grad.item()}
 
 
 def laid_out() -> Tensor:
     """The mean of matrices that lie row by row in number 0, column by column in the others."""
-    own = (1 + parallel.number()) * torch.arange(6.0).view(3, 2)
-    return parallel.mean(own if parallel.number() == 0 else own.T.contiguous().T)
+    own = (1 + processes.number()) * torch.arange(6.0).view(3, 2)
+    return processes.mean(own if processes.number() == 0 else own.T.contiguous().T)
 
 
 def alone(folder: Path) -> str:
     """What one process says to the checkpoint of two."""
     try:
-        with parallel.alone():
+        with processes.alone():
             images(folder, resume=True)
     except CheckpointError as error:
         return str(error)
@@ -141,8 +142,8 @@ def alone(folder: Path) -> str:
 
 
 def by_itself() -> tuple[int, list[int]]:
-    with parallel.alone():
-        return parallel.processes(), parallel.gathered(parallel.number())
+    with processes.alone():
+        return processes.processes(), processes.gathered(processes.number())
 
 
 def errors() -> dict[str, str]:
@@ -157,7 +158,7 @@ def errors() -> dict[str, str]:
         found["batch_size"] = str(error)
 
     def outlying(batch: Tensor) -> Tensor:
-        return torch.where(torch.tensor(parallel.number() == 1), 1e30, batch)
+        return torch.where(torch.tensor(processes.number() == 1), 1e30, batch)
 
     try:
         fit(flow, data, augment=outlying, **OPTIONS)
@@ -171,7 +172,7 @@ def budget() -> int:
     flow, data = Flow([ActNorm(2)], StandardNormal(), (2,)), torch.randn(64, 2)
 
     def slowly(batch: Tensor) -> Tensor:
-        time.sleep(0.002 * (1 + parallel.number()))
+        time.sleep(0.002 * (1 + processes.number()))
         return batch
 
     return len(fit(flow, data, budget=2.0, batch_size=16, augment=slowly).loss)
@@ -184,12 +185,12 @@ def fail() -> None:
         raise OSError("no space left")
 
     flow, data = Flow([ActNorm(2)], StandardNormal(), (2,)), torch.randn(64, 2)
-    with parallel.joined():
+    with processes.joined():
         fit(flow, data, held_out=data, evaluations=3, on_evaluation=full, **OPTIONS)
 
 
 def main(folder: Path) -> None:
-    with parallel.joined() as device:
+    with processes.joined() as device:
         assert device.type == "cuda" or not torch.cuda.is_available()
         found = {
             "points": points(),
@@ -200,16 +201,16 @@ def main(folder: Path) -> None:
             "alone": alone(folder / "run"),
             "errors": errors(),
             "budget": budget(),
-            "shared": parallel.shared(f"of {parallel.number()}"),
-            "gathered": parallel.gathered(parallel.number()),
-            "any": parallel.any_of(parallel.number() == 1, False, True),
-            "share": parallel.share(torch.arange(6)),
+            "shared": processes.shared(f"of {processes.number()}"),
+            "gathered": processes.gathered(processes.number()),
+            "any": processes.any_of(processes.number() == 1, False, True),
+            "share": processes.share(torch.arange(6)),
             "mean": mean(),
             "laid out": laid_out(),
             "by itself": by_itself(),
         }
-    found["after"] = (parallel.processes(), parallel.number(), parallel.launcher())
-    torch.save(found, folder / f"{parallel.number()}.pt")
+    found["after"] = (processes.processes(), processes.number(), processes.launcher())
+    torch.save(found, folder / f"{processes.number()}.pt")
 
 
 if __name__ == "__main__":

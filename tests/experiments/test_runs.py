@@ -24,17 +24,18 @@ from test_conditional import parameters_of_cglow
 from test_pixelwise import parameters_of_unet
 from torch import nn
 
-from nflows_lib import checkpoint, data, plotting, runs, segmentation, settings, training
+from nflows_lib import data, plotting, settings, training
 from nflows_lib.__main__ import main
 from nflows_lib.coupling import BoundedGlowCoupling, GlowCoupling
 from nflows_lib.data import Images
 from nflows_lib.dequantization import Logit, Rescale, UniformDequantize, VariationalDequantize
 from nflows_lib.distributions import StandardNormal
+from nflows_lib.experiments import archive, checkpoint, runs, segmentation, sheets, table
+from nflows_lib.experiments.pixelwise import PixelClassifier
 from nflows_lib.flow import Flow
 from nflows_lib.models import cglow
 from nflows_lib.multiscale import FactorOut
 from nflows_lib.networks import BoundedPrior, GlowNet, ZeroConv
-from nflows_lib.pixelwise import PixelClassifier
 
 
 @pytest.fixture
@@ -45,39 +46,39 @@ def root(monkeypatch, tmp_path):
 
 def test_a_record_comes_back_with_where_it_was_made(root, monkeypatch):
     monkeypatch.setenv("NFLOWS_SEED", "2")
-    runs.save("small", {"nats": 1.5, "curve": [1.0, 2.0]})
-    record = runs.load("small")
+    archive.save("small", {"nats": 1.5, "curve": [1.0, 2.0]})
+    record = archive.load("small")
     assert record["nats"] == 1.5
     assert record["curve"] == [1.0, 2.0]
     assert record["run"] == "small"
     assert record["seed"] == 2000
     assert record["torch"] == torch.__version__
-    assert record["commit"] == runs.COMMIT
-    assert os.listdir(runs.folder("small")) == ["run.json"]
+    assert record["commit"] == archive.commit()
+    assert os.listdir(archive.folder("small")) == ["run.json"]
 
 
 def test_a_failed_write_keeps_the_record_there_is(root, monkeypatch):
-    runs.save("small", {"nats": 1.5})
+    archive.save("small", {"nats": 1.5})
 
     def disk_full(source, target):
         raise OSError("no space left")
 
     monkeypatch.setattr(runs.os, "replace", disk_full)
     with pytest.raises(OSError, match="no space left"):
-        runs.save("small", {"nats": 2.5})
-    assert runs.load("small")["nats"] == 1.5
+        archive.save("small", {"nats": 2.5})
+    assert archive.load("small")["nats"] == 1.5
 
 
 def test_an_unknown_run_is_refused_by_name(root):
     with pytest.raises(ValueError, match=r"run: expected one of \(no record yet\), got 'large'"):
-        runs.load("large")
-    runs.save("small", {})
+        archive.load("large")
+    archive.save("small", {})
     with pytest.raises(ValueError, match="run: expected one of small, got 'large'"):
-        runs.load("large")
+        archive.load("large")
 
 
 def test_the_shipped_records_say_what_made_them():
-    found = sorted((runs.ROOT / "data" / "pretrained").glob("*/run.json"))
+    found = sorted((archive.ROOT / "data" / "pretrained").glob("*/run.json"))
     assert found
     for path in found:
         record = json.loads(path.read_text())
@@ -88,12 +89,12 @@ def test_the_shipped_records_say_what_made_them():
 
 def test_the_records_of_other_seeds_come_after_the_first(root):
     with pytest.raises(ValueError, match=r"run: expected one of \(no record yet\), got 'small'"):
-        runs.load_seeds("small")
-    runs.save("small", {"nats": 0})
-    assert [record["nats"] for record in runs.load_seeds("small")] == [0]
+        archive.load_seeds("small")
+    archive.save("small", {"nats": 0})
+    assert [record["nats"] for record in archive.load_seeds("small")] == [0]
     for seed in (2, 1):
-        runs.write_json(runs.folder("small") / f"run-seed-{seed}.json", {"nats": seed})
-    assert [record["nats"] for record in runs.load_seeds("small")] == [0, 1, 2]
+        archive.write_json(archive.folder("small") / f"run-seed-{seed}.json", {"nats": seed})
+    assert [record["nats"] for record in archive.load_seeds("small")] == [0, 1, 2]
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -141,12 +142,12 @@ def parameters_of_glow(
 
 
 def test_every_run_of_glow_is_tested():
-    assert [name for name in runs.RUNS if name.startswith("glow")] == list(GLOWS)
+    assert [name for name in table.RUNS if name.startswith("glow")] == list(GLOWS)
 
 
 @pytest.mark.parametrize("name", GLOWS)
 def test_a_run_of_glow_builds_the_flow_that_it_says(name):
-    run, (shape, scales, steps, hidden, bounded, bounded_priors, noise) = runs.find(name), GLOWS[name]
+    run, (shape, scales, steps, hidden, bounded, bounded_priors, noise) = table.find(name), GLOWS[name]
     with torch.device("meta" if hidden > 64 and not noise else "cpu"):  # no place for large ones; masks need values
         flow = run.model()
         optimizer = run.optimizer(flow)
@@ -175,7 +176,7 @@ def test_glow_at_the_paper_s_size_has_44_million_parameters():
 def test_a_small_run_of_glow_has_a_finite_likelihood(name):
     """Of random levels, that no model can tell in less than 8 bits; as its networks compute, a first step included."""
     torch.manual_seed(0)
-    run = runs.find(name)
+    run = table.find(name)
     flow = run.model()
     k = torch.randint(256, (4, *run.shape), dtype=torch.uint8)
     augment = run.settings.get("augment", lambda x: x)
@@ -190,7 +191,7 @@ def test_a_small_run_of_glow_has_a_finite_likelihood(name):
 @pytest.mark.parametrize("name", GLOWS)
 def test_a_run_of_glow_reads_its_data_and_mirrors_photographs(name):
     """Digits that are mirrored are no digits; the flowers are tested below."""
-    run = runs.find(name)
+    run = table.find(name)
     assert run.settings.get("augment") is (None if "mnist" in name else data.random_flip)
     if "flowers" not in name:
         assert run.data is (data.mnist if "mnist" in name else data.cifar10)
@@ -237,7 +238,7 @@ def test_the_flowers_of_oxford_are_shuffled(monkeypatch, tmp_path):
 
     monkeypatch.setattr(data, "flowers102", flowers102)
     for part, folder in (("train", None), ("test", tmp_path)):
-        found = runs.find("glow-flowers").data(part, folder)
+        found = table.find("glow-flowers").data(part, folder)
         assert torch.equal(found.images, runs.shuffled(numbered(50, 5)).images)
     assert asked == [("train", None), ("test", tmp_path)]
 
@@ -254,7 +255,7 @@ def flowers(tmp_path) -> Path:
 
 def test_flowers5_reads_and_splits_its_folder(flowers, monkeypatch):
     """Every sixth photograph is for testing, the others come shuffled, each with its kind."""
-    load = runs.find("glow-flowers5").data
+    load = table.find("glow-flowers5").data
     train, test = load("train", flowers), load("test", flowers)
     assert (train.images.shape, test.images.shape) == ((5, 3, 64, 64), (1, 3, 64, 64))
     assert (train.images.dtype, train.levels) == (torch.uint8, 256)
@@ -285,14 +286,14 @@ HORSES = {
 
 
 def test_every_run_on_horses_is_tested_and_they_alone_are_conditional():
-    assert [name for name, run in runs.RUNS.items() if run.context_shape] == list(HORSES)
-    measured = [name for name, run in runs.RUNS.items() if run.measure]
+    assert [name for name, run in table.RUNS.items() if run.context_shape] == list(HORSES)
+    measured = [name for name, run in table.RUNS.items() if run.measure]
     assert measured == ["glow-mnist", "glow-mnist-10min", *HORSES]
 
 
 @pytest.mark.parametrize("name", HORSES)
 def test_a_run_on_horses_builds_what_it_says(name):
-    run, (size, inside) = runs.find(name), HORSES[name]
+    run, (size, inside) = table.find(name), HORSES[name]
     with torch.device("meta"):
         flow = run.model()
         optimizer = run.optimizer(flow)
@@ -311,14 +312,14 @@ def test_a_run_on_horses_builds_what_it_says(name):
     (group,) = optimizer.param_groups
     assert {id(parameter) for parameter in group["params"]} == {id(parameter) for parameter in flow.parameters()}
     assert group["lr"] == (4e-3 if name == "cglow-horses-small" else 1e-3)
-    assert run.settings["augment"] is data.random_view
-    assert run.measure is segmentation.figures
+    assert run.settings["augment"] is segmentation.random_view
+    assert run.measure is segmentation.metrics
 
 
 @pytest.mark.parametrize("size", ["", "-small"])
 def test_flow_and_u_net_on_the_horses_are_of_one_size(size):
     with torch.device("meta"):
-        flow, net = (runs.find(f"{kind}-horses{size}").model() for kind in ("cglow", "unet"))
+        flow, net = (table.find(f"{kind}-horses{size}").model() for kind in ("cglow", "unet"))
     counts = [sum(parameter.numel() for parameter in model.parameters()) for model in (flow, net)]
     assert counts[1] == pytest.approx(counts[0], rel=0.05)
 
@@ -327,7 +328,7 @@ def test_flow_and_u_net_on_the_horses_are_of_one_size(size):
 def test_a_small_run_on_horses_has_a_finite_likelihood(name):
     """Of random masks, that no model can tell in less than a bit; as its networks compute, a first step included."""
     torch.manual_seed(0)
-    run = runs.find(name)
+    run = table.find(name)
     flow = run.model()
     masks, photographs = torch.randint(2, (8, *run.shape), dtype=torch.uint8), torch.rand(8, 3, *run.shape[1:])
     flow.initialize(masks, photographs)
@@ -348,7 +349,7 @@ def test_the_horses_are_shuffled(name, monkeypatch, tmp_path):
         return in_context(50)
 
     monkeypatch.setattr(data, "horses", horses)
-    found = runs.find(name).data("train", tmp_path)
+    found = table.find(name).data("train", tmp_path)
     assert asked == [("train", tmp_path, HORSES[name][0])]
     assert torch.equal(found.images, runs.shuffled(in_context(50)).images)
 
@@ -393,15 +394,15 @@ def shown(figure: dict) -> str:
 def test_the_record_of_a_run_says_what_it_was(record):
     assert record["run"] == NAME
     assert record["command"] == f"python -m nflows_lib train {NAME} --steps {STEPS}"  # no folders in it
-    assert record["commit"] == runs.COMMIT
+    assert record["commit"] == archive.commit()
     assert record["seed"] == 0
     assert record["torch"] == torch.__version__
     assert record.keys() >= {"python", "hardware", "title"}
-    assert record["parameters"] == sum(p.numel() for p in runs.find(NAME).model().parameters())
+    assert record["parameters"] == sum(p.numel() for p in table.find(NAME).model().parameters())
     assert record["steps"] == STEPS
     assert 0 < record["minutes"] < 5
     assert record["settings"]["batch_size"] == 128
-    assert record["settings"]["examples"] == len(data.digits("train").images) - runs.find(NAME).held_out
+    assert record["settings"]["examples"] == len(data.digits("train").images) - table.find(NAME).held_out
     assert [group["lr"] for group in record["settings"]["optimizer"][1]] == [5e-3, 1e-2]  # not the schedule's last
 
 
@@ -465,7 +466,7 @@ def test_sample_draws_as_many_as_asked_for(trained, tmp_path, capsys):
 def test_runs_lists_every_run(capsys):
     assert main(["runs"]) == 0
     printed = capsys.readouterr().out
-    for name, run in runs.RUNS.items():
+    for name, run in table.RUNS.items():
         assert f"{name}\n    {run.title}" in printed
         assert run.paper is None or str(run.paper[0]) in printed
 
@@ -477,7 +478,7 @@ def test_an_unknown_run_is_refused_with_the_names_there_are(command, capsys):
     assert caught.value.code != 0
     said = capsys.readouterr().err
     assert "nice-letters" in said
-    assert all(name in said for name in runs.RUNS)
+    assert all(name in said for name in table.RUNS)
     with pytest.raises(ValueError, match=r"run: expected one of nice-digits, .*, got 'nice-letters'"):
         runs.train("nice-letters")
 
@@ -528,7 +529,7 @@ def test_a_folder_without_a_model_is_not_found(tmp_path, capsys):
 
 
 def test_another_runs_model_is_refused(tmp_path):
-    other = runs.find("nice-mnist-small").model()
+    other = table.find("nice-mnist-small").model()
     checkpoint.save(tmp_path / "model.safetensors", other.state_dict(), {})
     with pytest.raises(checkpoint.CheckpointError, match="nice-digits: another model's"):
         runs.load_flow(NAME, tmp_path)
@@ -567,7 +568,7 @@ def test_figures_and_samples_leave_the_random_state_alone_and_do_not_depend_on_i
         torch.manual_seed(seed)
         state = torch.get_rng_state()
         figures.append(runs.evaluate(flow, images, draws=1))
-        runs.save_samples(flow, (1, 8, 8), tmp_path / "new" / "a.png")
+        sheets.save_samples(flow, (1, 8, 8), tmp_path / "new" / "a.png")
         pictures.append((tmp_path / "new" / "a.png").read_bytes())
         assert torch.equal(torch.get_rng_state(), state)
     assert figures[0] == figures[1]
@@ -612,13 +613,13 @@ def test_the_stages_are_the_first_rows_of_a_few_evaluations(tmp_path, shape, dra
     (tmp_path / "samples.png").write_bytes(b"of the end, not of a stage")
     draw_sheets(tmp_path, [123_450 * i for i in range(1, drawn + 1)], shape, levels=5)
     steps = [123_450 * i for i in chosen]
-    assert runs.save_stages(tmp_path, shape) == steps
+    assert sheets.save_stages(tmp_path, shape) == steps
     assert_rows_are_first_rows(tmp_path, steps, shape[1], tolerance=0)
 
 
 def test_the_parts_of_the_stages_can_be_chosen(tmp_path):
     draw_sheets(tmp_path, list(range(1, 9)), (1, 2, 2), levels=2)
-    assert runs.save_stages(tmp_path, (1, 2, 2), parts=(0.25, 0.5)) == [2, 4]
+    assert sheets.save_stages(tmp_path, (1, 2, 2), parts=(0.25, 0.5)) == [2, 4]
     assert_rows_are_first_rows(tmp_path, [2, 4], 2, tolerance=0)
 
 
@@ -626,7 +627,7 @@ def test_the_stages_of_photographs_have_256_colours(tmp_path):
     """Whichever come nearest; the white of the lines stays white."""
     draw_sheets(tmp_path, [1, 2, 3], (3, 16, 16), levels=256)
     assert len(np.unique(pixels(tmp_path / "samples-0000001.png").reshape(-1, 3), axis=0)) > 1000
-    runs.save_stages(tmp_path, (3, 16, 16))
+    sheets.save_stages(tmp_path, (3, 16, 16))
     with Image.open(tmp_path / "stages.png") as picture:
         assert picture.mode == "P"
     assert len(np.unique(pixels(tmp_path / "stages.png").reshape(-1, 3), axis=0)) <= 256
@@ -642,7 +643,7 @@ def test_an_area_of_one_colour_stays_one_in_the_stages(tmp_path):
     images = images.repeat_interleave(4, 2).repeat_interleave(4, 3)
     picture = plotting.tile(images, columns=10, levels=256, shape=(3, 32, 32))
     plt.imsave(tmp_path / "samples-0000001.png", picture)
-    runs.save_stages(tmp_path, (3, 32, 32))
+    sheets.save_stages(tmp_path, (3, 32, 32))
     before, after = (pixels(tmp_path / name)[:33].reshape(-1, 3) for name in ("samples-0000001.png", "stages.png"))
     colours = len(np.unique(before, axis=0))
     assert colours > 256
@@ -686,8 +687,8 @@ def test_draws_in_one_bound_by_hand(trained, draws):
 def test_stages_are_those_of_the_run_and_not_of_an_earlier_one_in_the_folder(tmp_path):
     for step in (1, 2, 5, 9):
         plt.imsave(tmp_path / f"samples-{step:07d}.png", np.full((9, 91), step / 10), cmap="gray", vmin=0, vmax=1)
-    assert runs.save_stages(tmp_path, (1, 8, 8), [2, 5, 7], (0.5, 1)) == [2, 5]
-    assert runs.save_stages(tmp_path, (1, 8, 8), [3]) == []
+    assert sheets.save_stages(tmp_path, (1, 8, 8), [2, 5, 7], (0.5, 1)) == [2, 5]
+    assert sheets.save_stages(tmp_path, (1, 8, 8), [3]) == []
 
 
 def test_no_draws_in_one_bound_are_refused(trained):
@@ -727,7 +728,7 @@ def test_draws_in_one_bound_leave_the_random_state_alone_and_do_not_depend_on_it
 
 def test_the_run_on_mnist_measures_its_draws_in_one_bound(trained):
     flow, images = runs.load_flow(NAME, trained), data.digits("test")
-    assert runs.find("glow-mnist").measure(flow, images) == runs.in_one_bound(flow, images)
+    assert table.find("glow-mnist").measure(flow, images) == runs.in_one_bound(flow, images)
 
 
 # --- a conditional run ------------------------------------------------------------------------------------------------
@@ -744,7 +745,7 @@ def measure(flow: Flow, images: Images) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory) -> Iterator[Path]:
     """The folder of a few steps on halves of digits; while this module's tests run, their run is in the table."""
-    run = runs.Run(
+    run = table.Run(
         title="Conditional Glow on halves of digits",
         model=partial(cglow, (1, 4, 8), (1, 4, 8), levels=17, scales=1, steps=1, hidden=4, conditioning=4),
         data=lambda part, folder: data.digit_halves(part),
@@ -752,12 +753,12 @@ def halves(tmp_path_factory) -> Iterator[Path]:
         budget=5,
         shape=(1, 4, 8),
         held_out=40,
-        settings={"augment": data.random_view, "batch_size": 32, "warmup": 2, "ema": 0.5},
+        settings={"augment": segmentation.random_view, "batch_size": 32, "warmup": 2, "ema": 0.5},
         measure=measure,
         context_shape=(1, 4, 8),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(runs.RUNS, HALVES, run)
+        patch.setitem(table.RUNS, HALVES, run)
         out = tmp_path_factory.mktemp("runs") / "halves"
         assert main(["train", HALVES, "--steps", "40", "--draws", "2", "--out", str(out)]) == 0
         yield out
@@ -809,8 +810,8 @@ def test_figures_can_be_taken_anew(halves, tmp_path, monkeypatch, capsys):
     shutil.copytree(halves, out)
     before = json.loads((out / "run.json").read_text())
     monkeypatch.setattr(runs, "COMMIT", "later")
-    patched = replace(runs.RUNS[HALVES], measure=lambda flow, images: {"bits": runs.evaluate(flow, images, 1)})
-    monkeypatch.setitem(runs.RUNS, HALVES, patched)
+    patched = replace(table.RUNS[HALVES], measure=lambda flow, images: {"bits": runs.evaluate(flow, images, 1)})
+    monkeypatch.setitem(table.RUNS, HALVES, patched)
     assert main(["evaluate", HALVES, "--draws", "1", "--out", str(out), "--record"]) == 0
     after = json.loads((out / "run.json").read_text())
     own = runs.evaluate(runs.load_flow(HALVES, out), data.digit_halves("test"), 1)
@@ -821,7 +822,7 @@ def test_figures_can_be_taken_anew(halves, tmp_path, monkeypatch, capsys):
     assert after == before | taken
     assert json.dumps(after["measured"], indent=1) in capsys.readouterr().out
     fewer = replace(patched, data=lambda part, folder: data.digit_halves(part).select(torch.arange(20)))
-    monkeypatch.setitem(runs.RUNS, HALVES, fewer)
+    monkeypatch.setitem(table.RUNS, HALVES, fewer)
     runs.measure_again(HALVES, out)
     after = json.loads((out / "run.json").read_text())
     assert after["figure"] == after["figure_in_half_precision"]
@@ -832,7 +833,7 @@ def test_figures_can_be_taken_anew(halves, tmp_path, monkeypatch, capsys):
 
 def test_a_conditional_run_keeps_the_contexts_of_its_images(halves, monkeypatch, tmp_path):
     """In training, in evaluations held out, and in the pictures: of those held out, and in the end of those to test."""
-    fit, save_samples, given, pictured = runs.fit, runs.save_samples, [], []
+    fit, save_samples, given, pictured = runs.fit, sheets.save_samples, [], []
 
     def spy(flow: Flow, examples: torch.Tensor, *arguments, **options) -> training.History:
         given.extend([(examples, options["context"]), (options["held_out"], options["held_out_context"])])
@@ -870,32 +871,32 @@ def test_all_samples_of_a_row_have_one_context(tmp_path, n, given):
     """The first of those that are given, the second ..., and again from the first."""
     torch.manual_seed(0)
     contexts = (torch.rand(given, 1, 3, 5) > 0.5).float()
-    runs.save_samples(PixelClassifier(Shows(), (1, 3, 5), 2), (1, 3, 5), tmp_path / "a.png", n, contexts=contexts)
+    sheets.save_samples(PixelClassifier(Shows(), (1, 3, 5), 2), (1, 3, 5), tmp_path / "a.png", n, contexts=contexts)
     drawn = torch.stack([contexts[i // 10 % given] for i in range(n)]).long()
     expected = plotting.tile(drawn, columns=10, levels=2, shape=(1, 3, 5)).squeeze()
     assert np.allclose(plt.imread(tmp_path / "a.png")[..., 0], expected, atol=0.01)
 
 
 def test_sample_draws_given_the_contexts_of_the_test_images(halves, monkeypatch, tmp_path):
-    asked, load = [], runs.RUNS[HALVES].data
+    asked, load = [], table.RUNS[HALVES].data
 
     def spy(part: str, folder: Path | None) -> Images:
         asked.append((part, folder))
         return load(part, folder)
 
-    monkeypatch.setitem(runs.RUNS, HALVES, replace(runs.RUNS[HALVES], data=spy))
+    monkeypatch.setitem(table.RUNS, HALVES, replace(table.RUNS[HALVES], data=spy))
     options = ["--out", str(halves), "--data", str(tmp_path / "sets"), "--to", str(tmp_path / "a.png"), "--n", "20"]
     assert main(["sample", HALVES, *options]) == 0
     assert asked == [("test", tmp_path / "sets")]
     flow = runs.load_flow(HALVES, halves)
-    runs.save_samples(flow, (1, 4, 8), tmp_path / "b.png", 20, contexts=load("test", None).contexts)
+    sheets.save_samples(flow, (1, 4, 8), tmp_path / "b.png", 20, contexts=load("test", None).contexts)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    runs.save_samples(flow, (1, 4, 8), tmp_path / "b.png", 20, contexts=load("test", None).contexts.flip(0))
+    sheets.save_samples(flow, (1, 4, 8), tmp_path / "b.png", 20, contexts=load("test", None).contexts.flip(0))
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
 def test_sample_asks_for_no_data_where_none_are_needed(trained, monkeypatch, tmp_path):
-    monkeypatch.setitem(runs.RUNS, NAME, replace(runs.RUNS[NAME], data=lambda *_: pytest.fail("read")))
+    monkeypatch.setitem(table.RUNS, NAME, replace(table.RUNS[NAME], data=lambda *_: pytest.fail("read")))
     assert main(["sample", NAME, "--out", str(trained), "--to", str(tmp_path / "a.png")]) == 0
 
 
@@ -961,7 +962,7 @@ def test_nothing_is_compiled_unless_asked_for(compiled, tmp_path):
 @pytest.mark.parametrize("before", [True, False], ids=["compiled, then not", "not, then compiled"])
 def test_a_stopped_run_goes_on_compiled_or_not(trained, compiled, before, monkeypatch, tmp_path, capsys):
     """As the line says that it prints; with the flag at one end and without it at the other it is the same run."""
-    save_samples = runs.save_samples
+    save_samples = sheets.save_samples
 
     def stop_at_60(flow: Flow, shape: tuple[int, ...], path: Path, **options) -> None:
         save_samples(flow, shape, path, **options)

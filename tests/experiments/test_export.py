@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from nflows_lib import export, models
+from nflows_lib import models
 from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, alternating_mask
 from nflows_lib.distributions import StandardLogistic, StandardNormal
+from nflows_lib.experiments import export
 from nflows_lib.flow import Flow
 from nflows_lib.networks import MLP
 from nflows_lib.normalization import DiagonalScaling

@@ -1,0 +1,1 @@
+"""What trains for minutes and leaves a record: runs, their trainer, checkpoints, records, sheets, ablations."""

@@ -1,0 +1,72 @@
+"""Open questions put to the test: each is a few arms, run with several seeds, and a file with what came out.
+
+``make ablations`` runs them all and stores ``data/ablations/<name>.json``; the chapters plot the files. A new ablation
+is one entry in the ``ABLATIONS`` of its model's file.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from nflows_lib.experiments import archive
+from nflows_lib.experiments.ablations import glow, nice, realnvp
+from nflows_lib.experiments.ablations.experiment import Ablation
+
+ABLATIONS: dict[str, Ablation] = nice.ABLATIONS | realnvp.ABLATIONS | glow.ABLATIONS
+
+
+def path(name: str) -> Path:
+    """Where the results of an ablation are stored."""
+    return archive.ROOT / "data" / "ablations" / f"{name}.json"
+
+
+def run(name: str) -> None:
+    """Run every arm with every seed, and store what came out."""
+    ablation, made = find(name), archive.origin()
+    start = time.perf_counter()
+    results = {arm: [measure(seed) for seed in ablation.seeds] for arm, measure in ablation.arms.items()}
+    record = {
+        "ablation": name,
+        "question": ablation.question,
+        "command": f"python -m nflows_lib.ablations {name}",
+        **made,
+        "seeds": list(ablation.seeds),
+        "minutes": (time.perf_counter() - start) / 60,
+        "results": results,
+    }
+    archive.write_json(path(name), record)
+
+
+def load(name: str) -> dict[str, Any]:
+    """The stored record of an ablation.
+
+    Raises:
+        ValueError: an unknown name.
+        FileNotFoundError: it has not been run.
+    """
+    find(name)
+    return json.loads(path(name).read_text())
+
+
+def find(name: str) -> Ablation:
+    """The ablation of that name; a ValueError lists the names there are."""
+    if name not in ABLATIONS:
+        raise ValueError(f"ablation: expected one of {', '.join(ABLATIONS)}, got {name!r}")
+    return ABLATIONS[name]
+
+
+def mean_and_spread(record: dict[str, Any], measure: str) -> dict[str, tuple[float, float]]:
+    """{arm: (mean, standard deviation over seeds)} of one measure."""
+    columns = {arm: [result[measure] for result in results] for arm, results in record["results"].items()}
+    return {arm: (statistics.mean(values), statistics.stdev(values)) for arm, values in columns.items()}
+
+
+def main(names: list[str]) -> None:
+    """Run the ablations of these names, or all of them, and print each one's question first."""
+    for name in names or ABLATIONS:
+        print(f"{name}: {find(name).question}", flush=True)
+        run(name)

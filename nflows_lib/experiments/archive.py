@@ -1,0 +1,92 @@
+"""Records: what a run or an experiment leaves behind, with where and with what it was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nflows_lib import settings
+
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout
+MODEL, RECORD, SAMPLES = "model.safetensors", "run.json", "samples.png"
+
+
+def commit() -> str:
+    """The checkout's commit, with "-dirty" where files were changed since; "unknown" outside a checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def origin() -> dict[str, Any]:
+    """Where and with what a result is made: commit, versions, hardware.
+
+    A long run asks for it at its start: by the end the checkout may have moved on.
+    """
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "hardware": _hardware(settings.device(prefer_gpu=True)),
+    }
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"{threads} CPU thread" + "s" * (threads > 1)
+    return torch.cuda.get_device_name() if device.type == "cuda" else device.type
+
+
+def folder(run: str) -> Path:
+    """Where the record of a shipped run lies: ``run.json``, and beside it samples and, if it is small, the model."""
+    return ROOT / "data" / "pretrained" / run
+
+
+def work_folder(run: str) -> Path:
+    """Where a run is trained if no other folder is named: beside the data sets, ignored by git."""
+    return settings.data_folder() / "runs" / run
+
+
+def save(run: str, record: Mapping[str, Any], out: Path | None = None) -> None:
+    """Write ``run.json``: the record, and with it the run's name, its seed and its :func:`origin`."""
+    write_json((out or folder(run)) / RECORD, {"run": run, "seed": settings.seed(), **origin(), **record})
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def load(run: str) -> dict[str, Any]:
+    """The record of a shipped run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = folder(run) / RECORD
+    if not path.exists():
+        known = sorted(p.parent.name for p in path.parent.parent.glob(f"*/{RECORD}"))
+        raise ValueError(f"run: expected one of {', '.join(known) or '(no record yet)'}, got {run!r}")
+    return json.loads(path.read_text())
+
+
+def load_seeds(run: str) -> list[dict[str, Any]]:
+    """The record of a shipped run, and those of the same run with other seeds, ``run-seed-1.json`` and so on.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return [load(run), *(json.loads(path.read_text()) for path in sorted(folder(run).glob("run-seed-*.json")))]

@@ -1,0 +1,115 @@
+"""Run a chapter without Jupyter: ``python -m nflows_lib.notebook chapters/01_nice.ipynb``.
+
+For machines that have torch and matplotlib and nothing else. The code cells run in order in one namespace, what they
+print goes to the terminal, and every ``plt.show()`` writes the open figures to a folder.
+"""
+
+import argparse
+import ast
+import json
+import linecache
+import sys
+import time
+import traceback
+import types
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot is imported: there may be no screen
+import matplotlib.pyplot as plt
+
+
+class CellError(RuntimeError):
+    """A cell raised. Its message names the cell and shows the traceback with the cell's own lines."""
+
+
+def read_code_cells(path: Path) -> list[tuple[str, set[str]]]:
+    """Return (source, tags) of each code cell. ValueError when ``path`` is not a notebook in format 4."""
+    try:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a Jupyter notebook, came no JSON ({error})") from None
+    if not isinstance(notebook, dict) or notebook.get("nbformat") != 4:
+        raise ValueError(f"{path}: expected a Jupyter notebook in format 4, came something else")
+    return [
+        ("".join(cell["source"]), set(cell["metadata"].get("tags", [])))
+        for cell in notebook["cells"]
+        if cell["cell_type"] == "code"
+    ]
+
+
+def run_cell(source: str, name: str, namespace: dict[str, Any]) -> None:
+    """Execute one cell; as in Jupyter, the value of a last expression is printed unless it is None."""
+    # linecache gives tracebacks, and inspect.getsource, the cell's lines: it has no file.
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    tree = ast.parse(source, name)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, name, "exec"), namespace)
+    if isinstance(last, ast.Expr):
+        value = eval(compile(ast.Expression(last.value), name, "eval"), namespace)
+        if value is not None:
+            print(repr(value))
+
+
+def run_notebook(path: Path, out: Path) -> int:
+    """Run every code cell of the notebook at ``path``, write its figures to ``out``, return how many there were.
+
+    A cell tagged ``raises-exception`` must raise, and the run goes on; any other exception ends it as a CellError.
+    """
+    figures = 0
+
+    def show(*args: Any, **kwargs: Any) -> None:
+        nonlocal figures
+        for number in plt.get_fignums():
+            figures += 1
+            out.mkdir(parents=True, exist_ok=True)
+            file = out / f"{figures:02d}.png"
+            plt.figure(number).savefig(file, dpi=150, bbox_inches="tight")
+            print(f"[figure {file}]")
+        plt.close("all")
+
+    cells = read_code_cells(path)
+    module = types.ModuleType("__main__")  # the cells' own: a class defined in one can then be pickled
+    original_main, sys.modules["__main__"] = sys.modules["__main__"], module
+    original_show, plt.show = plt.show, show
+    try:
+        for number, (source, tags) in enumerate(cells, start=1):
+            print(f"── cell {number} of {len(cells)}", flush=True)
+            started = time.perf_counter()
+            raised = None
+            try:
+                run_cell(source, f"<{path.name}, cell {number}>", module.__dict__)
+            except Exception as error:
+                raised = error
+            show()  # Jupyter also shows what a cell leaves open
+            if raised is not None and "raises-exception" in tags:
+                print(f"{type(raised).__name__}: {raised}")
+            elif raised is not None:
+                frames = raised.__traceback__
+                while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
+                    frames = frames.tb_next  # leave out this file's own
+                report = "".join(traceback.format_exception(raised.with_traceback(frames)))
+                raise CellError(f"cell {number} of {path} failed\n{report}") from raised
+            elif "raises-exception" in tags:
+                raise CellError(f"cell {number} of {path}: expected an exception (tag raises-exception), came none")
+            print(f"── {time.perf_counter() - started:.1f} s", flush=True)
+    finally:
+        plt.show, sys.modules["__main__"] = original_show, original_main
+    return figures
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m nflows_lib.notebook", description="Run a chapter without Jupyter.")
+    parser.add_argument("notebook", type=Path)
+    parser.add_argument("--out", type=Path, help="folder for the figures (default: figures/<chapter>)")
+    options = parser.parse_args(arguments)
+    out = options.out or Path("figures") / options.notebook.stem
+    try:
+        figures = run_notebook(options.notebook, out)
+    except (CellError, OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{options.notebook}: all cells ran" + (f", {figures} figures in {out}" if figures else ""))
+    return 0

@@ -1,0 +1,323 @@
+"""Named runs: what the table's words stand for, and to train, evaluate and load a run by its name."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adam, AdamW, Optimizer
+from tqdm.auto import tqdm
+
+from nflows_lib import data, settings
+from nflows_lib.bijection import check_positive
+from nflows_lib.data import Images
+from nflows_lib.distributions import random_state_kept
+from nflows_lib.evaluation import log_likelihoods, log_mean_exp, mean_and_error
+from nflows_lib.experiments import archive, checkpoint, processes, segmentation, sheets, table, trainer
+from nflows_lib.experiments.archive import MODEL, RECORD, SAMPLES
+from nflows_lib.experiments.pixelwise import PixelClassifier, UNet
+from nflows_lib.experiments.table import Run
+from nflows_lib.flow import Flow
+from nflows_lib.models import cglow, glow, nice, realnvp
+from nflows_lib.training import History
+
+# --- what the table's words stand for ---------------------------------------------------------------------------------
+
+
+def nice_optimizer(flow: Flow, lr: float, weight_decay: float) -> Optimizer:
+    """AdamW with a rate of its own, and no decay, for the log-scales of NICE's last layer, which have far to go."""
+    scales = flow.chain[-1].log_scale
+    networks = [parameter for parameter in flow.parameters() if parameter is not scales]
+    groups = [
+        {"params": networks, "lr": lr, "weight_decay": weight_decay},
+        {"params": [scales], "lr": 1e-2, "weight_decay": 0.0},
+    ]
+    return AdamW(groups, betas=(0.9, 0.99), fused=True)
+
+
+def realnvp_optimizer(flow: Flow, lr: float) -> Optimizer:
+    """Adam; L2 of 5e-5, the paper's, on the lengths of the normalised weights and on the couplings' gains alone."""
+    groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
+    for name, parameter in flow.named_parameters():
+        groups[name.endswith(("weight.original0", "gain"))].append(parameter)
+    return Adam([{"params": groups[False]}, {"params": groups[True], "weight_decay": 5e-5}], lr=lr, fused=True)
+
+
+def adam(flow: Flow | PixelClassifier, lr: float) -> Optimizer:
+    """Adam, one rate for all parameters."""
+    return Adam(flow.parameters(), lr=lr, fused=True)
+
+
+def unet_classifier(
+    shape: tuple[int, int, int],
+    context_shape: tuple[int, int, int],
+    *,
+    levels: int,
+    hidden: int,
+    precision: torch.dtype = torch.float32,
+) -> PixelClassifier:
+    """The deterministic network beside :func:`nflows_lib.models.cglow`: a U-Net of four sizes."""
+    return PixelClassifier(UNet(context_shape[0], levels * shape[0], hidden, 4, precision), shape, levels)
+
+
+# A model's name: its constructor and its optimizer. NICE takes vectors; all others compute their networks in bfloat16.
+MODELS: dict[str, tuple[Callable[..., Any], Callable[..., Optimizer]]] = {
+    "nice": (lambda shape, **size: nice(math.prod(shape), **size), nice_optimizer),
+    "realnvp": (partial(realnvp, precision=torch.bfloat16), realnvp_optimizer),
+    "glow": (partial(glow, precision=torch.bfloat16), adam),
+    "cglow": (partial(cglow, precision=torch.bfloat16), adam),
+    "unet": (partial(unet_classifier, precision=torch.bfloat16), adam),
+}
+
+# A data set's name: called with the part, the folder (None: the usual one) and the size to resize to.
+DATA: dict[str, Callable[[str, Path | None, int], Images]] = {
+    "digits": lambda part, folder, size: data.digits(part),
+    "mnist": lambda part, folder, size: data.mnist(part, folder),
+    "cifar10": lambda part, folder, size: data.cifar10(part, folder),
+    "svhn": lambda part, folder, size: data.svhn(part, folder),
+    "celeba": lambda part, folder, size: data.celeba(part, folder, size=size),
+    "flowers102": lambda part, folder, size: shuffled(data.flowers102(part, folder, size=size)),
+    "flowers5": lambda part, folder, size: shuffled(
+        data.image_folder((folder or settings.data_folder()) / "flowers5", size, part)
+    ),
+    "horses": lambda part, folder, size: shuffled(segmentation.horses(part, folder, size=size)),
+}
+
+AUGMENTATIONS = {augment.__name__: augment for augment in (data.random_flip, segmentation.random_view)}
+
+METRICS: dict[str, Callable[[Flow, Images], dict[str, Any]]] = {
+    "one bound": lambda flow, images: in_one_bound(flow, images),
+    "segmentation": segmentation.metrics,
+}
+
+
+def build(run: Run) -> Flow | PixelClassifier:
+    """A run's model, not trained yet."""
+    constructor, _ = MODELS[run.model]
+    shapes = [run.shape] if run.context_shape is None else [run.shape, run.context_shape]
+    return constructor(*shapes, **run.size)
+
+
+def optimizer_of(run: Run, flow: Flow | PixelClassifier) -> Optimizer:
+    """The optimizer that trains a run's model."""
+    _, constructor = MODELS[run.model]
+    return constructor(flow, **run.rates)
+
+
+def images_of(run: Run, part: str, folder: Path | None = None) -> Images:
+    """A run's images, "train" or "test"; folder: where the data sets lie, None for the usual place."""
+    return DATA[run.data](part, folder, run.shape[1])
+
+
+def shuffled(images: Images) -> Images:
+    """In a fixed random order: what a run holds out, the first ones, must not all be of one class."""
+    return images.select(torch.randperm(len(images.images), generator=torch.Generator().manual_seed(0)))
+
+
+# --- training, evaluating, loading ------------------------------------------------------------------------------------
+
+
+def train(
+    name: str,
+    out: Path | None = None,
+    *,
+    data_folder: Path | None = None,
+    steps: int | None = None,
+    budget: float | None = None,
+    draws: int = 10,
+    save_every: float = 60.0,
+    resume: bool = False,
+    compiled: bool = False,
+) -> Flow:
+    """Train a named run on the GPU, if there is one, and return the flow, on its device. Several processes share it.
+
+    The folder ``out`` (by default ``runs/<name>`` beside the data sets) gets checkpoints and samples as it goes, and at
+    the end the model, samples and ``run.json``: command, commit, versions, hardware, seed, settings, curve, result.
+
+    Args:
+        name: a key of :data:`nflows_lib.experiments.table.RUNS`.
+        out: the folder.
+        data_folder: where the data sets lie.
+        steps: number of updates; None: as many as the budget allows.
+        budget: seconds for the whole run; None: that of the checkpoint that is resumed, else the table's.
+        draws: draws of the noise that the final result averages over.
+        save_every: seconds between checkpoints.
+        resume: go on from the folder's checkpoint, if there is one.
+        compiled: let torch.compile make one graph of the flow: about a minute at first, then faster steps.
+
+    Raises:
+        ValueError: an unknown run, a folder with a checkpoint and no resume, draws below 1, or compiled under torchrun;
+            and what :func:`nflows_lib.experiments.trainer.train` raises.
+    """
+    run = table.find(name)
+    check_positive(draws=draws)
+    if compiled and processes.torchrun():
+        raise ValueError("compiled: expected False under torchrun, where it is untried, got True")
+    out = out or archive.work_folder(name)
+    made = archive.origin()
+    if steps is None and budget is None:
+        earlier = trainer.read_checkpoint(out) if resume else None
+        asked = earlier["asked"] if earlier else {"steps": None, "budget": run.budget}
+        steps, budget = asked["steps"], asked["budget"]
+    torch.manual_seed(settings.seed())
+
+    def report(judged: Flow, history: History) -> None:
+        step, loss, error = history.held_out[-1]
+        bits = 1 / (judged.dims * math.log(2))
+        recent = history.loss[-100:]
+        tqdm.write(
+            f"step {step:,}: training {sum(recent) / len(recent) * bits:.4f}, "
+            f"held out {loss * bits:.4f} ± {error * bits:.4f} bits/dim"
+        )
+        sheets.save_samples(judged, run.shape, out / f"samples-{step:07d}.png", contexts=contexts)
+
+    with processes.process_group() as device:
+        flow = build(run).to(device)
+        images = images_of(run, "train", data_folder)
+        examples = images.images.reshape(-1, *flow.shape).to(device)  # drawn, flipped and dequantized there
+        contexts = None if images.contexts is None else images.contexts.to(device)
+        options = dict(run.training)
+        if compiled:
+            flow.compile()  # in place: names of parameters stay as they are
+        history = trainer.train(
+            flow,
+            examples[run.held_out :],
+            steps,
+            folder=out,
+            budget=budget,
+            context=None if contexts is None else contexts[run.held_out :],
+            augment=AUGMENTATIONS.get(options.pop("augment", None)),
+            optimizer=optimizer_of(run, flow),
+            held_out=examples[: run.held_out],
+            held_out_context=None if contexts is None else contexts[: run.held_out],
+            evaluations=20,
+            on_evaluation=report,
+            save_every=save_every,
+            resume=resume,
+            **options,
+        )
+    if processes.rank() > 0:
+        return flow
+    facts = trainer.read_checkpoint(out)
+    count = facts["settings"]["processes"]
+    test = images_of(run, "test", data_folder)
+    result = evaluate(flow, test, draws)
+    halved = build(run).to(device)
+    checkpoint.load_into(halved, checkpoint.halve(flow.state_dict()), MODEL)
+    record = made | {
+        "title": run.title,
+        # What decides the result, not where its files lay.
+        "command": f"{processes.launcher()} -m nflows_lib train {name} "
+        + (f"--steps {steps}" if steps else f"--budget {budget:g}s")
+        + (" --compile" if compiled else ""),
+        "hardware": (f"{count} × " if count > 1 else "") + made["hardware"],
+        "parameters": sum(parameter.numel() for parameter in flow.parameters()),
+        "steps": len(history.grad_norm),
+        "minutes": facts["seconds"] / 60,
+        "settings": facts["settings"],
+        "figure": result,
+        "figure_in_half_precision": evaluate(halved, test, draws),
+        "curve": _curve(flow, history),
+    }
+    if facts["schedule"]["warmup"] != facts["settings"]["warmup"]:
+        record["warmup_shortened_to"] = facts["schedule"]["warmup"]
+    if run.metrics is not None:
+        record["measured"] = METRICS[run.metrics](flow, test)
+    checkpoint.save(out / MODEL, checkpoint.halve(flow.state_dict()), {"run": name})
+    sheets.save_samples(flow, run.shape, out / SAMPLES, contexts=test.contexts)
+    record["stages"] = sheets.save_stages(out, run.shape, [step for step, *_ in history.held_out])
+    archive.save(name, record, out)
+    return flow
+
+
+def measure_again(name: str, out: Path, data_folder: Path | None = None) -> dict[str, Any]:
+    """Take a run's results on the test images again, of the model in its folder, and put them into its ``run.json``.
+
+    For when a run has learned to measure more, or the test images have changed. The model is in half precision, so the
+    whole one's result stays where the images are as many as before; ``measured_at`` says at which commit it was done.
+
+    Raises:
+        ValueError: an unknown run, or one without further metrics.
+    """
+    run = table.find(name)
+    if run.metrics is None:
+        raise ValueError(f"run: expected one with further metrics, got {name}")
+    record = json.loads((out / RECORD).read_text())
+    flow, test = load_flow(name, out), images_of(run, "test", data_folder)
+    result = evaluate(flow, test, record["figure"]["draws"])
+    record["figure_in_half_precision"] = result
+    if record["figure"]["images"] != result["images"]:  # the test images are others: the whole model's is past
+        record["figure"] = result
+    record |= {"measured": METRICS[run.metrics](flow, test), "measured_at": archive.commit()}
+    archive.write_json(out / RECORD, record)
+    return record["measured"]
+
+
+def evaluate(flow: Flow, images: Images, draws: int = 10) -> dict[str, float]:
+    """Bits/dim on images: mean, standard error over images, how many, and draws of the noise that each averages over.
+
+    ``nats`` is the mean of log p(u), u in [0, 1), which papers on NICE quote.
+    """
+    with random_state_kept(next(flow.parameters(), images.images).device):
+        torch.manual_seed(settings.seed(1))
+        log_p = log_likelihoods(flow, images.images.reshape(-1, *flow.shape), images.contexts, draws)
+    mean, error = mean_and_error(-log_p / (flow.dims * math.log(2)))
+    nats = log_p.mean().item() + flow.dims * math.log(images.levels)
+    return {"bits_per_dim": mean, "error": error, "images": len(log_p), "draws": draws, "nats": nats}
+
+
+def in_one_bound(flow: Flow, images: Images, draws: int = 8) -> dict[str, Any]:
+    """Bits/dim on images with the draws of the noise in one bound, log of the mean of p: tighter than their average.
+
+    For comparisons with results that were taken so (importance sampling; Burda et al. 2016).
+
+    Raises:
+        ValueError: draws is below 1.
+    """
+    check_positive(draws=draws)
+    log_p = []
+    with random_state_kept(next(flow.parameters(), images.images).device):
+        for i in range(draws):
+            torch.manual_seed(settings.seed(100 + i))
+            log_p.append(log_likelihoods(flow, images.images.reshape(-1, *flow.shape), images.contexts))
+    mean, error = mean_and_error(-log_mean_exp(torch.stack(log_p)) / (flow.dims * math.log(2)))
+    return {"draws_in_one_bound": draws, "bits_per_dim": mean, "error": error}
+
+
+def load_flow(name: str, source: Path | None = None) -> Flow:
+    """The trained flow of a run, on the CPU, in evaluation mode: from ``source``, else the one that is shipped.
+
+    A folder of a run that has not ended yet gives the model of its last checkpoint.
+
+    Raises:
+        ValueError: an unknown run, or a file of another model.
+        FileNotFoundError: the folder holds no model.
+    """
+    flow = build(table.find(name))
+    source = source or archive.folder(name)
+    if (source / MODEL).exists():
+        tensors, _ = checkpoint.load(source / MODEL)
+    else:
+        tensors = trainer.read_model(source)
+        if tensors is None:
+            raise FileNotFoundError(f"no {MODEL} and no checkpoint of {name} in {source}")
+    checkpoint.load_into(flow, tensors, name)
+    return flow.eval()
+
+
+def _curve(flow: Flow, history: History, points: int = 100) -> dict[str, list[Any]]:
+    """At most so many means of the training loss, and the held-out losses, all in bits/dim, rounded for the file."""
+    bits = 1 / (flow.dims * math.log(2))
+    width = -(-len(history.loss) // points)
+    blocks: tuple[Tensor, ...] = torch.tensor(history.loss).split(width)
+    return {
+        "step": [min((i + 1) * width, len(history.loss)) for i in range(len(blocks))],
+        "training": [round(block.mean().item() * bits, 5) for block in blocks],
+        "held_out": [[step, round(loss * bits, 5), round(error * bits, 5)] for step, loss, error in history.held_out],
+    }

@@ -1,0 +1,107 @@
+"""Sheets of pictures: samples of a run, the stages of its training, the frames of a flow's way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, Rectangle
+from PIL import Image
+from torch import Tensor
+
+from nflows_lib import plotting, settings
+from nflows_lib.distributions import random_state_kept
+from nflows_lib.flow import Flow
+
+STAGES = "stages.png"
+
+
+def save_samples(
+    flow: Flow,
+    shape: tuple[int, int, int],
+    path: Path,
+    n: int = 60,
+    temperature: float = 1.0,
+    contexts: Tensor | None = None,
+) -> None:
+    """Draw n samples, ten in a row, into a PNG: from the same latents every time, so that pictures can be compared.
+
+    Where the flow is conditional, all of a row have the same context: the first of those that are given, the second ...
+    """
+    if contexts is not None:
+        rows = torch.arange(n, device=contexts.device) // 10 % len(contexts)
+        contexts = contexts[rows].to(next(flow.parameters()).device)
+    with random_state_kept(next(flow.parameters()).device):
+        torch.manual_seed(settings.seed(2))
+        drawn = flow.sample(n, temperature, contexts).cpu()
+    picture = plotting.tile(drawn, columns=10, levels=flow.levels, shape=shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plt.imsave(path, picture.squeeze(), cmap="gray", vmin=0, vmax=1)
+
+
+def save_stages(
+    out: Path,
+    shape: tuple[int, int, int],
+    steps: Collection[int] | None = None,
+    parts: tuple[float, ...] = (0.05, 0.15, 0.4, 1),
+) -> list[int]:
+    """One sheet of how the samples came to be: for each part of the evaluations the first row of its samples.
+
+    All rows are from the same latents. Into ``stages.png``, in 256 colours; the steps at which they were drawn. In a
+    folder without such samples there are none, and no file. ``steps``: those of the evaluations; None: all that the
+    folder has.
+    """
+    drawn = {int(path.stem.removeprefix("samples-")): path for path in sorted(out.glob("samples-*.png"))}
+    drawn = [path for step, path in drawn.items() if steps is None or step in steps]
+    if not drawn:
+        return []
+    chosen = list(dict.fromkeys(drawn[math.ceil(part * len(drawn)) - 1] for part in parts))
+    sheets = [np.asarray(Image.open(path).convert("RGB")) for path in chosen]
+    height = shape[1] + 1  # with the white line above it
+    sheet = np.concatenate([sheet[:height] for sheet in sheets] + [sheets[0][:1]])
+    Image.fromarray(sheet).quantize(256).save(out / STAGES, optimize=True)
+    return [int(path.stem.removeprefix("samples-")) for path in chosen]
+
+
+@torch.no_grad()
+def filmstrip(
+    figure: Figure, flow: Flow, points: Tensor, *, columns: int = 4, between: int = 1, extent: float = 3.5
+) -> int:
+    """The warp of :func:`nflows_lib.plotting.warp` as a sheet of equal frames, in reading order.
+
+    The first frame is the data, then comes the way through each layer. Between one layer's output and the next, points
+    and grid go straight, in ``between`` steps. The last frame has the latents alone, and circles around the origin at
+    1, 2 and 3. In a cell tagged ``frames-4x3`` (columns x rows) the page turns the sheet into one frame with a slider.
+    Returns the number of frames. The figure's size should be that of columns x rows squares.
+    """
+    mesh = plotting.mesh_lines(extent, 13, 80).to(points.device)
+    hue, frames = points[:, 0].cpu(), [("data", points, mesh)]
+    for i, layer in enumerate(flow.chain):
+        moved = layer(points)[0], layer(mesh.flatten(0, 1))[0].unflatten(0, mesh.shape[:2])
+        for part in torch.linspace(0, 1, between + 1)[1:].tolist():
+            frames.append((f"layer {i + 1}", torch.lerp(points, moved[0], part), torch.lerp(mesh, moved[1], part)))
+        points, mesh = moved
+    frames.append(("latent $z$", points, mesh[:0]))
+    height = -(-len(frames) // columns)
+    figure.set_layout_engine("none")
+    figure.add_axes((0, 0, 1, 1)).set_axis_off()  # so that a figure cut to its content keeps its size
+    figure.axes[0].add_patch(Rectangle((0, 0), 1, 1, color="white"))
+    for i, (title, dots, lines) in enumerate(frames):
+        box = (i % columns / columns, 1 - (i // columns + 1) / height, 1 / columns, 1 / height)
+        ax = figure.add_axes(box, xlim=(-extent, extent), ylim=(-extent, extent))
+        ax.set_axis_off()
+        # Lines without half tones: a sheet then takes half the space.
+        thin = {"colors": "0.8", "linewidths": 0.4, "antialiaseds": False, "zorder": 1}
+        ax.add_collection(LineCollection(lines.cpu().numpy(), **thin))
+        ax.scatter(*dots.cpu().T, s=2, c=hue, cmap="coolwarm", linewidths=0, zorder=2)
+        ax.text(0.04, 0.96, title, transform=ax.transAxes, va="top", fontsize="small")
+        if i == len(frames) - 1:
+            for radius in (1, 2, 3):
+                ax.add_patch(Circle((0, 0), radius, fill=False, linewidth=0.8, zorder=3))
+    return len(frames)

@@ -1,0 +1,527 @@
+"""Training that outlives a kill: :func:`train`, around the same update step as :func:`nflows_lib.training.fit`."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import statistics
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from nflows_lib.distributions import random_state_kept
+from nflows_lib.evaluation import log_likelihoods, mean_and_error
+from nflows_lib.experiments import checkpoint, processes
+from nflows_lib.flow import Flow, check_data
+from nflows_lib.training import (
+    Augment,
+    Average,
+    History,
+    Shuffle,
+    check_held_out,
+    check_options,
+    check_steps,
+    is_due,
+    keep_freed_memory,
+    progress_bar,
+    rate_factor,
+    show,
+    take,
+    update,
+)
+
+CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+LOCK = ".training.lock"
+RANDOM_STATES = "random_states", "cuda_random_states"  # names in a checkpoint: of the CPU, of the GPU
+PROBE = 25  # steps of a run with a time budget that are timed before their number is fixed
+SLACK = 0.05  # share of the budget kept for evaluations and for writing checkpoints
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop. It finished its step and saved; ``resume=True`` goes on from there."""
+
+
+@dataclass
+class Schedule:
+    """How far a run has come, from 0 to 1, and the learning rate that goes with it.
+
+    From step ``start``, where the progress was ``reached``, it grows evenly to 1 at step ``total``. Before the total is
+    known (None) it stays where it is.
+    """
+
+    warmup: int
+    cosine: bool
+    start: int = 0
+    reached: float = 0.0
+    total: int | None = None
+
+    def plan(self, step: int, total: int | None) -> None:
+        """From this step on, arrive at the end in the given total number of steps, or wait for that number.
+
+        A warm-up that is longer than the whole run would keep the learning rate from ever reaching its full value: it
+        is shortened to half of the run.
+        """
+        self.start, self.reached, self.total = step, self.progress(step), total
+        if total is not None and self.warmup > total:
+            self.warmup = total // 2
+
+    def progress(self, step: int) -> float:
+        """How far the run is before that step, from 0 to 1."""
+        if self.total is None or step <= self.start:
+            return self.reached
+        return self.reached + (1 - self.reached) * (step - self.start) / (self.total - self.start)
+
+    def factor(self, step: int) -> float:
+        """What the learning rates are multiplied by in that step."""
+        return rate_factor(step, self.progress(step), self.warmup, self.cosine)
+
+
+def train(
+    flow: Flow,
+    data: Tensor,
+    steps: int | None = None,
+    *,
+    folder: Path,
+    budget: float | None = None,
+    context: Tensor | None = None,
+    augment: Augment | None = None,
+    batch_size: int = 256,
+    lr: float = 1e-3,
+    optimizer: Optimizer | None = None,
+    clip: float | None = None,
+    warmup: int = 0,
+    cosine: bool = False,
+    ema: float | None = None,
+    held_out: Tensor | None = None,
+    held_out_context: Tensor | None = None,
+    evaluations: int = 1,
+    draws: int = 1,
+    on_evaluation: Callable[[Flow, History], None] | None = None,
+    save_every: float = 60.0,
+    resume: bool = False,
+) -> History:
+    """Train a flow as :func:`nflows_lib.training.fit` does, with checkpoints in a folder.
+
+    The run outlives a kill: called again with the same arguments and ``resume=True``, it goes on from its last
+    checkpoint and takes the very steps that it would have taken (on a CPU to the bit). An interrupt (Ctrl-C, or
+    SIGTERM) lets it finish its step and save. The folder is locked as long as a training runs in it.
+
+    Under torchrun (:mod:`~nflows_lib.experiments.processes`) every process calls it alike, with the same data and the
+    same random state, and takes its share of each batch. Each initialises the flow on the whole first batch; rank 0
+    draws the shuffle, evaluates and writes; noise and augmentation of the steps are drawn by each process for its own
+    share, from a seed of its own. All end with the same parameters.
+
+    Args:
+        flow, data, context, augment, lr, optimizer, clip, cosine, ema, held_out, held_out_context, evaluations, draws:
+            as of :func:`nflows_lib.training.fit`. A resumed run checks the name of ``augment``, and the data by a
+            checksum.
+        steps: number of updates.
+        folder: where checkpoints go; made if it is missing.
+        budget: instead of steps, the seconds that the whole run may take; the first steps are timed, then the number
+            of steps is fixed. A run whose later steps are slower would overrun: an evaluation that sees this coming
+            makes the number smaller. A resumed run keeps the number unless it is given another budget: then the rest
+            of the schedule is fitted to the rest of the time.
+        batch_size: examples for each update, those of all processes together.
+        warmup: as of ``fit``; a budget that is shorter than the warm-up shortens it to half of the run.
+        on_evaluation: called after each evaluation with the flow that was judged and the history so far, on rank 0.
+        save_every: seconds between two checkpoints.
+        resume: go on from the folder's checkpoint; without one, start.
+
+    Raises:
+        ValueError: an argument is out of its range, data are not the flow's, the folder cannot be written to, another
+            training runs in it, or it holds a checkpoint and resume is False.
+        checkpoint.CheckpointError: a checkpoint cannot be written or read, or is another model's or another run's.
+        NonFiniteLoss: the loss or the norm of its gradient is NaN or infinite. Its history ends there.
+        Interrupted: the run was asked to stop, and has saved.
+    """
+    optimizer = optimizer or torch.optim.Adam(flow.parameters(), lr=lr, fused=True)
+    check_data(flow, data, context, ("data", "context"))
+    check_held_out(flow, held_out, held_out_context, evaluations, draws)
+    check_options(flow, optimizer, len(data), batch_size, clip, ema)
+    _check_length(steps, budget, warmup)
+    count = processes.world_size()
+    if batch_size % count:
+        raise ValueError(f"batch_size: expected a multiple of the {count} processes, got {batch_size}")
+    keep_freed_memory()
+    with _locked(folder), _stop_requested() as stop:
+        schedule = Schedule(warmup, cosine)
+        trainer = _Trainer(flow, data, context, augment, batch_size, optimizer, clip, ema, schedule, folder)
+        latest = processes.broadcast(_latest(folder))
+        if latest is None:
+            trainer.start()
+        elif resume:
+            trainer.load(latest)
+        else:
+            raise ValueError(
+                f"folder: expected one without a checkpoint, or resume=True, got {folder}, which holds one"
+            )
+        trainer.plan(steps, budget)
+        saved = time.monotonic()
+        with progress_bar(trainer.schedule.total, batch_size, trainer.step, processes.rank() == 0) as bar:
+            while trainer.step != trainer.schedule.total:
+                trainer.take_step()
+                if trainer.schedule.total is None and trainer.step == PROBE:
+                    trainer.plan(steps, budget)
+                before, now = (trainer.schedule.progress(step) for step in (trainer.step - 1, trainer.step))
+                if held_out is not None and is_due(evaluations, before, now):
+                    trainer.evaluate(held_out, held_out_context, draws, on_evaluation)
+                    if budget is not None:
+                        trainer.hurry(budget)
+                bar.total = trainer.schedule.total
+                show(bar, flow, trainer.history)
+                finished = trainer.step == trainer.schedule.total
+                # A request that comes after this line is seen in the next step.
+                stopping, due = processes.any_of(bool(stop), time.monotonic() - saved > save_every)
+                if finished or stopping or due:
+                    trainer.save()
+                    saved = time.monotonic()
+                if stopping and not finished:
+                    total = trainer.schedule.total or "a number yet unknown"
+                    raise Interrupted(f"stopped after step {trainer.step:,} of {total}")
+    if trainer.average is not None:
+        flow.load_state_dict(trainer.judged().state_dict())
+    flow.eval()
+    return trainer.history
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The facts of a folder's last checkpoint (steps taken, seconds trained, settings); None where there is none."""
+    path = _latest(folder)
+    return None if path is None else checkpoint.load_facts(path)
+
+
+def read_model(folder: Path) -> dict[str, Tensor] | None:
+    """The state dict of the model in a folder's last checkpoint, averaged if the run averages; None without one."""
+    path = _latest(folder)
+    if path is None:
+        return None
+    tensors, _ = checkpoint.load(path)
+    return _under("average.module.", tensors) or _under("flow.", tensors)
+
+
+@dataclass
+class _Trainer:
+    """All that a run needs in order to go on: parameters, optimizer, average, schedule, shuffle, random state."""
+
+    flow: Flow
+    data: Tensor
+    context: Tensor | None
+    augment: Augment | None
+    batch_size: int
+    optimizer: Optimizer
+    clip: float | None
+    ema: float | None
+    schedule: Schedule
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.device = next(self.flow.parameters()).device
+        self.replica: nn.Module = self.flow  # what an update calls: with several processes it averages their gradients
+        self.shuffle = Shuffle(self.batch_size, self._permutation)
+        self.history = History()
+        self.average: Average | None = None
+        self.first: tuple[Tensor, Tensor | None] | None = None  # the batch of the first step, drawn before that step
+        self.settings = self._settings()
+        self.asked: dict[str, float | None] = {}  # steps or budget, as the caller gave them
+        self.durations: list[float] = []  # of this process's first steps, in seconds
+        self.planned = 0, 0.0  # steps and seconds of the run when it was planned last
+        self.seconds = 0.0  # trained so far, before this process
+        self.started = time.monotonic()
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return len(self.history.grad_norm)
+
+    def start(self) -> None:
+        """Initialise the flow on the whole first batch, in every process alike; then let their random states differ."""
+        index = self.shuffle.next()
+        self.flow.train()
+        self._replicate()
+        self._set_random_states(processes.broadcast(self._random_states()))
+        self.first = take(index, self.data, self.context, self.augment, self.device)
+        self.flow.initialize(*self.first)
+        self._make_average()
+        if processes.rank() > 0:
+            torch.manual_seed(torch.initial_seed() + 1_000_003 * processes.rank())
+        if processes.world_size() > 1:
+            self.first = self._batch(index)
+
+    def plan(self, steps: int | None, budget: float | None) -> None:
+        """Fix the number of steps, if it is given or can be told by now, and unless that has been done."""
+        asked = {"steps": steps, "budget": budget}
+        if self.schedule.total is not None and asked == self.asked:
+            return
+        self.asked = asked
+        if steps is not None:
+            total = steps
+        elif self.step < PROBE:
+            self.schedule.plan(self.step, None)
+            return
+        else:
+            timed = self.durations[5:] or self.durations  # the first steps are slow
+            pace = statistics.median(timed) if timed else self._elapsed() / self.step
+            total = processes.broadcast(self.step + int((budget * (1 - SLACK) - self._elapsed()) / pace))
+        if self.schedule.total is not None and self.step == self.schedule.total:
+            raise ValueError(f"resume: expected an unfinished run, got one that has taken its {self.step:,} steps")
+        if total <= self.step:
+            raise ValueError(f"{'steps' if steps else 'budget'}: expected more than the {self.step:,} steps taken")
+        self._plan(total)
+
+    def hurry(self, budget: float) -> None:
+        """Plan fewer steps, if at the pace since the last plan the rest would not fit into the budget."""
+        (step, seconds), total = self.planned, self.schedule.total
+        if self.step not in (step, total):
+            pace = (self._elapsed() - seconds) / (self.step - step)
+            fits = processes.broadcast(self.step + max(1, int((budget - self._elapsed()) / pace)))
+            if fits < total:
+                self._plan(fits)
+
+    def _plan(self, total: int) -> None:
+        self.schedule.plan(self.step, total)
+        self.planned = self.step, self._elapsed()
+
+    def take_step(self) -> None:
+        """The next batch, and the update with it."""
+        began = time.monotonic()
+        batch, self.first = self.first or self._batch(self.shuffle.next()), None
+        options = {"factor": self.schedule.factor(self.step), "clip": self.clip, "average": self.average}
+        update(self.replica, self.optimizer, self.history, *batch, **options)
+        if len(self.durations) < PROBE:
+            self.durations.append(time.monotonic() - began)
+
+    def evaluate(
+        self,
+        held_out: Tensor,
+        context: Tensor | None,
+        draws: int,
+        on_evaluation: Callable[[Flow, History], None] | None,
+    ) -> None:
+        """Judge the flow on held-out data, on rank 0, and let all ranks know the loss."""
+        judged, leads = self.judged(), processes.rank() == 0
+        found = mean_and_error(-log_likelihoods(judged, held_out, context, draws)) if leads else None
+        self.history.held_out.append((self.step, *processes.broadcast(found)))
+        if on_evaluation is not None and leads:
+            training = judged.training
+            judged.eval()
+            with random_state_kept(self.device):
+                on_evaluation(judged, self.history)
+            judged.train(training)
+
+    def judged(self) -> nn.Module:
+        """What is evaluated, and what the flow holds in the end: the average, if there is one, or the flow."""
+        return self.flow if self.average is None else self.average.flow()
+
+    def save(self) -> None:
+        """Write everything to the folder's checkpoint, on rank 0."""
+        random_states = processes.all_gather(self._random_states())
+        if processes.rank() > 0:
+            return
+        tensors = {f"flow.{name}": tensor for name, tensor in self.flow.state_dict().items()}
+        if self.average is not None:
+            averaged = self.average.flow().state_dict()
+            tensors |= {f"average.module.{name}": tensor for name, tensor in averaged.items()}
+            tensors["average.n_averaged"] = torch.tensor(self.average.updates)
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        tensors["run.order"] = self.shuffle.order
+        for name, states in zip(RANDOM_STATES, zip(*random_states, strict=True), strict=False):
+            tensors[f"run.{name}"] = torch.stack(states)
+        for name, values in asdict(self.history).items():
+            tensors[f"history.{name}"] = torch.tensor(values, dtype=torch.float64)
+        facts = {
+            "step": self.step,
+            "position": self.shuffle.position,
+            "seconds": self._elapsed(),
+            "asked": self.asked,
+            "schedule": asdict(self.schedule),
+            "settings": self.settings,
+        }
+        checkpoint.save(self.folder / CHECKPOINT, tensors, facts, previous=self.folder / PREVIOUS)
+
+    def load(self, path: Path) -> None:
+        """Take everything from a checkpoint, if it is this run's.
+
+        Raises:
+            checkpoint.CheckpointError: it cannot be read, or is another model's or another run's.
+        """
+        try:
+            tensors, facts = checkpoint.load(path)
+        except checkpoint.CheckpointError as error:
+            if path.with_name(PREVIOUS).exists() and path.name != PREVIOUS:
+                raise checkpoint.CheckpointError(
+                    f"{error}; the one before it is kept: remove {path.name} to go on from {PREVIOUS}"
+                ) from error
+            raise
+        # Names and shapes first: of another model's checkpoint the settings tell little.
+        checkpoint.load_into(self.flow, _under("flow.", tensors), path.name)
+        # What checkpoints of earlier versions lack: one process trained, and nothing is known of its data.
+        theirs = {"processes": 1, "checksum": self.settings["checksum"]} | facts["settings"]
+        for name, ours in self.settings.items():
+            if ours != theirs.get(name):
+                raise checkpoint.CheckpointError(
+                    f"{path.name}: another run's: expected {name} {ours}, got {theirs.get(name)}"
+                )
+        self._make_average()
+        if self.average is not None:
+            checkpoint.load_into(self.average.averaged, _under("average.module.", tensors), path.name)
+            self.average.updates = int(tensors["average.n_averaged"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _under("optimizer.", tensors).items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.flow.train()
+        self.shuffle.order, self.shuffle.position = tensors["run.order"].to(self.data.device), facts["position"]
+        self.seconds, self.asked = facts["seconds"], facts["asked"]
+        self.schedule = Schedule(**facts["schedule"])
+        history = _under("history.", tensors)
+        self.history = History(
+            history["loss"].tolist(),
+            history["grad_norm"].tolist(),
+            [(int(step), loss, error) for step, loss, error in history["held_out"].tolist()],
+        )
+        rank, saved = processes.rank(), (f"run.{name}" for name in RANDOM_STATES)
+        # Copies, not views: the generator reads from the start of the storage.
+        self._set_random_states([tensors[name][rank].clone() for name in saved if name in tensors])
+        self._replicate()
+
+    def _random_states(self) -> list[Tensor]:
+        """Those of the CPU and, if the flow is on a GPU, of the GPU."""
+        states = [torch.get_rng_state()]
+        if self.device.type != "cpu":
+            states.append(torch.get_device_module(self.device).get_rng_state(self.device))
+        return states
+
+    def _set_random_states(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).set_rng_state(states[1], self.device)
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self.started
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed, as JSON gives it back."""
+        groups = [{name: v for name, v in group.items() if name != "params"} for group in self.optimizer.param_groups]
+        found = {
+            "examples": len(self.data),
+            "batch_size": self.batch_size,
+            "processes": processes.world_size(),
+            "augment": self.augment and getattr(self.augment, "__name__", type(self.augment).__name__),
+            "clip": self.clip,
+            "warmup": self.schedule.warmup,
+            "cosine": self.schedule.cosine,
+            "ema": self.ema,
+            "optimizer": [type(self.optimizer).__name__, groups],
+            "checksum": _checksum(self.data, self.context),
+        }
+        return json.loads(json.dumps(found))
+
+    def _make_average(self) -> None:
+        if self.ema is not None:
+            self.average = Average(self.flow, self.ema)
+
+    def _replicate(self) -> None:
+        if processes.world_size() > 1:
+            self.replica = DistributedDataParallel(self.flow)  # which gives all of them what rank 0 holds
+
+    def _permutation(self) -> Tensor:
+        """A permutation of the examples, the same in every process, on the data's device."""
+        return processes.broadcast(torch.randperm(len(self.data))).to(self.data.device)
+
+    def _batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        return take(processes.shard(index), self.data, self.context, self.augment, self.device)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other trainings out of the folder, on rank 0 for all.
+
+    Raises:
+        ValueError: the folder cannot be made or written to, or another training runs in it.
+    """
+    if processes.rank() > 0:
+        yield
+        return
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"folder: expected one in which no other training runs, got {folder}") from error
+    except OSError as error:
+        raise ValueError(
+            f"folder: expected one that can be written to, got {folder}: {error.strerror or error}"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _stop_requested() -> Iterator[list[int]]:
+    """A list that is empty until the process is asked to stop (Ctrl-C, SIGTERM). Asked again, it stops at once.
+
+    Not so under torchrun, which asks again by itself, and ends after 30 seconds what has not stopped by then.
+    """
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # other threads cannot set handlers
+        yield noted
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: object) -> None:
+        noted.append(number)
+        if not processes.torchrun():
+            signal.signal(number, before[number])
+
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_length(steps: int | None, budget: float | None, warmup: int) -> None:
+    if (steps is None) == (budget is None):
+        raise ValueError(f"steps, budget: expected one of them, got {steps} and {budget}")
+    if steps is not None:
+        check_steps(steps, warmup)
+    elif not 0 < budget < math.inf:
+        raise ValueError(f"budget: expected seconds above 0, got {budget}")
+    elif warmup < 0:
+        raise ValueError(f"warmup: expected at least 0, got {warmup}")
+
+
+def _checksum(*tensors: Tensor | None) -> int:
+    """CRC-32 of the tensors' numbers."""
+    found = 0
+    for tensor in tensors:
+        if tensor is not None:
+            found = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data, found)
+    return found
+
+
+def _latest(folder: Path) -> Path | None:
+    """The folder's checkpoint. Killed between two renames, a run leaves the one before as the only one."""
+    return next((path for path in (folder / CHECKPOINT, folder / PREVIOUS) if path.exists()), None)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
