@@ -1,4 +1,4 @@
-"""The doctor names the cause of every broken variant of the course, and finds nothing wrong with the mended ones.
+"""The doctor names the cause of every broken variant of the course, and finds nothing wrong with the fixed ones.
 
 The broken layers are those of the chapters, taken out of the notebooks.
 """
@@ -9,8 +9,10 @@ import ast
 import contextlib
 import copy
 import functools
+import importlib
 import json
 import math
+import pkgutil
 import re
 import subprocess
 import sys
@@ -26,12 +28,13 @@ from torch import Tensor, nn
 import nflows_lib
 from nflows_lib import clinic, data, doctor
 from nflows_lib.bijection import Chain
-from nflows_lib.clinic import Finding
+from nflows_lib.clinic import Finding, learning, report
+from nflows_lib.clinic.examination import Case, default_dtype
+from nflows_lib.clinic.registry import TESTS
 from nflows_lib.convolution import ChannelPermutation, Invertible1x1Conv
 from nflows_lib.coupling import AffineCoupling, GlowCoupling, alternating_mask, channel_mask, checkerboard_mask
 from nflows_lib.dequantization import Logit, Rescale, UniformDequantize
 from nflows_lib.distributions import StandardLogistic, StandardNormal
-from nflows_lib.examination import Case, in_float64
 from nflows_lib.experiments import ablations
 from nflows_lib.flow import Flow
 from nflows_lib.models import cglow, glow, nice, realnvp, realnvp_points
@@ -40,7 +43,7 @@ from nflows_lib.networks import MLP, GlowNet, ResNet
 from nflows_lib.normalization import ActNorm, DiagonalScaling, FlowBatchNorm
 from nflows_lib.training import fit
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @functools.cache
@@ -68,6 +71,14 @@ def patches() -> Tensor:
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:512]]
 
 
+def examined(flow: nn.Module, batch: Tensor, context: Tensor | None = None, **options: object) -> list[Finding]:
+    """The doctor's findings. Each names no other entry than those that its test declares."""
+    findings = doctor(flow, batch, context, **options)
+    declared = {test.name: {"", *test.finds} for test in TESTS}
+    assert all(finding.entry in declared[finding.test] for finding in findings), findings
+    return findings
+
+
 @dataclass
 class Patient:
     flow: nn.Module
@@ -76,7 +87,7 @@ class Patient:
     options: dict = field(default_factory=dict)
 
     def examined(self) -> list[Finding]:
-        return doctor(self.flow, self.batch, self.context, **self.options)
+        return examined(self.flow, self.batch, self.context, **self.options)
 
 
 def vectors(n: int = 64) -> Tensor:
@@ -92,7 +103,7 @@ def with_layers(flow: Flow, layers: list) -> Flow:
 
 
 def first(layer: nn.Module, *rest: nn.Module) -> Flow:
-    """A small NICE with these layers in the place of its noise (and of its rescaling)."""
+    """A small NICE with these layers instead of its noise (and its rescaling)."""
     whole = small_nice()
     return with_layers(whole, [layer, *rest, *[*whole.chain][1 + len(rest) :]])
 
@@ -101,41 +112,41 @@ def toy(layers: list, base: object = None) -> Patient:
     return Patient(Flow(layers, base or StandardNormal(), (2,)).eval(), data.toy("moons", 64))
 
 
-# --- the course's failures: each a function of whether the line is put back -------------------------------------------
+# --- the failures of the course: each function makes a broken patient, or the same patient fixed ----------------------
 
 
-def f1(mended: bool) -> Patient:
+def f1(fixed: bool) -> Patient:
     whole = small_nice()
-    return Patient(whole if mended else with_layers(whole, [*whole.chain][:-1]), vectors())
+    return Patient(whole if fixed else with_layers(whole, [*whole.chain][:-1]), vectors())
 
 
-def f2(mended: bool) -> Patient:
+def f2(fixed: bool) -> Patient:
     layers = chapter("01_nice").AdditiveCoupling
-    couplings = [layers(alternating_mask(2, i % 2 if mended else 0), MLP(2, 2, hidden=64, depth=2)) for i in range(4)]
+    couplings = [layers(alternating_mask(2, i % 2 if fixed else 0), MLP(2, 2, hidden=64, depth=2)) for i in range(4)]
     return toy([*couplings, DiagonalScaling(2)], StandardLogistic())
 
 
-def f3(mended: bool) -> Patient:
+def f3(fixed: bool) -> Patient:
     lesson = chapter("01_nice")
-    kind = lesson.Coupling if mended else lesson.Unmasked
+    kind = lesson.Coupling if fixed else lesson.Unmasked
     layers = [kind(alternating_mask(8, i), lesson.random_mlp(8)) for i in (0, 1)]
     flow = Flow([*layers, DiagonalScaling(8)], StandardLogistic(), (8,))
     fit(flow, torch.randn(256, 8), steps=60, lr=5e-3)
     return Patient(flow, torch.randn(64, 8))
 
 
-def f4(mended: bool) -> Patient:
-    return Patient(small_nice(base=None if mended else chapter("01_nice").LearnedLogistic(64)), vectors())
+def f4(fixed: bool) -> Patient:
+    return Patient(small_nice(base=None if fixed else chapter("01_nice").LearnedLogistic(64)), vectors())
 
 
-def f4_graph(mended: bool) -> Patient:
+def f4_graph(fixed: bool) -> Patient:
     """A scale of the prior that is computed once, outside of the loop."""
 
     class Prior(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.log_scale = nn.Parameter(torch.zeros(64))
-            self.scale = None if mended else self.log_scale.exp()
+            self.scale = None if fixed else self.log_scale.exp()
 
         def log_prob(self, z: Tensor) -> Tensor:
             scale = self.log_scale.exp() if self.scale is None else self.scale
@@ -145,37 +156,37 @@ def f4_graph(mended: bool) -> Patient:
     return Patient(with_layers(flow, [*flow.chain][:-1]), vectors())  # without the scaling that it would mirror
 
 
-def f5(mended: bool) -> Patient:
+def f5(fixed: bool) -> Patient:
     flow = small_nice()
-    if not mended:
+    if not fixed:
         nn.init.normal_(flow.chain[-1].log_scale)
     return Patient(flow, vectors())
 
 
-def f6(mended: bool) -> Patient:
+def f6(fixed: bool) -> Patient:
     whole = nice(64, levels=2, couplings=2, hidden=64, depth=2)
     binary = (digits().flatten(1) > 7).to(torch.uint8)
-    flow, values = (whole, binary) if mended else (with_layers(whole, [*whole.chain][1:]), binary.float())
-    fit(flow, values, 20 if mended else 600, batch_size=128, lr=1e-2)  # the mended one only just begun: see F14
+    flow, values = (whole, binary) if fixed else (with_layers(whole, [*whole.chain][1:]), binary.float())
+    fit(flow, values, 20 if fixed else 600, batch_size=128, lr=1e-2)  # the fixed one has only just begun: see F14
     return Patient(flow, values[:64])
 
 
-def f7(mended: bool) -> Patient:
+def f7(fixed: bool) -> Patient:
     k = torch.randint(4, (256, 2))
     whole = nice(2, levels=4, couplings=2, hidden=16, depth=1)
-    noise = UniformDequantize(4) if mended else chapter("02_dequantization").Clamped(4)
+    noise = UniformDequantize(4) if fixed else chapter("02_dequantization").Clamped(4)
     return Patient(with_layers(whole, [noise, *[*whole.chain][1:]]), k)
 
 
-def f8_batch(mended: bool) -> Patient:
-    return Patient(first(UniformDequantize(17) if mended else chapter("02_dequantization").PerBatch(17)), vectors())
+def f8_batch(fixed: bool) -> Patient:
+    return Patient(first(UniformDequantize(17) if fixed else chapter("02_dequantization").PerBatch(17)), vectors())
 
 
-def f8_run(mended: bool) -> Patient:
-    return Patient(first(UniformDequantize(17) if mended else chapter("02_dequantization").PerRun(17)), vectors())
+def f8_run(fixed: bool) -> Patient:
+    return Patient(first(UniformDequantize(17) if fixed else chapter("02_dequantization").PerRun(17)), vectors())
 
 
-def f9(mended: bool) -> Patient:
+def f9(fixed: bool) -> Patient:
     class Wide(Rescale):  # (k + eps) / (n - 1), scored with D log n
         def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
             return x / 16, super().forward(x)[1]
@@ -183,21 +194,21 @@ def f9(mended: bool) -> Patient:
         def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
             return 16 * z
 
-    return Patient(first(UniformDequantize(17), (Rescale if mended else Wide)(1 / 17)), vectors())
+    return Patient(first(UniformDequantize(17), (Rescale if fixed else Wide)(1 / 17)), vectors())
 
 
-def f10(mended: bool) -> Patient:
-    scale = Rescale if mended else chapter("02_dequantization").Scale
+def f10(fixed: bool) -> Patient:
+    scale = Rescale if fixed else chapter("02_dequantization").Scale
     return Patient(first(UniformDequantize(17), scale(1 / 17)), vectors())
 
 
-def f11(mended: bool) -> Patient:
+def f11(fixed: bool) -> Patient:
     """Gradients of the recorded runs, each the longest of ten steps, as the optimizer took them."""
-    arm = "no batch norm, clipped at 1" if mended else "no batch norm, not clipped"
+    arm = "no batch norm, clipped at 1" if fixed else "no batch norm, not clipped"
     norms = ablations.load("realnvp-clipping")["results"][arm][0]["gradient"]
     flow = realnvp_points(2)
     return Patient(
-        flow, data.toy("moons", 64), options={"grad_norms": [min(g, 1.0) for g in norms] if mended else norms}
+        flow, data.toy("moons", 64), options={"grad_norms": [min(g, 1.0) for g in norms] if fixed else norms}
     )
 
 
@@ -209,25 +220,25 @@ def on_sine(kind: str, couplings: int, steps: int) -> Patient:
     return Patient(flow, lesson.sine(64))
 
 
-def f12(mended: bool) -> Patient:
-    return on_sine("WithGain" if mended else "Affine", couplings=4, steps=200)
+def f12(fixed: bool) -> Patient:
+    return on_sine("WithGain" if fixed else "Affine", couplings=4, steps=200)
 
 
-def f13(mended: bool) -> Patient:
-    return on_sine("WithGain" if mended else "TanhAlone", couplings=2, steps=400)
+def f13(fixed: bool) -> Patient:
+    return on_sine("WithGain" if fixed else "TanhAlone", couplings=2, steps=400)
 
 
-def f14(mended: bool) -> Patient:
+def f14(fixed: bool) -> Patient:
     whole = realnvp((1, 8, 8), levels=17, couplings=4, hidden=16, blocks=1)
-    flow = with_layers(whole, [x for x in whole.chain if mended or not isinstance(x, Logit)])
+    flow = with_layers(whole, [x for x in whole.chain if fixed or not isinstance(x, Logit)])
     fit(flow, digits(), steps=100, batch_size=64, lr=3e-3, clip=100.0, cosine=True)
     return Patient(flow, digits()[:64])
 
 
-def f14_margin(mended: bool) -> Patient:
+def f14_margin(fixed: bool) -> Patient:
     flow = nice(64, levels=17, couplings=2, hidden=16, depth=1)
     logit = Logit(0.05)
-    logit.alpha = 0.05 if mended else 0.0
+    logit.alpha = 0.05 if fixed else 0.0
     return Patient(with_layers(flow, [*[*flow.chain][:2], logit, *[*flow.chain][2:]]), vectors())
 
 
@@ -242,21 +253,21 @@ def trained_realnvp() -> Flow:
     return copy.deepcopy(trained_once())
 
 
-def f15(mended: bool) -> Patient:
-    return Patient(trained_realnvp().train(not mended), digits()[:64])
+def f15(fixed: bool) -> Patient:
+    return Patient(trained_realnvp().train(not fixed), digits()[:64])
 
 
-def f15_stale(mended: bool) -> Patient:
+def f15_stale(fixed: bool) -> Patient:
     flow = trained_realnvp()
     for layer in flow.chain:
-        if isinstance(layer, FlowBatchNorm) and not mended:
+        if isinstance(layer, FlowBatchNorm) and not fixed:
             layer.running_mean.zero_()
             layer.running_variance.zero_()
     return Patient(flow, digits()[:64])
 
 
-def f17(mended: bool) -> Patient:
-    squeeze = Squeeze() if mended else chapter("04_multiscale").BareReshape()
+def f17(fixed: bool) -> Patient:
+    squeeze = Squeeze() if fixed else chapter("04_multiscale").BareReshape()
     layers = [UniformDequantize(256), Rescale(1 / 256), Logit(0.05), squeeze]
     for i in range(4):
         network = ResNet(12, 24, hidden=8, blocks=1)
@@ -266,7 +277,7 @@ def f17(mended: bool) -> Patient:
     return Patient(flow, patches()[:64])
 
 
-def f18(mended: bool) -> Patient:
+def f18(fixed: bool) -> Patient:
     Nested = chapter("04_multiscale").Nested
 
     class Redrawn(Nested):  # the finished half is drawn by the inverse, not taken from z
@@ -276,14 +287,14 @@ def f18(mended: bool) -> Patient:
 
     couplings = [AffineCoupling(channel_mask((4, 4, 4), i), ResNet(4, 8, 8, 1)) for i in (0, 1)]
     inner = [AffineCoupling(channel_mask((2, 4, 4), i), ResNet(2, 4, 8, 1)) for i in (0, 1)]
-    split = (Nested if mended else Redrawn)(inner, (2, 4, 4))
+    split = (Nested if fixed else Redrawn)(inner, (2, 4, 4))
     flow = Flow([Squeeze(), *couplings, split], StandardNormal(), (1, 8, 8))
     batch = torch.randn(256, 1, 8, 8)
     fit(flow, batch, steps=50, lr=3e-3)  # past the random start of its networks
     return Patient(flow, batch)
 
 
-def f18_coarse(mended: bool) -> Patient:
+def f18_coarse(fixed: bool) -> Patient:
     """A split whose forward hands on the coarse half alone, and whose inverse draws the other."""
 
     class Split(Squeeze):
@@ -296,7 +307,7 @@ def f18_coarse(mended: bool) -> Patient:
             return super().inverse(torch.cat([z, torch.randn_like(z)], dim=1))
 
     flow = Flow([Squeeze()], StandardNormal(), (1, 4, 4))
-    if not mended:
+    if not fixed:
         flow.chain.layers[0] = Split()
     return Patient(flow, torch.randn(64, 1, 4, 4))
 
@@ -309,10 +320,10 @@ class Scored(Flow):
         return (nats + self.counted * math.log(self.levels)) / (self.dims * math.log(2))
 
 
-def f19(mended: bool) -> Patient:
+def f19(fixed: bool) -> Patient:
     whole = realnvp((1, 8, 8), levels=17, scales=2, couplings=2, hidden=8, blocks=1)
     flow = Scored([*whole.chain], whole.base, whole.shape)
-    flow.counted = 64 if mended else 32
+    flow.counted = 64 if fixed else 32
     fit(flow, digits(), steps=30, batch_size=64, lr=3e-3, clip=100.0)
     return Patient(flow, digits()[:64])
 
@@ -323,25 +334,25 @@ def small_glow(images: Tensor | None = None) -> Flow:
     return flow
 
 
-def f20(mended: bool) -> Patient:
+def f20(fixed: bool) -> Patient:
     noise = torch.randint(256, (64, 3, 8, 8))
-    return Patient(small_glow(None if mended else noise), patches()[:64])
+    return Patient(small_glow(None if fixed else noise), patches()[:64])
 
 
-def f20_constant(mended: bool) -> Patient:
-    """A fourth channel that is always 1; mended: without it."""
-    x = torch.randn(64, 3, 4, 4) if mended else torch.cat([torch.randn(64, 3, 4, 4), torch.ones(64, 1, 4, 4)], dim=1)
+def f20_constant(fixed: bool) -> Patient:
+    """A fourth channel that is always 1; the fixed patient is without it."""
+    x = torch.randn(64, 3, 4, 4) if fixed else torch.cat([torch.randn(64, 3, 4, 4), torch.ones(64, 1, 4, 4)], dim=1)
     norm = chapter("05_glow").ActNormByHand(x.shape[1])
     norm.initialize(x)
     flow = Flow([norm, Invertible1x1Conv(x.shape[1])], StandardNormal(), x.shape[1:])
     return Patient(flow, x)
 
 
-def f20_flag(mended: bool) -> Patient:
+def f20_flag(fixed: bool) -> Patient:
     class Forgetful(chapter("05_glow").ActNormByHand):
         def __init__(self, channels: int) -> None:
             super().__init__(channels)
-            if not mended:
+            if not fixed:
                 del self.initialized
                 self.initialized = False
 
@@ -350,7 +361,7 @@ def f20_flag(mended: bool) -> Patient:
                 std, mean = torch.std_mean(x, dim=(0, 2, 3), correction=0)
                 self.log_scale.data = -std.log()[:, None, None]
                 self.bias.data = -(mean / std)[:, None, None]
-                self.initialized = torch.tensor(True) if mended else True
+                self.initialized = torch.tensor(True) if fixed else True
 
     x = torch.randn(64, 4, 4, 4)
     flow = Flow([Forgetful(4), Invertible1x1Conv(4)], StandardNormal(), (4, 4, 4))
@@ -358,17 +369,17 @@ def f20_flag(mended: bool) -> Patient:
     return Patient(flow, x)
 
 
-def f20_no_batch(mended: bool) -> Patient:
+def f20_no_batch(fixed: bool) -> Patient:
     flow = glow((1, 8, 8), levels=17, scales=1, steps=2, hidden=8)
-    if mended:
+    if fixed:
         flow.initialize(digits()[64:128])
     return Patient(flow, digits()[:64])
 
 
-def f21(mended: bool, exponential: bool = False) -> Patient:
+def f21(fixed: bool, exponential: bool = False) -> Patient:
     flow = glow((3, 8, 8), scales=2, steps=4, hidden=32)
     for module in flow.modules():
-        if isinstance(module, GlowNet) and not mended:
+        if isinstance(module, GlowNet) and not fixed:
             nn.init.normal_(module.layers[-1].weight, std=0.05)
         if isinstance(module, GlowCoupling) and exponential:
             module.scale = torch.exp
@@ -376,38 +387,38 @@ def f21(mended: bool, exponential: bool = False) -> Patient:
     return Patient(flow, patches()[:64])
 
 
-def f21_exponential(mended: bool) -> Patient:
-    return f21(mended, exponential=not mended)
+def f21_exponential(fixed: bool) -> Patient:
+    return f21(fixed, exponential=not fixed)
 
 
-def f22(mended: bool, order: str = "shuffle") -> Patient:
+def f22(fixed: bool, order: str = "shuffle") -> Patient:
     flow = glow((3, 8, 8), scales=2, steps=4, hidden=16)
     orders = {"shuffle": torch.randperm, "reversal": lambda n: torch.arange(n).flip(0)}
 
     def mixer(layer: Invertible1x1Conv) -> nn.Module:
         return ChannelPermutation(orders.get(order, torch.arange)(layer.channels))
 
-    if not mended:
+    if not fixed:
         ablations.glow.replace(flow, Invertible1x1Conv, mixer)
     flow.initialize(patches()[64:128])
     return Patient(flow, patches()[:64])
 
 
-def f22_reversal(mended: bool) -> Patient:
-    return f22(mended, "reversal")
+def f22_reversal(fixed: bool) -> Patient:
+    return f22(fixed, "reversal")
 
 
-def f22_nothing(mended: bool) -> Patient:
-    return f22(mended, "nothing")
+def f22_nothing(fixed: bool) -> Patient:
+    return f22(fixed, "nothing")
 
 
-def f23(mended: bool) -> Patient:
+def f23(fixed: bool) -> Patient:
     flow, count = glow((3, 8, 8), scales=1, steps=4, hidden=16), 0
 
     def masked(layer: GlowCoupling) -> AffineCoupling:
         nonlocal count
         count += 1
-        mask = channel_mask if mended else checkerboard_mask
+        mask = channel_mask if fixed else checkerboard_mask
         return AffineCoupling(mask((12, 4, 4), count % 2), GlowNet(12, 24, hidden=16))
 
     ablations.glow.replace(flow, GlowCoupling, masked)
@@ -435,27 +446,27 @@ def conditional(contexts: Tensor, steps: int, change: Callable[[Flow], None] = l
     return Patient(flow, images[:64], contexts[:64])
 
 
-def f24(mended: bool) -> Patient:
+def f24(fixed: bool) -> Patient:
     lesson = chapter("06_cglow")
 
     def dead(flow: Flow) -> None:
         for layer in flow.modules():
-            if isinstance(layer, lesson.ConditioningNetwork) and not mended:
+            if isinstance(layer, lesson.ConditioningNetwork) and not fixed:
                 lesson.all_zero(layer)
 
     return conditional(halves()[1], 0, dead)
 
 
-def f25(mended: bool) -> Patient:
+def f25(fixed: bool) -> Patient:
     """The loader mixes the pairs up: those it is trained on, and those it is examined on."""
     _, contexts = halves()
     unseen = data.digit_halves("test")
-    mixed = torch.arange if mended else torch.randperm
+    mixed = torch.arange if fixed else torch.randperm
     flow = conditional(contexts[mixed(len(contexts))], 70).flow
     return Patient(flow, unseen.images[:64] + 8, unseen.contexts[mixed(64)])
 
 
-def f25_deaf(mended: bool) -> Patient:
+def f25_deaf(fixed: bool) -> Patient:
     """The context reaches no layer."""
 
     class Deaf(nn.Module):
@@ -464,7 +475,7 @@ def f25_deaf(mended: bool) -> Patient:
             self.layers = layers
 
         def heard(self, context: Tensor) -> Tensor:
-            return context if mended else torch.zeros_like(context)
+            return context if fixed else torch.zeros_like(context)
 
         def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
             return self.layers(x, self.heard(context))
@@ -477,11 +488,11 @@ def f25_deaf(mended: bool) -> Patient:
     return patient
 
 
-def f26(mended: bool) -> Patient:
+def f26(fixed: bool) -> Patient:
     whole = nice(64, levels=2, couplings=2, hidden=32, depth=1)
-    layers = [*whole.chain] if mended else [layer for layer in whole.chain if not isinstance(layer, Rescale)]
+    layers = [*whole.chain] if fixed else [layer for layer in whole.chain if not isinstance(layer, Rescale)]
     flow = Scored(layers, whole.base, whole.shape)
-    flow.counted = 64 if mended else 128  # -D log 2 taken off once more than anything was scaled
+    flow.counted = 64 if fixed else 128  # -D log 2 taken off once more than anything was scaled
     return Patient(flow, (digits()[:64].flatten(1) > 7).to(torch.uint8))
 
 
@@ -528,9 +539,9 @@ COURSE = {
 
 
 @functools.cache
-def findings_of(make: Callable[[bool], Patient], mended: bool) -> list[Finding]:
+def findings_of(make: Callable[[bool], Patient], fixed: bool) -> list[Finding]:
     torch.manual_seed(0)
-    return make(mended).examined()
+    return make(fixed).examined()
 
 
 @pytest.mark.parametrize("name", COURSE)
@@ -540,7 +551,7 @@ def test_it_names_the_cause_of_each_failure_of_the_course(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COURSE)
-def test_it_finds_nothing_wrong_with_the_mended_ones(name: str) -> None:
+def test_it_finds_nothing_wrong_with_the_fixed_ones(name: str) -> None:
     assert [finding for finding in findings_of(COURSE[name], True) if finding.passed is False] == []
 
 
@@ -799,11 +810,11 @@ def test_bad_input_is_named(flow: object, batch: object, context: Tensor | None,
         doctor(flow, batch, context)
 
 
-# --- what the mutants of the doctor showed to be unseen ---------------------------------------------------------------
+# --- behaviour that no test saw until the doctor was mutated ----------------------------------------------------------
 
 
 def found(flow: nn.Module, batch: Tensor, context: Tensor | None = None, **options: object) -> dict[str, Finding]:
-    return {finding.test: finding for finding in doctor(flow, batch, context, **options)}
+    return {finding.test: finding for finding in examined(flow, batch, context, **options)}
 
 
 def test_of_a_layer_and_what_holds_it_the_inner_one_is_named() -> None:
@@ -820,7 +831,7 @@ def test_of_a_layer_and_what_holds_it_the_inner_one_is_named() -> None:
 
 
 def test_each_seed_is_another_noise() -> None:
-    with in_float64():
+    with default_dtype(torch.float64):
         case = Case(small_nice(), vectors(), None, None)
         first, same, other = (case.through(case.flow, seed=seed).z for seed in (0, 0, 1))
     assert torch.equal(first, same)
@@ -839,7 +850,7 @@ def test_each_seed_is_another_noise() -> None:
     ],
 )
 def test_the_levels_of_data(x: Tensor, spacing: float | None, levels: int | None) -> None:
-    with in_float64():
+    with default_dtype(torch.float64):
         case = Case(Chain([Rescale(0.5)]), x, None, None)
         assert case.spacing == spacing
         assert case.levels == levels
@@ -873,7 +884,7 @@ def overflowing(layer: nn.Module) -> nn.Module:
 def test_of_what_is_not_finite_it_names_the_cause_and_stops(flow: nn.Module, value: float, entry: str) -> None:
     x = torch.linspace(0.1, 0.9, 32).view(16, 2)
     x[3, 1] = value
-    findings = doctor(flow, x)
+    findings = examined(flow, x)
     assert [finding.test for finding in findings] == ["finite", "gradients"]
     assert findings[0].entry == entry
 
@@ -959,6 +970,8 @@ def test_how_many_dimensions_are_counted() -> None:
     flow = Scored([*whole.chain], whole.base, whole.shape)
     flow.counted = 48
     assert found(flow, vectors())["bits/dim"].cause == "D is 64, it counts 48"
+    flow.counted = 128
+    assert found(flow, vectors())["bits/dim"].entry == "F10"
 
 
 def test_a_volume_that_is_not_1_is_no_lack_of_scaling() -> None:
@@ -999,11 +1012,11 @@ def test_a_scale_that_can_shrink_without_limit_is_mentioned() -> None:
 
 def test_looking_at_the_scales_leaves_the_woken_copy_alone() -> None:
     torch.manual_seed(0)
-    with in_float64():
+    with default_dtype(torch.float64):
         case = Case(Shrinking(), data.toy("moons", 64), None, None)
-        before = [p.clone() for p in case.woken_run.records[0].layer.parameters()]
-        list(clinic._scales(case))
-    assert all(map(torch.equal, before, case.woken_run.records[0].layer.parameters()))
+        before = [p.clone() for p in case.woken_pass.records[0].layer.parameters()]
+        list(learning.scales(case))
+    assert all(map(torch.equal, before, case.woken_pass.records[0].layer.parameters()))
 
 
 def test_another_start_is_compared_in_training_mode() -> None:
@@ -1040,10 +1053,15 @@ def test_what_single_precision_cannot_hold() -> None:
         def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
             return super().inverse(z - 1e7)
 
-    with in_float64():
-        (finding,) = clinic._single_precision(Case(Far(2), data.toy("moons", 64), None, None))
-        assert torch.get_default_dtype() == torch.float64
-    assert finding.entry == "P11"
+    assert found(Far(2), data.toy("moons", 64))["precision"].entry == "P11"
+
+
+def test_the_default_type_outside_is_put_back() -> None:
+    with default_dtype(torch.float64):
+        with default_dtype(torch.float32):
+            assert torch.empty(1).dtype == torch.float32
+        assert torch.empty(1).dtype == torch.float64
+    assert torch.empty(1).dtype == torch.float32
 
 
 class FirstBatch(DiagonalScaling):
@@ -1134,6 +1152,16 @@ def test_of_one_flow_another_base_is_another_density() -> None:
     flow, x = TwoWays(), torch.randn(32, 4)
     by_default, logistic = (doctor(flow, x, base=base)[0].measured for base in (None, StandardLogistic()))
     assert by_default != logistic
+
+
+def test_every_registered_test_is_conducted_under_its_own_name() -> None:
+    for module in pkgutil.iter_modules(clinic.__path__):
+        importlib.import_module(f"nflows_lib.clinic.{module.name}")
+    conducted = [finding.test for finding in doctor(small_nice(), vectors())]
+    assert len(set(conducted)) == len(conducted)
+    assert {*conducted, report.it_runs.name} == {test.name for test in TESTS}
+    assert len(TESTS) == len(conducted) + 1
+    assert max(map(len, conducted)) <= 15  # the width of their column
 
 
 def test_the_package_alone_does_not_wait_for_torch() -> None:

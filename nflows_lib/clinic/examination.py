@@ -1,11 +1,14 @@
-"""What happens inside a flow while a batch goes through it: what the doctor of :mod:`nflows_lib.clinic` looks at."""
+"""One examination of a flow: a copy of it, a batch, and a record of what each layer did with the batch.
+
+All that the doctor's tests share stands here. None of it judges the flow.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,12 +17,14 @@ from torch import Tensor, nn
 
 from nflows_lib.distributions import Base, StandardNormal
 
-EXAMPLES = 64  # of a batch are looked at
+EXAMPLES = 64  # the tests look at so many examples of a batch
+LARGEST = 1024  # a whole Jacobian is computed for at most so many dimensions
+EXACT = 1e-6  # rounding in float64 leaves a smaller error, relative to the largest value
 
 
 @dataclass
 class Record:
-    """One call of one layer inside the flow."""
+    """One call of one layer inside the flow, with B examples."""
 
     name: str
     layer: nn.Module
@@ -27,7 +32,7 @@ class Record:
     context: Tensor | None
     z: Tensor
     log_det: Tensor  # (B,)
-    overwritten: bool  # whether the layer has changed its input in place
+    overwritten: bool  # whether the layer has changed x in place
 
     @property
     def title(self) -> str:
@@ -38,61 +43,80 @@ class Record:
         return next(self.layer.parameters(), None) is not None
 
     def again(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the layer makes of other examples, under the contexts of the first ones."""
-        z, log_det = self.layer(*given(x, self.context))
+        """The layer's output and log-det, (B,), for other examples, under the contexts of the first ones."""
+        z, log_det = self.layer(*arguments(x, self.context))
         return z, one_each(log_det, len(x))
 
     def back(self) -> Tensor:
-        """The layer's inverse of its own output."""
-        x = self.layer.inverse(*given(self.z, self.context))
+        """The layer's inverse of its own output; x if all is well."""
+        x = self.layer.inverse(*arguments(self.z, self.context))
         return x[0] if isinstance(x, tuple) else x
 
+    def layer_in(self, flow: nn.Module) -> nn.Module:
+        """The layer of the same name in another copy of the flow."""
+        return chain_of(flow).get_submodule(self.name)
+
     def is_within(self, layers: set[int]) -> bool:
-        """Whether it is one of these layers (by id), or holds one."""
+        """Whether the layer is one of these layers (by id), or has one of them inside it."""
         return any(id(module) in layers for module in self.layer.modules())
+
+    def is_elementwise(self) -> bool:
+        """Whether the first output depends on the first input alone, and no other output depends on that input."""
+        step = torch.zeros_like(self.x[0], memory_format=torch.contiguous_format)
+        step.view(-1)[0] = 1
+        first, others = ((self.again(self.x + s)[0] != self.z).flatten(1).any(0) for s in (step, 1 - step))
+        return first.numel() == self.x[0].numel() and not first[1:].any() and not others[0]
 
 
 @dataclass
-class Run:
-    """One pass of a batch through the flow: what came out, and every layer's part in it, in the order of the calls."""
+class Pass:
+    """One pass of a batch of B examples through the flow: the flow's output, and a record of each layer's call."""
 
     z: Tensor
-    log_det: Tensor
-    log_p: Tensor
-    records: list[Record]
+    log_det: Tensor  # (B,), in nats
+    log_p: Tensor  # (B,), in nats
+    records: list[Record]  # in the order of the calls
 
     @property
     def leaves(self) -> list[Record]:
-        """Those with no layer inside them."""
+        """The records of layers that have no other layer inside them."""
         layers = {id(record.layer) for record in self.records}
         return [r for r in self.records if not any(id(m) in layers for m in r.layer.modules() if m is not r.layer)]
 
     @property
     def outermost(self) -> list[Record]:
-        """Those that stand inside no other."""
+        """The records of layers that are inside no other layer."""
         inside = {id(m) for r in self.records for m in r.layer.modules() if m is not r.layer}
         return [record for record in self.records if id(record.layer) not in inside]
 
     @property
     def inner_first(self) -> list[Record]:
-        """All of them, each after those inside it: the first that is wrong is the one to blame."""
+        """All records, each after those of the layers inside it: the first one with an error is the one to blame."""
         return sorted(self.records, key=lambda record: sum(1 for _ in record.layer.modules()))
 
 
 class Case:
-    """A copy of the flow, the batch, and one pass of the one through the other."""
+    """A copy of the flow, the batch, and the pass of the batch through the copy.
+
+    The batch and its contexts are on the CPU and, unless they are integers, in float64; so is the copy, which is in
+    evaluation mode.
+
+    Raises:
+        ValueError: a tensor of the flow hangs on a graph that no forward pass computes again; a log_det or the base's
+            log_prob has another shape than (B,).
+    """
 
     def __init__(self, flow: nn.Module, batch: Tensor, context: Tensor | None, base: Base | None) -> None:
-        self.given, self.base = flow, base
-        self.sound = True  # whether all tests so far have passed
+        self.original, self.base = flow, base
+        self.sound = True  # whether no test has failed so far; the doctor keeps it up to date
         self.flow = copied(flow)
         self.x = as_float64(batch[:EXAMPLES])
         self.context = None if context is None else as_float64(context[:EXAMPLES])
         self.dims = self.x[0].numel()
-        # What hangs on a graph before a forward pass, and is not replaced by one, was computed outside of it (F4).
+        # A tensor that hangs on a graph and that no forward pass replaces was computed outside of forward (F4).
         graphs = [name for name, value in kept(flow) if not value.is_leaf]
         before = {name: id(value) for name, value in kept(self.flow)}
-        self.run = self.through(self.flow)
+        self.data_pass = self.through(self.flow)
         after = {name: id(value) for name, value in kept(self.flow)}
         if any(after.get(name) == before[name] for name in graphs):
             raise ValueError("a tensor computed outside of forward is part of the flow")
@@ -106,10 +130,19 @@ class Case:
         seed: int = 0,
         grad: bool = False,
         after_noise: Callable[[Tensor], Tensor] | None = None,
-    ) -> Run:
-        """Send examples (the batch, where none are given) through a copy of the flow.
+    ) -> Pass:
+        """Send examples through a copy of the flow, and record what each layer does with them.
 
-        ``after_noise`` may put something else in the place of what the noise layer gives.
+        Args:
+            flow: a copy of the flow, in any mode.
+            x: the examples, (B, ...); None stands for the whole batch.
+            context: their contexts, (B, ...); None stands for those of the batch.
+            seed: of the random generator, which is put back afterwards.
+            grad: whether to record a graph for gradients.
+            after_noise: takes the output of the noise layer, and returns what goes on instead of it.
+
+        Raises:
+            ValueError: a log_det or the base's log_prob has another shape than (B,).
         """
         x = self.x if x is None else x
         context = self.context if context is None else context
@@ -139,7 +172,7 @@ class Case:
         try:
             with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(grad):
                 torch.manual_seed(seed)
-                z, log_det = chain(*given(x, context))
+                z, log_det = chain(*arguments(x, context))
                 log_det = one_each(log_det, len(x))
                 log_p = self.base_of(flow).log_prob(z.flatten(1))
                 if log_p.shape != log_det.shape:
@@ -148,10 +181,10 @@ class Case:
         finally:
             for hook in hooks:
                 hook.remove()
-        return Run(z, log_det, log_p, records)
+        return Pass(z, log_det, log_p, records)
 
     def rows(self, which: slice) -> tuple[Tensor, Tensor | None]:
-        """Some examples of the batch, and their contexts."""
+        """Some examples of the batch, and their contexts (None if there are none)."""
         return self.x[which], None if self.context is None else self.context[which]
 
     def base_of(self, flow: nn.Module) -> Base:
@@ -160,16 +193,16 @@ class Case:
 
     @cached_property
     def noise(self) -> Record | None:
-        """The first layer that answers differently when it is asked twice: dequantization."""
+        """The record of the first layer whose output differs from call to call, which is dequantization; else None."""
         with torch.no_grad():
-            for record in self.run.records:
+            for record in self.data_pass.records:
                 first, second = record.again(record.x)[0], record.again(record.x)[0]
                 if not torch.equal(first, second):
                     return record
         return None
 
     def woken(self) -> nn.Module:
-        """A copy with every parameter moved at random: of a fresh flow, what it is built to depend on."""
+        """A copy with every parameter moved at random: it shows what a fresh flow can come to depend on."""
         flow = copied(self.flow)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
@@ -178,12 +211,13 @@ class Case:
         return flow
 
     @cached_property
-    def woken_run(self) -> Run:
+    def woken_pass(self) -> Pass:
+        """The pass of the batch through a woken copy."""
         return self.through(self.woken())
 
     @cached_property
     def spacing(self) -> float | None:
-        """The step between two levels where the data are discrete, None where they are real numbers."""
+        """The step between neighbouring levels if the data are discrete; None if they are real numbers."""
         if not self.x.is_floating_point():
             return 1.0
         levels = self.x.unique()
@@ -195,36 +229,45 @@ class Case:
 
     @cached_property
     def levels(self) -> int | None:
-        """How many levels discrete data have, from the layer that says so, or counted."""
+        """How many levels discrete data have: as a layer's ``levels`` says, else counted. None for real numbers."""
         if self.spacing is None:
             return None
-        named = (getattr(record.layer, "levels", None) for record in self.run.records)
+        named = (getattr(record.layer, "levels", None) for record in self.data_pass.records)
         counted = round(((self.x.max() - self.x.min()) / self.spacing).item()) + 1
         return next((n for n in named if isinstance(n, int)), max(counted, 2))
 
     def log_p_of(self, flow: nn.Module) -> float:
-        """Mean log-likelihood of the batch under a changed copy, in nats for each dimension; -inf if not a number."""
+        """Mean log-likelihood of the batch under a changed copy, in nats per dimension; -inf if it is NaN."""
         return (self.through(flow).log_p.mean() / self.dims).nan_to_num(nan=-math.inf).item()
+
+    def back_to_noise(self, flow: nn.Module, z: Tensor) -> Tensor:
+        """The whole inverse of a copy, but without the rounding to levels: the copy's noise layer loses its inverse."""
+        if self.noise is not None:
+            self.noise.layer_in(flow).inverse = lambda z, context=None: z
+        context = None if self.context is None else self.context[torch.arange(len(z)) % len(self.context)]
+        x = chain_of(flow).inverse(*arguments(z, context))
+        return x[0] if isinstance(x, tuple) else x
 
 
 def chain_of(flow: nn.Module) -> nn.Module:
-    """What takes data to latents: the chain of a Flow, or the module itself."""
+    """The module that takes data to latents: the chain of a Flow, or the module itself."""
     chain = getattr(flow, "chain", None)
     return chain if callable(getattr(chain, "inverse", None)) else flow
 
 
 def copied(flow: nn.Module) -> nn.Module:
+    """A copy on the CPU, in float64 and in evaluation mode."""
     return detached(flow).to("cpu", torch.float64).eval()
 
 
 def detached(flow: nn.Module) -> nn.Module:
-    """A copy in which what a forward has kept, its last log-det say, has lost the graph that it hangs on."""
+    """A copy in which tensors that a forward pass has kept, for example its last log-det, hang on no graph."""
     memo = {id(value): value.detach().clone() for _, value in kept(flow) if not value.is_leaf}
     return copy.deepcopy(flow, memo)
 
 
 def kept(flow: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that the modules hold in plain attributes, alone or in lists and tuples, with where they are held."""
+    """The names and values of tensors that modules keep in plain attributes, alone or in a list or tuple."""
     for name, module in flow.named_modules():
         for key, value in vars(module).items():
             for one in value if isinstance(value, list | tuple) else (value,):
@@ -232,13 +275,18 @@ def kept(flow: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield f"{name}.{key}", one
 
 
+def init_flags(module: nn.Module) -> list[Tensor]:
+    """Buffers that say whether the module has seen its first batch, by their names in the common libraries."""
+    return [buffer for name, buffer in module.named_buffers() if "init" in name and buffer.numel() == 1]
+
+
 def as_float64(x: Tensor) -> Tensor:
     return x.detach().cpu().to(torch.float64) if x.is_floating_point() else x.detach().cpu()
 
 
 @contextmanager
-def computing_by_default_in(dtype: torch.dtype) -> Iterator[None]:
-    """New tensors, noise for example, are of this type inside."""
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within this context, new floating-point tensors are of this type, those of noise for example."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -247,15 +295,13 @@ def computing_by_default_in(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def in_float64() -> AbstractContextManager[None]:
-    return computing_by_default_in(torch.float64)
-
-
-def given(x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+def arguments(x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+    """What a layer is called with: x, and as many rows of the context, if there is one."""
     return (x,) if context is None else (x, context[: len(x)])
 
 
 def one_each(log_det: Tensor | float, n: int) -> Tensor:
+    """A log-det as one number per example, (n,); ValueError if it has another shape, unless it is a single number."""
     log_det = torch.as_tensor(log_det)
     if log_det.dim() and log_det.shape != (n,):
         raise ValueError(f"log_det: expected one number for each example, ({n},), got {tuple(log_det.shape)}")
@@ -263,21 +309,21 @@ def one_each(log_det: Tensor | float, n: int) -> Tensor:
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """The largest difference, relative to the largest value or 1; infinite where one is not a number."""
+    """The largest difference, relative to the largest value of b or 1; infinite if it is NaN or the shapes differ."""
     if a.shape != b.shape:
         return math.inf
     return ((a - b).abs().max() / max(1.0, b.abs().max().item())).nan_to_num(nan=math.inf).item()
 
 
 def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """(Entries of the output, entries of x), for a batch of one."""
+    """The Jacobian of a function at a batch of one example: (numbers of the output, numbers of x)."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         return gradients(function(x).flatten(), x)
 
 
 def gradients(z: Tensor, x: Tensor) -> Tensor:
-    """d z_i / d x for each of the numbers z, (len(z), entries of x)."""
+    """d z_i / d x for each number of z, which is flat: (len(z), numbers of x)."""
     if not z.requires_grad:
         return z.new_zeros(len(z), x.numel())
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}

@@ -1,0 +1,244 @@
+"""Tests of what the flow can learn: its volume, all of its numbers and parameters, its scales, and its start."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from nflows_lib.clinic.examination import EXACT, LARGEST, Case, Record, copied, gradients, init_flags, relative_error
+from nflows_lib.clinic.registry import Finding, doctors_test
+
+
+@doctors_test("volume", finds=["F1"])
+def volume(case: Case) -> Finding:
+    """Whether any parameter moves any log-det."""
+    base = case.base_of(case.flow)
+    if isinstance(base, nn.Module) and any(True for _ in base.parameters()):
+        return Finding(None, "the prior has parameters")
+    flow = copied(case.flow)
+    learned = [record for record in case.through(flow, grad=True).leaves if record.learned]
+    total = sum((record.log_det.sum() for record in learned), torch.zeros(()))
+    parameters = [p for p in flow.parameters() if p.requires_grad]
+    if not learned or not parameters:
+        return Finding(None, "no layer learns")
+    grads = torch.autograd.grad(total, parameters, allow_unused=True) if total.requires_grad else []
+    if all(g is None or not g.any() for g in grads) and not any(r.log_det.any() for r in learned):
+        cause = "every learned layer keeps volume, so log p stops at the prior's peak: add a scaling"
+        return Finding(False, "no parameter moves a log-det", cause, "F1")
+    return Finding(True, "learned")
+
+
+@doctors_test("masks", finds=["F2"])
+def masks(case: Case) -> Finding:
+    """Whether every number of a woken copy's latent depends on more than one number of the data."""
+    if case.dims < 2 or case.data_pass.z[0].numel() > LARGEST:
+        return Finding(None, "one dimension" if case.dims < 2 else "too large for a Jacobian")
+    if not any(record.learned for record in case.data_pass.records):
+        return Finding(None, "no layer learns")
+    entered, woken = [], case.woken()
+
+    def enter(u: Tensor) -> Tensor:
+        entered.append(u.detach().requires_grad_())
+        return entered[-1]
+
+    depends = torch.zeros(case.data_pass.z[0].numel(), case.dims, dtype=torch.bool)
+    for i in (0, 1):
+        x, context = case.rows(slice(i, i + 1))
+        if case.noise is None:
+            x = enter(x.to(torch.float64))
+        z = case.through(woken, x, context, grad=True, after_noise=enter).z
+        depends |= gradients(z.flatten(), entered[-1]) != 0
+    alone = (depends.sum(1) <= 1).float().mean().item()
+    if alone > 0:
+        measured = f"{100 * alone:.0f} % of the latent depends on one number of the data each"
+        return Finding(False, measured, "no coupling changes that part: alternate masks, or mix", "F2")
+    return Finding(True, "every part of the vector is changed by another")
+
+
+@doctors_test("mirrored", finds=["F4"])
+def mirrored(case: Case) -> Finding:
+    """Whether two tensors of a woken copy always have opposite gradients, and so do the same thing twice."""
+    seen: list[dict[str, Tensor]] = []
+    if not any(p.requires_grad for p in case.flow.parameters()):
+        return Finding(None, "no parameters")
+    for rows in (slice(0, 4), slice(4, 8)):
+        flow = case.woken()
+        case.through(flow, *case.rows(rows), grad=True).log_p.mean().backward()
+        seen.append({n: p.grad.flatten() for n, p in flow.named_parameters() if p.grad is not None and p.grad.any()})
+    names = sorted(seen[0].keys() & seen[1].keys())
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            if all(s[a].shape == s[b].shape and (s[a] + s[b]).norm() < EXACT * s[a].norm() for s in seen):
+                cause = "only their difference counts, at twice the rate: keep one of them"
+                return Finding(False, f"{a} and {b} have opposite gradients", cause, "F4")
+    return Finding(True, "no two tensors do the same")
+
+
+@doctors_test("dead parameters", finds=["F24"])
+def dead_parameters(case: Case) -> Finding:
+    """Whether a parameter gets no gradient in any of four steps of training of a copy."""
+    flow = copied(case.flow)
+    named = {name: p for name, p in flow.named_parameters() if p.requires_grad}
+    if not named:
+        return Finding(None, "no parameters")
+    alive, optimizer = set(), torch.optim.Adam(named.values(), lr=1e-3)
+    for step in range(4):
+        loss = -case.through(flow, seed=step, grad=True).log_p.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        alive |= {name for name, p in named.items() if p.grad is not None and p.grad.any()}
+        optimizer.step()
+    dead = [name for name in named if name not in alive]
+    if dead:
+        measured = f"{len(dead)} of {len(named)} tensors get no gradient: {', '.join(dead[:2])}"
+        return Finding(False, measured, "two zeros in a row, or never used: zero the last only", "F24")
+    return Finding(True, f"all {len(named)} tensors get a gradient")
+
+
+@doctors_test("scales", finds=["F12", "F13"])
+def scales(case: Case) -> Finding:
+    """Whether the log-scale of each affine coupling is bounded far from the data, by a bound that training can move.
+
+    The shift must have no bound that training cannot move.
+    """
+    here = {record.name: record for record in case.data_pass.leaves}
+    checked, one_sided = 0, 0
+    for record in case.woken_pass.leaves:
+        changes = _changes(record) if record.learned and record.x.is_floating_point() else None
+        if changes is None:
+            continue
+        checked += 1
+        (near, _), (wide, shift) = (_log_scale_and_shift(record, *changes, far) for far in (1e2, 1e4))
+        if _grows(near.max(), wide.max()):
+            cause = "the inverse divides by it, far from the data: g tanh"
+            return Finding(False, f"{record.title}: log-scale unbounded", cause, "F12")
+        one_sided += _grows(-near.min(), -wide.min())
+        limit = _limit_for_ever(record, changes, wide, shift, here[record.name])
+        if limit:
+            cause = "a bound that nothing can move: multiply by a learned gain"
+            return Finding(False, f"{record.title}: {limit}", cause, "F13")
+    note = f"; {one_sided} can shrink without limit" if one_sided else ""
+    measured = f"bounded in {checked - one_sided} of {checked} couplings{note}" if checked else "no affine couplings"
+    return Finding(True if checked else None, measured)
+
+
+def _grows(near: Tensor, wide: Tensor) -> bool:
+    """Whether a log-scale grows without bound from 100 to 10,000 times as far out as the data."""
+    return not wide.isfinite().item() or (wide > 10 * max(near.item(), 1.0)).item()
+
+
+def _limit_for_ever(
+    record: Record, changes: tuple[Tensor, Tensor], log_scale: Tensor, shift: Tensor, here: Record
+) -> str:
+    """A shift with a bound that no parameter moves, or a log-scale that has reached such a bound, in words; else ""."""
+    tenfold = copy.deepcopy(record.layer)
+    with torch.no_grad():
+        for parameter in tenfold.parameters():
+            parameter *= 10
+    moved = _log_scale_and_shift(replace(record, layer=tenfold), *changes, 1e4)
+    now = _log_scale_and_shift(here, *changes, 1.0)
+    for i, (what, far) in enumerate({"log-scale": log_scale, "shift": shift}.items()):
+        limit = far.abs().max()
+        share = 100 * (now[i].abs() > 0.95 * limit).double().mean().item()
+        if limit > 1e-3 and abs(moved[i].abs().max() / limit - 1) < 0.01 and (share > 50 or what == "shift"):
+            return f"{what} within {limit:.3g} whatever is learned, {share:.0f} % there"
+    return ""
+
+
+def _changes(record: Record) -> tuple[Tensor, Tensor] | None:
+    """Masks of the numbers that an affine coupling changes, of its input and (flat) of its output; else None.
+
+    A number that passes may have been moved to another place: its values in the batch tell where it is.
+    """
+    before, after = (list(map(tuple, side.flatten(1).T.tolist())) for side in (record.x, record.z))
+    passing, known = set(after), set(before)
+    changed = torch.tensor([column not in passing for column in before]).view(record.x.shape[1:])
+    outputs = torch.tensor([column not in known for column in after])
+    if changed.all() or not changed.any() or changed.sum() != outputs.sum():
+        return None
+    with torch.no_grad():
+        steps = [record.again(record.x + step * changed)[0].flatten(1)[:, outputs] for step in (0.0, 1.0, 2.0)]
+    straight = relative_error(steps[2] - steps[1], steps[1] - steps[0]) < EXACT
+    return (changed, outputs) if straight else None
+
+
+def _log_scale_and_shift(record: Record, changed: Tensor, outputs: Tensor, far: float) -> tuple[Tensor, Tensor]:
+    """Log-scale and shift of the changed numbers where those that pass are ``far`` times as large, both signs."""
+    scales, shifts = [], []
+    with torch.no_grad():
+        for x in (far * record.x * ~changed, -far * record.x * ~changed):
+            at_zero, at_one = (record.again(x + step * changed)[0].flatten(1)[:, outputs] for step in (0.0, 1.0))
+            scales.append((at_one - at_zero).abs().log().nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf))
+            shifts.append(at_zero)
+    return torch.cat(scales), torch.cat(shifts)
+
+
+@doctors_test("start", finds=["F5", "F20", "F21"])
+def start(case: Case) -> Finding:
+    """Whether another start makes the data likelier: log-scales at 0, a new first batch, or networks that end in zeros.
+
+    All are compared in training mode, so that stale running averages play no part.
+    """
+    now = case.log_p_of(copied(case.flow).train())
+    arms = {
+        "F5": (lambda flow: _scales_at_zero(flow, case), "log-scales at 0", "log-scales that start at random: zeros"),
+        "F20": (lambda flow: _first_batch(flow, case), "initialised from this batch", "not initialised from data"),
+        "F21": (
+            lambda flow: _networks_at_zero(flow, case) | _first_batch(flow, case),
+            "the networks' last layers at zero",
+            "networks that do not start at zero",
+        ),
+    }
+    found = {}
+    for entry, (change, what, cause) in arms.items():
+        flow = copied(case.flow)
+        with torch.no_grad():
+            if change(flow):
+                found[entry] = (case.log_p_of(flow.train()) - now, what, cause)
+    if not found:
+        return Finding(None, "nothing that has a better start")
+    entry, (gain, what, cause) = max(found.items(), key=lambda item: item[1][0])
+    if gain > 0.15:
+        return Finding(False, f"with {what} likelier by {gain:.2g} nats/dim", f"{cause}; or not trained", entry)
+    return Finding(True, "no fresh start is likelier")
+
+
+def _scales_at_zero(flow: nn.Module, case: Case) -> bool:
+    """Set to 0 the parameters of elementwise layers that are not initialised from data. Says whether there are any."""
+    done = False
+    for record in case.data_pass.leaves:
+        if record.learned and record.x.is_floating_point() and not init_flags(record.layer) and record.is_elementwise():
+            for parameter in record.layer_in(flow).parameters():
+                parameter.zero_()
+                done = True
+    return done
+
+
+def _first_batch(flow: nn.Module, case: Case) -> bool:
+    """Let the flow initialise itself from this batch. Says whether it has layers that do so."""
+    flags = init_flags(flow)
+    for flag in flags:
+        flag.fill_(0)
+    if flags and hasattr(flow, "initialize"):
+        flow.initialize(case.x, case.context)
+    elif flags:
+        case.through(flow.train())
+    return bool(flags)
+
+
+def _networks_at_zero(flow: nn.Module, case: Case) -> bool:
+    """Set to 0 the last linear or convolutional layer inside each coupling. Says whether there are any."""
+    done = False
+    for record in case.data_pass.leaves:
+        layer = record.layer_in(flow)
+        last = [m for m in layer.modules() if m is not layer and isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
+        if last:
+            for name, parameter in last[-1].named_parameters():
+                if not name.endswith("original1"):  # the direction of a normalised weight, whose length is original0
+                    parameter.zero_()
+            done = True
+    return done
