@@ -416,7 +416,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(tmp
     (tmp_path / "file").write_text("")
     recorder = Recorder()
     for folder in (tmp_path / "file", tmp_path / "file" / "inside"):
-        with pytest.raises(ValueError, match="folder: expected one that can be written to, got .*file"):
+        with pytest.raises(ValueError, match=r"folder: expected one that can be written to, got .*file"):
             train(scaling(1, recorder), ZEROS, 2, batch_size=4, folder=folder)
     assert recorder.seen == []
 
