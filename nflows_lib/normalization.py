@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.nn.functional import all_reduce
 
 from nflows_lib.bijection import Bijection, ChannelBijection, Shape, check_positive, check_shape
 
@@ -148,7 +147,21 @@ def mean_over_processes(values: Tensor) -> Tensor:
     """
     if not dist.is_available() or not dist.is_initialized():
         return values
-    return all_reduce(values) / dist.get_world_size()
+    return _SumOverProcesses.apply(values) / dist.get_world_size()
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum. What one process gives acts on the losses of all of them, so its gradients are summed as well."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _SumOverProcesses.forward(ctx, gradient)
 
 
 def standardise_first(layer: nn.Module, x: Tensor) -> None:

@@ -20,10 +20,11 @@ from tqdm.auto import tqdm
 from nflows_lib import training
 from nflows_lib.__main__ import main
 from nflows_lib.distributions import StandardNormal
-from nflows_lib.experiments import processes, runs
+from nflows_lib.experiments import processes, runs, trainer
+from nflows_lib.experiments.checkpoint import CheckpointError
 from nflows_lib.experiments.trainer import CHECKPOINT, PREVIOUS
 from nflows_lib.flow import Flow
-from nflows_lib.normalization import DiagonalScaling
+from nflows_lib.normalization import DiagonalScaling, mean_over_processes
 
 # --standalone: on a port that is free. Two processes on the CPU, whatever the machine has.
 ON_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -43,7 +44,7 @@ def found(tmp_path_factory) -> list[dict]:
         env=ON_CPU,
     )
     assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"{number}.pt") for number in (0, 1)]
+    return [torch.load(folder / f"{rank}.pt") | {"folder": folder} for rank in (0, 1)]
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
@@ -55,9 +56,9 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], **tolera
 # --- two against one --------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_train_like_one_on_the_joint_batch(found):
-    """Losses, gradients, figures and parameters, those of batch norms and of the average among them."""
-    expected = two_processes.points()
+def test_two_processes_train_like_one_on_the_joint_batch(found, tmp_path):
+    """Losses, gradients, held-out losses and parameters, those of batch norms and of the average among them."""
+    expected = two_processes.points(tmp_path)
     for process in found:
         for name in ("loss", "grad_norm", "held_out"):
             ours, theirs = process["points"]["history"][name], expected["history"][name]
@@ -66,33 +67,34 @@ def test_two_processes_train_like_one_on_the_joint_batch(found):
         assert_equal(process["points"]["state"], expected["state"], rtol=1e-9, atol=1e-12)
 
 
-def test_the_expected_run_depends_on_what_is_compared(found):
+def test_the_expected_run_depends_on_what_is_compared(found, tmp_path):
     """Half a batch would be another run: the comparison above could fail."""
     before, two_processes.OPTIONS["batch_size"] = two_processes.OPTIONS["batch_size"], 8
     try:
-        other = two_processes.points()
+        other = two_processes.points(tmp_path)
     finally:
         two_processes.OPTIONS["batch_size"] = before
     difference = torch.tensor(other["history"]["loss"]) - torch.tensor(found[0]["points"]["history"]["loss"])
     assert difference.abs().max() > 0.1
 
 
-def test_actnorm_is_the_same_everywhere_and_set_by_the_joint_batch(found):
-    expected = two_processes.first_step()
+def test_actnorm_is_the_same_everywhere_and_set_by_the_joint_batch(found, tmp_path):
+    expected = two_processes.first_step(tmp_path)
     assert len(expected["batch"]) == 16
     for process in found:
         assert_equal(process["first step"]["state"], expected["state"])
         assert all(v for name, v in process["first step"]["state"].items() if name.endswith("initialized"))
 
 
-def test_each_process_takes_its_own_examples_with_noise_of_its_own(found):
+def test_each_process_takes_its_own_examples_with_noise_of_its_own(found, tmp_path):
     batches = [process["first step"]["batch"] for process in found]
     assert [len(batch) for batch in batches] == [8, 8]
-    joint = two_processes.first_step()["batch"]
+    joint = two_processes.first_step(tmp_path)["batch"]
     assert torch.equal(torch.cat(batches).floor(), joint.floor())
     assert not torch.equal(batches[0].frac(), batches[1].frac())
-    initial = found[0]["first step"]["first"]  # of number 0, for the joint batch, before its own noise
+    initial, initial_of_1 = (process["first step"]["first"] for process in found)  # of the whole first batch
     assert len(initial) == 16
+    assert torch.equal(initial, initial_of_1)
     assert ((initial[:8].frac() - batches[1].frac()).abs() < 1e-5).float().mean() < 0.1
 
 
@@ -101,8 +103,8 @@ def test_all_processes_end_with_the_same_parameters(found, what):
     assert_equal(found[1][what]["state"], found[0][what]["state"])
 
 
-def test_number_0_evaluates_by_itself_and_all_know_the_figures(found):
-    assert [process["points"]["called"] for process in found] == [[(4, 1), (8, 1), (12, 1)], []]
+def test_rank_0_evaluates_by_itself_and_all_know_the_losses(found):
+    assert [process["points"]["called"] for process in found] == [[4, 8, 12], []]
     assert found[0]["points"]["history"] == found[1]["points"]["history"]
 
 
@@ -118,8 +120,8 @@ def test_where_one_is_stopped_all_are_and_go_on_to_the_same_parameters(found):
 
 
 def test_a_run_of_two_does_not_go_on_with_one(found):
-    for process in found:
-        assert process["alone"] == f"{CHECKPOINT}: another run's: expected processes 1, got 2"
+    with pytest.raises(CheckpointError, match=f"^{CHECKPOINT}: another run's: expected processes 1, got 2$"):
+        two_processes.images(found[0]["folder"] / "run", resume=True)
 
 
 def test_what_one_meets_all_raise(found):
@@ -133,36 +135,35 @@ def test_a_budget_gives_one_number_of_steps(found):
 
 
 def test_what_processes_tell_each_other(found):
-    for number, process in enumerate(found):
-        assert process["shared"] == "of 0"
+    for rank, process in enumerate(found):
+        assert process["broadcast"] == "of 0"
         assert process["gathered"] == [0, 1]
         assert process["any"] == (True, False, True)
-        assert process["share"].tolist() == [[0, 1, 2], [3, 4, 5]][number]
+        assert process["shard"].tolist() == [[0, 1, 2], [3, 4, 5]][rank]
         assert process["mean"] == {"mean": 1.5, "gradient": 4.5}
         assert process["laid out"].tolist() == [[0, 1.5], [3, 4.5], [6, 7.5]]
-        assert process["by itself"] == (1, [0])
-        assert process["after"] == (1, number, "torchrun --standalone --nproc-per-node 2")
+        assert process["after"] == (1, rank, "torchrun --standalone --nproc-per-node 2")
 
 
 def test_one_process_gives_back_what_it_gets():
     values = torch.rand(3)
-    assert processes.mean(values) is processes.share(values) is processes.shared(values) is values
-    assert processes.gathered(7) == [7]
+    assert mean_over_processes(values) is processes.shard(values) is processes.broadcast(values) is values
+    assert processes.all_gather(7) == [7]
     assert processes.any_of(True, False) == (True, False)
-    assert (processes.processes(), processes.number(), processes.launcher()) == (1, 0, "python")
-    with processes.joined() as device:
+    assert (processes.world_size(), processes.rank(), processes.launcher()) == (1, 0, "python")
+    with processes.process_group() as device:
         assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
-        assert processes.processes() == 1
+        assert processes.world_size() == 1
 
 
 def test_what_one_alone_meets_ends_all(tmp_path):
-    """A full disk, a failing callback: only number 0 has it, and torchrun must see it."""
+    """A full disk, a failing callback: only rank 0 has it, and torchrun must see it."""
     done = subprocess.run(
         [*TORCHRUN, two_processes.__file__, tmp_path, "fail"], capture_output=True, text=True, timeout=100, env=ON_CPU
     )
     assert done.returncode != 0
     assert "OSError: no space left" in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
@@ -175,19 +176,19 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(processes.dist, "init_process_group", said.append)
     monkeypatch.setattr(processes.dist, "destroy_process_group", lambda: said.append("left"))
     monkeypatch.setenv("LOCAL_RANK", "3")
-    with processes.joined() as device:
+    with processes.process_group() as device:
         assert (str(device), said) == ("cuda", [])
     monkeypatch.setattr(processes.dist, "is_torchelastic_launched", lambda: True)
-    with processes.joined() as device:
+    with processes.process_group() as device:
         assert (str(device), said) == ("cuda:3", ["cuda:3", "cpu:gloo,cuda:nccl"])
     assert said[2:] == ["left"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     message = r"^nproc-per-node: expected at most 3, the number of GPUs, got more than 3$"
-    with pytest.raises(ValueError, match=message), processes.joined():
+    with pytest.raises(ValueError, match=message), processes.process_group():
         pass
     monkeypatch.setenv("NFLOWS_DEVICE", "cpu")
     said.clear()
-    with processes.joined() as device:
+    with processes.process_group() as device:
         assert (str(device), said) == ("cpu", ["gloo"])
 
 
@@ -199,13 +200,13 @@ def test_after_an_error_no_process_waits_for_the_others(monkeypatch):
     monkeypatch.setattr(processes.dist, "destroy_process_group", lambda: said.append("left"))
     monkeypatch.setattr(processes.dist, "is_torchelastic_launched", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(RuntimeError, match="in the midst"), processes.joined():
+    with pytest.raises(RuntimeError, match="in the midst"), processes.process_group():
         raise RuntimeError("in the midst")
     assert said == ["gloo"]
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_number_0_alone_shows_a_bar(monkeypatch, number):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_alone_shows_a_bar(monkeypatch, tmp_path, rank):
     shown = []
 
     def bar(**options: object) -> tqdm:
@@ -214,33 +215,37 @@ def test_number_0_alone_shows_a_bar(monkeypatch, number):
 
     monkeypatch.setattr(training, "tqdm", bar)
     monkeypatch.setattr(training.settings, "progress", lambda: True)
-    monkeypatch.setattr(parallel, "number", lambda: number)
+    monkeypatch.setattr(processes, "rank", lambda: rank)
     flow = Flow([DiagonalScaling(2)], StandardNormal(), (2,))
-    training.fit(flow, torch.randn(16, 2), 2, batch_size=8)
-    assert shown == [number == 0]
+    if rank == 0:
+        trainer.train(flow, torch.randn(16, 2), 2, folder=tmp_path, batch_size=8)
+    else:
+        with training.progress_bar(2, 8, shown=processes.rank() == 0):
+            pass
+    assert shown == [rank == 0]
 
 
 def test_several_processes_go_on_when_asked_twice(monkeypatch):
     """One alone stops at once, but under torchrun a second signal is the first one, passed on."""
-    monkeypatch.setattr(parallel, "torchrun", lambda: True)
+    monkeypatch.setattr(processes, "torchrun", lambda: True)
     before = signal.getsignal(signal.SIGINT)
-    with training._stop_requested(active=True) as noted:
+    with trainer._stop_requested() as noted:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
         assert noted == [signal.SIGINT] * 2
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_only_number_0_takes_figures_and_writes(monkeypatch, tmp_path):
-    monkeypatch.setattr(runs, "fit", lambda *_, **__: training.History())
-    monkeypatch.setattr(parallel, "number", lambda: 1)
+def test_only_rank_0_measures_and_writes(monkeypatch, tmp_path):
+    monkeypatch.setattr(trainer, "train", lambda *_, **__: training.History())
+    monkeypatch.setattr(processes, "rank", lambda: 1)
     assert isinstance(runs.train("nice-digits", tmp_path, steps=1), Flow)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_process_draws_the_shuffle_the_noise_of_the_first_batch_and_that_of_the_steps():
+def test_one_process_draws_the_shuffle_the_noise_of_the_first_batch_and_that_of_the_steps(tmp_path):
     """From one seed, in this order, as ever: other draws would be other runs than those of the records."""
-    found = two_processes.first_step()
+    found = two_processes.first_step(tmp_path)
     data = torch.randint(8, (32, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(7)
     batch = data[torch.randperm(32)[:16]].float()
