@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nflows_lib.bijection import Shape, check_shape, initialize_network
 from nflows_lib.convolution import Invertible1x1Conv
-from nflows_lib.networks import check_precision, computing_in, zeroed
+from nflows_lib.networks import channels_last, check_precision, computing_in, zeroed
 from nflows_lib.normalization import ActNorm
 
 
@@ -151,7 +151,7 @@ class ConditionalNet(nn.Module):
 
 def _laid_out(context: Tensor) -> Tensor:
     """In the layout that convolutions are fastest in, if it is an image."""
-    return context.contiguous(memory_format=torch.channels_last) if context.dim() == 4 else context
+    return channels_last(context) if context.dim() == 4 else context
 
 
 def check_context_shape(shape: Shape) -> None:

@@ -242,7 +242,15 @@ def _joined(parts: list[Tensor], context: Tensor | None, channels: int) -> Tenso
             context = context[..., None, None].expand(-1, -1, *size)
         check_shape("context", context, (channels, *size))
         parts = [*parts, context]
-    return torch.cat(parts, dim=1).contiguous(memory_format=torch.channels_last)
+    return channels_last(torch.cat(parts, dim=1))
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """The images in memory pixel by pixel, all channels of a pixel together, where convolutions are fastest.
+
+    It is torch's memory format ``channels_last``, reached by operations that ``torch.func.vmap`` knows.
+    """
+    return images.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def finished(output: Tensor, x: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, alternating_ma
 from nflows_lib.dequantization import Rescale, UniformDequantize
 from nflows_lib.distributions import StandardLogistic, StandardNormal
 from nflows_lib.flow import Flow
-from nflows_lib.models import nice
+from nflows_lib.models import glow, nice
 from nflows_lib.multiscale import FactorOut, PhaseOrder, Squeeze
-from nflows_lib.networks import MLP
-from nflows_lib.normalization import DiagonalScaling
+from nflows_lib.networks import MLP, GlowNet, ResNet
+from nflows_lib.normalization import ActNorm, DiagonalScaling
 
 BASES = [(StandardNormal(), scipy.stats.norm), (StandardLogistic(), scipy.stats.logistic)]
 every_base = pytest.mark.parametrize(("base", "reference"), BASES, ids=["normal", "logistic"])
@@ -125,6 +125,48 @@ def test_chain_applies_the_layers_in_order():
     assert chain.inverse(torch.full((1, 1), 7.0)).item() == 3
     assert len(chain) == 2
     assert list(chain) == [chain[0], chain[1]] == list(chain.layers)
+
+
+def test_chain_can_be_sliced_and_joined_like_a_list_and_shares_its_layers():
+    chain = small_nice().chain
+    assert list(chain[1:]) == list(chain)[1:]
+    assert list(chain[:-1]) == list(chain)[:-1]
+    assert isinstance(chain[1:3], Chain)
+    layer = Rescale(2.0)
+    for joined in ([layer] + chain[1:], Chain([layer]) + chain[1:]):  # noqa: RUF005
+        assert isinstance(joined, Chain)
+        assert list(joined) == [layer, *list(chain)[1:]]
+    assert list(chain[:2] + (layer,)) == [*list(chain)[:2], layer]  # noqa: RUF005
+    x = torch.randn(5, 2)
+    whole, parts = chain(x), (chain[:2] + chain[2:])(x)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    assert len(chain) == 4  # is as long as before
+
+
+def test_a_slice_of_a_flow_is_the_flow_of_those_layers():
+    flow = small_nice(4, levels=5)
+    continuous = flow[1:]
+    assert (flow.levels, continuous.levels) == (5, None)
+    k = torch.randint(5, (6, 4))
+    torch.manual_seed(0)
+    expected = flow.log_prob(k)
+    torch.manual_seed(0)
+    torch.testing.assert_close(continuous.log_prob(k + torch.rand(6, 4)), expected)
+    assert {id(p) for p in continuous.parameters()} == {id(p) for p in flow.parameters()}
+    assert flow.eval()[1:].training is False
+
+
+def test_a_slice_of_a_flow_has_the_shape_that_reaches_it():
+    flow = Flow([Rescale(2.0), Squeeze(), PhaseOrder(4)], StandardNormal(), (1, 4, 4))
+    assert flow[2:].shape == (4, 2, 2)
+    assert flow[:1].shape == flow[-3:].shape == (1, 4, 4)
+    assert flow[2:].decode(torch.randn(3, 16)).shape == (3, 4, 2, 2)
+
+
+@pytest.mark.parametrize("part", [0, slice(None, None, 2), slice(None, None, -1)])
+def test_only_neighbouring_layers_make_a_flow(part):
+    with pytest.raises(ValueError, match=r"part: expected a slice of neighbouring layers, as in flow\[1:\], got"):
+        small_nice()[part]
 
 
 def test_chain_takes_layers_only():
@@ -500,6 +542,82 @@ def test_flow_refuses_a_layer_that_does_not_fit(layer):
 
 
 # --- models and networks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "position"),
+    [
+        (lambda: [UniformDequantize(4), UniformDequantize(4)], "1"),
+        (lambda: [Rescale(0.5), UniformDequantize(4)], "1"),
+        (lambda: [Rescale(0.5), Chain([Rescale(2.0), UniformDequantize(4)])], r"1\.layers\.1"),
+        (lambda: [Chain([UniformDequantize(4), Rescale(0.5)])], r"0\.layers\.0"),
+    ],
+    ids=["two", "second", "inside a chain", "inside the first"],
+)
+def test_noise_belongs_at_the_first_position_alone(layers, position):
+    message = f"layers: expected a noise layer at position 0 alone, got UniformDequantize at position {position}"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Flow(layers(), StandardNormal(), (2,))
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: Flow([Rescale(2.0)], StandardNormal(), (0,)), "shape"),
+        (lambda: Flow([Rescale(2.0)], StandardNormal(), (1, 0, 4)), "shape"),
+        (lambda: nice(4, hidden=0), "hidden"),
+        (lambda: nice(4, depth=0), "depth"),
+        (lambda: MLP(0, 2, 8, 1), "inputs"),
+        (lambda: MLP(2, 0, 8, 1), "outputs"),
+        (lambda: ResNet(0, 2, 8, 1), "inputs"),
+        (lambda: ResNet(1, 2, 0, 1), "hidden"),
+        (lambda: GlowNet(2, 4, 0), "hidden"),
+        (lambda: DiagonalScaling(0), "dims"),
+        (lambda: ActNorm(0), "channels"),
+    ],
+)
+def test_sizes_of_zero_are_named(make, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected at least 1, got 0$"):
+        make()
+
+
+@pytest.mark.parametrize("kind", ["points", "images", "multi-scale"])
+def test_vmap_and_jacrev_go_through_log_prob_and_encode(kind):
+    """Per-example gradients and Jacobians, as ``torch.func`` takes them: the same as one example after the other."""
+    torch.manual_seed(0)
+    if kind == "points":
+        flow = small_nice()
+    elif kind == "images":
+        flow = image_flow()
+    else:
+        flow = glow((1, 4, 4), levels=4, scales=2, steps=1, hidden=4)
+        flow.initialize(torch.randint(4, (16, 1, 4, 4)))
+        randomize(flow, 0.3)
+        flow = flow[1:]
+    x = torch.rand(3, *flow.shape)
+
+    def log_prob(one: Tensor) -> Tensor:
+        return flow.log_prob(one[None])[0]
+
+    def encode(one: Tensor) -> Tensor:
+        return flow.encode(one[None])[0]
+
+    torch.testing.assert_close(torch.func.vmap(log_prob)(x), flow.log_prob(x))
+    torch.testing.assert_close(torch.func.vmap(encode)(x), flow.encode(x))
+    jacobians = torch.func.vmap(torch.func.jacrev(encode))(x).reshape(3, flow.dims, flow.dims)
+    expected = torch.stack([torch.autograd.functional.jacobian(encode, one) for one in x]).reshape_as(jacobians)
+    torch.testing.assert_close(jacobians, expected)
+    gradients = torch.func.vmap(torch.func.grad(log_prob))(x)
+    x.requires_grad_()
+    torch.testing.assert_close(gradients, torch.autograd.grad(flow.log_prob(x).sum(), x)[0])
+
+
+def test_vmap_goes_through_the_log_prob_of_levels():
+    flow = small_nice(4, levels=5)
+    k = torch.randint(5, (6, 4))
+    found = torch.func.vmap(lambda one: flow.log_prob(one[None])[0], randomness="different")(k)
+    assert found.shape == (6,)
+    assert found.isfinite().all()
 
 
 def test_nice_is_the_list_of_the_paper():

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from nflows_lib.bijection import Shape, check_positive, check_shape
 from nflows_lib.flow import check_context, check_data, check_sampling
-from nflows_lib.networks import check_precision, computing_in, finished
+from nflows_lib.networks import channels_last, check_precision, computing_in, finished
 
 
 class PixelClassifier(nn.Module):
@@ -105,7 +105,7 @@ class UNet(nn.Module):
         if x.shape[-2] % times or x.shape[-1] % times:
             raise ValueError(f"x: expected height and width that are multiples of {times}, got {tuple(x.shape[-2:])}")
         with computing_in(self.precision, x):
-            h, kept = x.contiguous(memory_format=torch.channels_last), []
+            h, kept = channels_last(x), []
             for i, block in enumerate(self.down):
                 h = block(F.max_pool2d(h, 2) if i else h)
                 kept.append(h)
