@@ -36,10 +36,11 @@ book: $(READY)  ## build the book from the committed outputs, warnings as errors
 	@echo "The book is built. Open $(CURDIR)/_build/html/index.html"
 
 # The chapters take longest, so they come first and the two workers end together.
-test: $(READY)  ## lint, spelling, unit and property tests, every chapter compared with its stored outputs
+test: $(READY)  ## lint, spelling, the house's plan, unit and property tests, every chapter compared with its stored outputs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder $(NBVAL) chapters tests/test_book.py tests nflows_lib
 
 # A seed a process: each one's report is kept whole and printed when it ends.

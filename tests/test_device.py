@@ -182,7 +182,7 @@ def test_data_on_the_cpu_are_brought_to_the_flow(name, device):
 
 @pytest.mark.parametrize("name", ["glow, learned noise, bounded", "realnvp", "cglow"])
 def test_a_step_waits_for_the_gpu_once(name, pretended):
-    """The CPU reads a step's loss and gradient norm together, brings a shuffle per epoch, and waits for nothing else."""
+    """The CPU reads a step's loss and gradient norm together, brings a shuffle per epoch, and waits no more."""
     waits = []
     with pretended:
         for steps in (1, 11):

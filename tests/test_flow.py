@@ -594,7 +594,7 @@ def test_vmap_and_jacrev_go_through_log_prob_and_encode(kind):
         flow.initialize(torch.randint(4, (16, 1, 4, 4)))
         randomize(flow, 0.3)
         flow = flow[1:]
-    x = torch.rand(3, *flow.shape)
+    flow, x = flow.double(), torch.rand(3, *flow.shape, dtype=torch.float64)
 
     def log_prob(one: Tensor) -> Tensor:
         return flow.log_prob(one[None])[0]

@@ -1,0 +1,91 @@
+"""The plan of the house: what imports what, how small the library is, and that a built wheel holds both wings."""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+ENTRIES = {"__init__", "__main__", "ablations", "notebook"}  # a few lines each: they start what stands elsewhere
+
+
+def lines_of_code(path: Path) -> int:
+    """Lines that hold code: without docstrings, comments and blank lines."""
+    text = path.read_text(encoding="utf-8")
+    code: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in NO_CODE:
+            code.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            code -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(code)
+
+
+def test_the_library_can_be_read_in_an_evening():
+    counted = {path.stem: lines_of_code(path) for path in (ROOT / "nflows_lib").glob("*.py")}
+    library = {name: lines for name, lines in counted.items() if name not in ENTRIES}
+    print(sorted(library.items(), key=lambda item: -item[1]))
+    assert sum(library.values()) <= 1600
+    assert all(counted[name] <= 10 for name in ENTRIES)
+
+
+def linted(folder: Path) -> subprocess.CompletedProcess[str]:
+    """lint-imports on the package that lies in the folder."""
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(folder)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("flow", "from nflows_lib.experiments import archive"),
+        ("flow", "from nflows_lib.clinic import doctor"),
+        ("coupling", "from nflows_lib.training import fit"),
+        ("normalization", "from nflows_lib import data"),
+        ("multiscale", "from nflows_lib import plotting"),
+        ("clinic/report", "from nflows_lib.experiments import archive"),
+        ("experiments/table", "from nflows_lib.experiments import runs"),
+        ("new_room", "x = 1"),
+    ],
+)
+def test_an_import_against_the_plan_is_noticed(tmp_path, module, line):
+    shutil.copytree(ROOT / "nflows_lib", tmp_path / "nflows_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    path = tmp_path / "nflows_lib" / f"{module}.py"
+    path.write_text((path.read_text(encoding="utf-8") if path.exists() else "") + f"\n{line}\n", encoding="utf-8")
+    broken = linted(tmp_path)
+    assert broken.returncode != 0
+    assert "BROKEN" in broken.stdout or module in broken.stdout, broken.stdout + broken.stderr
+
+
+def test_a_wheel_holds_both_wings(tmp_path):
+    """Built from a copy, and imported from the wheel itself."""
+    shutil.copytree(ROOT / "nflows_lib", tmp_path / "nflows_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "LICENSE-text.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    build = "import setuptools.build_meta as backend; print(backend.build_wheel('.'))"
+    built = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    script = (
+        "import nflows_lib, nflows_lib.clinic, nflows_lib.experiments.ablations, nflows_lib.experiments.command\n"
+        "from nflows_lib import doctor\n"
+        "print(nflows_lib.__file__)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(wheel)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(wheel))
