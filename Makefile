@@ -41,7 +41,7 @@ test: $(READY)  ## lint, spelling, the house's plan, unit and property tests, ev
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell .
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder $(NBVAL) chapters tests/test_book.py tests nflows_lib
+	$(BIN)/pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder $(NBVAL) chapters tests/book/test_book.py tests nflows_lib
 
 # A seed a process: each one's report is kept whole and printed when it ends.
 seeds: $(READY)  ## the chapters under other seeds (NFLOWS_SEED 1 to 4)

@@ -1,7 +1,7 @@
 """Execute chapters in place and bring them to one normal form: ``python tests/notebooks.py chapters/*.ipynb``.
 
 The normal form holds nothing that depends on when or where a chapter ran, so a diff shows what changed.
-``--check`` executes nothing and names what is not in that form; tests/test_notebooks.py asks the same.
+``--check`` executes nothing and names what is not in that form; tests/book/test_notebooks.py asks the same.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Train the playground's flows and write them for the page: ``python tools/playground.py``, 15 minutes on one core.
 
 They are small and smooth, so that a hand can follow them: 8 couplings with one hidden layer of 20 units.
-`_extra/playground/flows.js` holds them all, each rounded by `nflows_lib.export`, and the points shown with them.
+`_extra/playground/flows.js` holds them all, each rounded by `nflows_lib.experiments.export`, and the points shown with them.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def untamed(flow: Flow) -> Flow:
 
 
 def to_json(flow: Flow) -> dict[str, Any]:
-    """As :func:`nflows_lib.export.to_json`, which knows the library's layers alone; an untamed one has no gain."""
+    """As :func:`nflows_lib.experiments.export.to_json`, which knows the library's layers alone; an untamed one has no gain."""
     if not any(isinstance(layer, Untamed) for layer in flow.chain):
         return export.to_json(flow)
     content = export.to_json(
