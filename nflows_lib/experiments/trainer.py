@@ -150,7 +150,14 @@ def train(
     check_data(flow, data, context, ("data", "context"))
     check_held_out(flow, held_out, held_out_context, evaluations, draws)
     check_options(flow, optimizer, len(data), batch_size, clip, ema)
-    _check_length(steps, budget, warmup)
+    if (steps is None) == (budget is None):
+        raise ValueError(f"steps, budget: expected one of them, got {steps} and {budget}")
+    if budget is None:
+        check_steps(steps, warmup)
+    elif not 0 < budget < math.inf:
+        raise ValueError(f"budget: expected seconds above 0, got {budget}")
+    elif warmup < 0:
+        raise ValueError(f"warmup: expected at least 0, got {warmup}")
     count = processes.world_size()
     if batch_size % count:
         raise ValueError(f"batch_size: expected a multiple of the {count} processes, got {batch_size}")
@@ -496,17 +503,6 @@ def _stop_requested() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _check_length(steps: int | None, budget: float | None, warmup: int) -> None:
-    if (steps is None) == (budget is None):
-        raise ValueError(f"steps, budget: expected one of them, got {steps} and {budget}")
-    if steps is not None:
-        check_steps(steps, warmup)
-    elif not 0 < budget < math.inf:
-        raise ValueError(f"budget: expected seconds above 0, got {budget}")
-    elif warmup < 0:
-        raise ValueError(f"warmup: expected at least 0, got {warmup}")
 
 
 def _checksum(*tensors: Tensor | None) -> int:
