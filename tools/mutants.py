@@ -1,0 +1,234 @@
+r"""Break one line of the library at a time and see whether the tests of its module notice.
+
+``python tools/mutants.py`` tries every break (about 20 minutes), ``python tools/mutants.py 3 7`` the third and the
+seventh. The tests run in a copy of the working tree, first without a break. A break that they do not notice has
+survived: then the exit status is 1, unless the table says that it is known to survive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 600  # seconds for each file of tests; a break that makes them hang is noticed, too
+
+# Three rows for each break. The first names the test files that should notice it, if need be the class or function that
+# the line stands in, and what is wrong; it ends in "[known to survive]" where the tests are known not to notice. The
+# second is the line as it stands in the library, without its indentation; the third is what replaces it.
+TABLE = r"""
+# test_flow.py: a chain counts the contribution of its last layer alone
+- total = total + contribution
++ total = contribution
+# test_bijections.py: the log-scale of an affine coupling is not masked
+- return self.gain * raw.tanh() * ~self.mask, shift * ~self.mask
++ return self.gain * raw.tanh(), shift * ~self.mask
+# test_bijections.py: the parities of channel masks are swapped
+- return (first == (parity == 0))[:, None, None].repeat(1, *shape[1:])
++ return (first == (parity == 1))[:, None, None].repeat(1, *shape[1:])
+# test_bijections.py: the log-determinant of a flow batch norm lacks the factor H W
+- log_det = -0.5 * math.prod(x.shape[2:]) * (variance + self.eps).log().sum()
++ log_det = -0.5 * (variance + self.eps).log().sum()
+# test_glow.py: the first shift of an ActNorm is not divided by the standard deviation
+- layer.bias.copy_(-mean / std)
++ layer.bias.copy_(-mean)
+# test_glow.py: the signs of a 1x1 convolution's diagonal are lost
+- scale = self.sign * factors.diagonal(dim1=-2, dim2=-1).exp()
++ scale = factors.diagonal(dim1=-2, dim2=-1).exp()
+# test_multiscale.py: the log-determinant of a learned prior has the wrong sign
+- return torch.cat([eps.flatten(1), inside.flatten(1)], dim=1), log_det - sum_per_example(log_scale)
++ return torch.cat([eps.flatten(1), inside.flatten(1)], dim=1), log_det + sum_per_example(log_scale)
+# test_conditional.py: the log-scale from a context is unbounded
+- return self.log_scale + log_scale.tanh(), self.bias + bias
++ return self.log_scale + log_scale, self.bias + bias
+# test_dequantization.py: noise near 1 is rounded up to the next level
+- return torch.minimum(k + eps, torch.nextafter(k + 1, k))
++ return k + eps
+# test_distributions.py: a draw from the logistic may be infinite
+- return torch.logit(torch.rand_like(like), eps=tail)
++ return torch.logit(torch.rand_like(like))
+# test_flow.py: sampling ignores the temperature
+- return self.decode(temperature * z, context)
++ return self.decode(z, context)
+# test_networks.py in ResNet: residual blocks without their skip connection
+- h = h + block(h)
++ h = block(h)
+# test_flow.py: the masks of NICE do not alternate
+- layers.append(AdditiveCoupling(alternating_mask(dims, i % 2), MLP(dims, dims, hidden, depth, activation)))
++ layers.append(AdditiveCoupling(alternating_mask(dims, 0), MLP(dims, dims, hidden, depth, activation)))
+# test_models.py: the networks of RealNVP are as wide at every scale
+- return [*layers, PhaseOrder(shape[0]), FactorOut(shape, from_scale_on(half, left - 1, 2 * width))]
++ return [*layers, PhaseOrder(shape[0]), FactorOut(shape, from_scale_on(half, left - 1, width))]
+# test_glow.py in glow: the default width of Glow's networks is half the paper's
+- hidden: int = 512,
++ hidden: int = 256,
+# test_data.py: test patches are cut from the training part, too
+- pixels, step = (pixels[..., :border], 4) if part == "train" else (pixels[..., border:], size)
++ pixels, step = (pixels[..., :border], 4) if part == "train" else (pixels, size)
+# test_data.py: masks are interpolated, and cut to integers
+- return seen(masks.float(), "nearest").to(masks.dtype), photographs
++ return seen(masks.float(), "bilinear").to(masks.dtype), photographs
+# test_data.py: photographs that are trained on stay in the test part
+- if keep[i] != keep[j]:
++ if keep[i] and keep[j]:
+# test_training.py: the learning rate of the first step of a warm-up is 0
+- rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
++ rise = min(1.0, step / self.warmup) if self.warmup else 1.0
+# test_training.py: the moving average takes the weights the wrong way round
+- torch._foreach_lerp_(self.averages, self.parameters, 1 - kept)
++ torch._foreach_lerp_(self.averages, self.parameters, kept)
+# test_trainer.py: a checkpoint does not say how much of the shuffle is used up
+- "position": self.position,
++ "position": 0,
+# test_segmentation.py test_runs.py: the mean of p over draws is divided by the number of images
+- return log_p.logsumexp(0) - math.log(len(log_p))
++ return log_p.logsumexp(0) - math.log(log_p.shape[-1])
+# test_clinic.py: the doctor compares a layer's input with itself
+- inputs[name] = args[0] if args[0].requires_grad else args[0].clone()
++ inputs[name] = args[0]
+# test_clinic.py: the doctor does not see a log-determinant that is infinite [known to survive]
+- if (record.z.abs() < BEYOND).all() and (record.log_det.abs() < BEYOND).all():
++ if (record.z.abs() < BEYOND).all():
+# test_clinic.py: the doctor's limit D log n has the wrong sign
+- limit, reached = case.dims * math.log(1 / case.spacing), case.run.log_p.mean().item()
++ limit, reached = case.dims * math.log(case.spacing), case.run.log_p.mean().item()
+# test_runs.py: a named run trains on its held-out images
+- examples[run.held_out :],
++ examples,
+# test_checkpoint.py: scales and biases are halved, too
+- name: tensor.half() if tensor.dtype == torch.float32 and tensor.dim() > 1 else tensor
++ name: tensor.half() if tensor.dtype == torch.float32 else tensor
+# test_parallel.py: every process takes the first one's share of a batch
+- return rows.chunk(processes())[number()] if processes() > 1 else rows
++ return rows.chunk(processes())[0] if processes() > 1 else rows
+# test_segmentation.py: a probability of 1 has an interval of its own
+- which = (p * bins).long().clamp(max=bins - 1)
++ which = (p * bins).long()
+# test_export.py: the gain of a coupling is written and not read back
+- layer.gain.data.fill_(content["gain"])
++ pass
+"""
+ENTRY = re.compile(
+    r"# (?P<tests>[\w. ]+?\.py)(?: in (?P<within>\w+))?: (?P<what>.+?)(?P<known> \[known to survive\])?\n"
+    r"- (?P<line>.+)\n\+ (?P<replacement>.+)\n"
+)
+
+
+@dataclass(frozen=True)
+class Break:
+    """A line of the library, what replaces it, and the test files that should notice."""
+
+    tests: str
+    within: str | None
+    what: str
+    known: str | None
+    line: str
+    replacement: str
+
+    def place(self, root: Path) -> tuple[Path, int]:
+        """The file that the line stands in, and the line's number, from 1 on; SystemExit if it does not stand once."""
+        found: list[tuple[Path, int]] = []
+        for path in sorted((root / "nflows_lib").rglob("*.py")):
+            text = path.read_text(encoding="utf-8")
+            blocks = [node for node in ast.walk(ast.parse(text)) if getattr(node, "name", None) == self.within]
+            for number, line in enumerate(text.split("\n"), 1):
+                inside = self.within is None or any(block.lineno <= number <= block.end_lineno for block in blocks)
+                if line.strip() == self.line and inside:
+                    found.append((path, number))
+        if len(found) != 1:
+            places = "".join(f"\n  {path.relative_to(root)}:{number}" for path, number in found)
+            sys.exit(
+                f"expected this line once in {self.within or 'the library'}: {self.line}\ngot {len(found)}{places}"
+            )
+        return found[0]
+
+
+def copy_tree(to: Path) -> None:
+    """Copy what git knows or would add, as it is now, to a folder; what git ignores is not copied."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.split("\0"):
+        if name and (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, to / name)
+
+
+def python(root: Path, *arguments: str, limit: float = LIMIT) -> subprocess.CompletedProcess[str]:
+    """Run Python in the copy, with the library of the copy, on one thread."""
+    # No bytecode: a broken file may be as long as the sound one, and written within the same second.
+    own = {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", *arguments]
+    return subprocess.run(command, cwd=root, env=os.environ | own, capture_output=True, text=True, timeout=limit)
+
+
+def failure(root: Path, names: Sequence[str]) -> str:
+    """The first test in these files that fails; "" if all pass."""
+    files = [str(path) for name in names for path in (root / "tests").rglob(name)]
+    if sorted(Path(file).name for file in files) != sorted(names):
+        sys.exit(f"expected each of {', '.join(names)} once below tests/, got {', '.join(files) or 'none'}")
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:nbval"]
+    try:
+        done = python(root, "-m", "pytest", *options, *files, limit=LIMIT * len(files))
+    except subprocess.TimeoutExpired:
+        return f"{LIMIT} s without an end"
+    failed = re.search(r"^(?:FAILED|ERROR) (?:[\w./-]*/)?(.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if done.returncode not in (0, 1, 2) or bool(done.returncode) != bool(failed):
+        sys.exit(f"pytest ended with status {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    return failed[1] if failed else ""
+
+
+def main() -> None:
+    assert not ENTRY.sub("", TABLE).strip(), f"TABLE: cannot read {ENTRY.sub('', TABLE)}"
+    breaks = dict(enumerate((Break(**entry.groupdict()) for entry in ENTRY.finditer(TABLE)), 1))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("numbers", nargs="*", type=int, metavar="N", help="the breaks to try; without any, all")
+    parser.add_argument("--list", action="store_true", help="print what the breaks are and where, and try none")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.numbers) - set(breaks):
+        parser.error(f"N: expected numbers from 1 to {len(breaks)}, got {', '.join(map(str, sorted(unknown)))}")
+    chosen = {number: breaks[number] for number in arguments.numbers or breaks}
+    places = {number: change.place(ROOT) for number, change in chosen.items()}
+    if arguments.list:
+        for number, (path, line) in places.items():
+            print(f"{number:2} {path.relative_to(ROOT)}:{line}: {chosen[number].what}")
+        return
+    begin, verdicts = time.perf_counter(), []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder).resolve() / "tree"
+        copy_tree(root)
+        imported = python(root, "-c", "import nflows_lib; print(nflows_lib.__file__)").stdout.strip()
+        if not Path(imported).is_relative_to(root):
+            sys.exit(f"expected Python to import the library in {root}, got {imported}")
+        if failed := failure(root, list(dict.fromkeys(" ".join(change.tests for change in chosen.values()).split()))):
+            sys.exit(f"expected tests that pass while nothing is broken, got a failure of {failed}")
+        print(f"   {'passed':16} {time.perf_counter() - begin:5.1f} s  without a break, with {imported}", flush=True)
+        for number, change in chosen.items():
+            start, (original, at) = time.perf_counter(), places[number]
+            path = root / original.relative_to(ROOT)
+            text = path.read_text(encoding="utf-8")
+            lines = text.split("\n")
+            lines[at - 1] = lines[at - 1].replace(change.line, change.replacement)
+            ast.parse("\n".join(lines))  # any test would notice a line that is no Python
+            path.write_text("\n".join(lines), encoding="utf-8")
+            failed = failure(root, change.tests.split())
+            path.write_text(text, encoding="utf-8")
+            verdicts.append("noticed" if failed else "known to survive" if change.known else "SURVIVED")
+            row = f"{number:2} {verdicts[-1]:16} {time.perf_counter() - start:5.1f} s  {change.what}"
+            print(row + (f" ({failed})" if failed else ""), flush=True)
+    counts = (f"{verdicts.count(verdict)} {verdict}" for verdict in ("noticed", "known to survive", "SURVIVED"))
+    print(f"{len(chosen)} breaks: {', '.join(counts)}, in {(time.perf_counter() - begin) / 60:.1f} minutes")
+    sys.exit("SURVIVED" in verdicts)
+
+
+if __name__ == "__main__":
+    main()
