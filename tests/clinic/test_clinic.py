@@ -889,6 +889,14 @@ def test_of_what_is_not_finite_it_names_the_cause_and_stops(flow: nn.Module, val
     assert findings[0].entry == entry
 
 
+def test_a_log_determinant_that_is_not_finite_is_laid_to_its_layer() -> None:
+    """A scale that underflows to 0: what comes out is finite, the log-determinant is not."""
+    layer = GlowCoupling(2, MLP(1, 2, 4, 1))
+    nn.init.constant_(layer.network.layers[-1].bias, -1e3)
+    finding = doctor(layer.eval(), torch.randn(16, 2))[0]
+    assert finding.measured == "GlowCoupling makes NaN or infinity of the data"
+
+
 def test_a_layer_that_says_that_it_has_no_inverse_is_passed_over() -> None:
     class OneWay(DiagonalScaling):
         def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
