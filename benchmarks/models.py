@@ -161,7 +161,7 @@ def glow(shape: Shape, scales: int, steps: int, hidden: int, precision: torch.dt
     for part in flow.modules():
         if isinstance(part, FactorOut):
             part.prior = None
-    return Flow([*flow.chain][2:], flow.base, shape)  # without dequantization and its scale
+    return flow[2:]  # without dequantization and its scale
 
 
 def _channels(shape: Shape, scales: int) -> list[int]:

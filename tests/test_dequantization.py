@@ -226,7 +226,7 @@ def test_the_bound_of_a_real_flow():
     levels, dims = 3, 2
     flow = nice(dims, levels=levels, hidden=16, depth=1, activation=nn.Tanh, base=StandardLogistic())
     randomize(flow, 0.8)
-    continuous = Flow(list(flow.chain)[2:], flow.base, (dims,))
+    continuous = flow[2:]
     k = every_value(levels, dims)
     within, _ = midpoints(0, 1, 100, dims)
     u = (k[:, None, :] + within) / levels
@@ -354,7 +354,7 @@ def test_variational_noise_against_exact_enumeration(monkeypatch, in_float64, le
         randomize(coupling, 0.15)
     assert flow.levels == levels
     k = every_value(levels, dims)
-    continuous = Flow(list(flow.chain)[1:], flow.base, (dims,))
+    continuous = flow[1:]
     within, volume = midpoints(0, 1, 100, dims)
     density = continuous((k[:, None, :] + within).flatten(0, 1)).exp().reshape(len(k), -1)
     probability = density.sum(1) * volume

@@ -462,7 +462,7 @@ def test_a_multi_scale_flow_against_exact_enumeration():
     """P(k) of all 16 images by integrals over their cells: against samples, and the mean log against the bound."""
     flow = tiny()
     k = torch.tensor(list(itertools.product((0, 1), repeat=4))).view(16, 1, 2, 2)
-    continuous = copy.deepcopy(Flow(list(flow.chain)[1:], flow.base, (1, 2, 2))).double()
+    continuous = copy.deepcopy(flow[1:]).double()
 
     def integrated(points: int) -> tuple[Tensor, Tensor]:
         """Density and log-density, averaged over each cell by Gauss's rule."""

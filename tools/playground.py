@@ -68,7 +68,7 @@ def build(model: str, without: str) -> Flow:
             for parameter in layer.network.layers[0].parameters():
                 parameter.data *= 3
     if without == "scaling":
-        return Flow(list(flow.chain)[:-1], flow.base, flow.shape)
+        return flow[:-1]
     if without == "tanh":
         return untamed(flow)
     if without == "alternation":

@@ -85,7 +85,7 @@ def compare(content: dict[str, Any], flow: Flow) -> None:
     for key, start in (("forward", 0), ("backward", last), ("between", middle)):
         with torch.no_grad():
             x = points
-            for layer in reversed(list(flow.chain)[:start]):
+            for layer in reversed(flow.chain[:start].layers):
                 x = layer.inverse(x)
             states, log_dets = [x], []
             for layer in flow.chain:
@@ -292,7 +292,7 @@ def after(flow: Flow, layers: int, x: Any) -> torch.Tensor:
     """Where points of the data are after so many layers."""
     x = torch.as_tensor(x, dtype=torch.float32)
     with torch.no_grad():
-        for layer in list(flow.chain)[:layers]:
+        for layer in flow.chain[:layers]:
             x, _ = layer(x)
     return x
 
@@ -598,7 +598,7 @@ def test_the_shading_is_the_density_of_the_flow_that_is_chosen(page: Page, shipp
             }}"""
         )
         flow = playground.from_json(shipped["moons"]["flows"][model]["nothing"])
-        rest = Flow(list(flow.chain)[k:], flow.base, flow.shape)
+        rest = flow[k:]
         across = math.isqrt(len(found["alpha"]))
         line = found["extent"] * (2 * (torch.arange(across) + 0.5) / across - 1)
         p = rest.log_prob(torch.cartesian_prod(-line, line).flip(1)).exp()

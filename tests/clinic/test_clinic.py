@@ -105,7 +105,7 @@ def with_layers(flow: Flow, layers: list) -> Flow:
 def first(layer: nn.Module, *rest: nn.Module) -> Flow:
     """A small NICE with these layers instead of its noise (and its rescaling)."""
     whole = small_nice()
-    return with_layers(whole, [layer, *rest, *[*whole.chain][1 + len(rest) :]])
+    return with_layers(whole, [layer, *rest, *whole.chain[1 + len(rest) :]])
 
 
 def toy(layers: list, base: object = None) -> Patient:
@@ -117,7 +117,7 @@ def toy(layers: list, base: object = None) -> Patient:
 
 def f1(fixed: bool) -> Patient:
     whole = small_nice()
-    return Patient(whole if fixed else with_layers(whole, [*whole.chain][:-1]), vectors())
+    return Patient(whole if fixed else whole[:-1], vectors())
 
 
 def f2(fixed: bool) -> Patient:
@@ -153,7 +153,7 @@ def f4_graph(fixed: bool) -> Patient:
             return StandardLogistic().log_prob(z / scale) - scale.log().sum()
 
     flow = small_nice(base=Prior())
-    return Patient(with_layers(flow, [*flow.chain][:-1]), vectors())  # without the scaling that it would mirror
+    return Patient(flow[:-1], vectors())  # without the scaling that it would mirror
 
 
 def f5(fixed: bool) -> Patient:
@@ -166,7 +166,7 @@ def f5(fixed: bool) -> Patient:
 def f6(fixed: bool) -> Patient:
     whole = nice(64, levels=2, couplings=2, hidden=64, depth=2)
     binary = (digits().flatten(1) > 7).to(torch.uint8)
-    flow, values = (whole, binary) if fixed else (with_layers(whole, [*whole.chain][1:]), binary.float())
+    flow, values = (whole, binary) if fixed else (whole[1:], binary.float())
     fit(flow, values, 20 if fixed else 600, batch_size=128, lr=1e-2)  # the fixed one has only just begun: see F14
     return Patient(flow, values[:64])
 
@@ -175,7 +175,7 @@ def f7(fixed: bool) -> Patient:
     k = torch.randint(4, (256, 2))
     whole = nice(2, levels=4, couplings=2, hidden=16, depth=1)
     noise = UniformDequantize(4) if fixed else chapter("02_dequantization").Clamped(4)
-    return Patient(with_layers(whole, [noise, *[*whole.chain][1:]]), k)
+    return Patient(with_layers(whole, [noise, *whole.chain[1:]]), k)
 
 
 def f8_batch(fixed: bool) -> Patient:
@@ -239,7 +239,7 @@ def f14_margin(fixed: bool) -> Patient:
     flow = nice(64, levels=17, couplings=2, hidden=16, depth=1)
     logit = Logit(0.05)
     logit.alpha = 0.05 if fixed else 0.0
-    return Patient(with_layers(flow, [*[*flow.chain][:2], logit, *[*flow.chain][2:]]), vectors())
+    return Patient(with_layers(flow, [*flow.chain[:2], logit, *flow.chain[2:]]), vectors())
 
 
 @functools.cache
@@ -652,7 +652,7 @@ def five_bits() -> Patient:
             return super().forward(x)[0], x.new_full((len(x),), -64 * math.log(256))
 
     flow = nice(64, levels=32, couplings=2, hidden=16, depth=1)
-    layers = [flow.chain[0], Scored256(1 / 32), *[*flow.chain][2:]]
+    layers = [flow.chain[0], Scored256(1 / 32), *flow.chain[2:]]
     return Patient(with_layers(flow, layers), torch.randint(32, (64, 64)))
 
 
