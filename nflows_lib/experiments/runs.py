@@ -141,7 +141,7 @@ def train(
     the end the model, samples and ``run.json``: command, commit, versions, hardware, seed, settings, curve, result.
 
     Args:
-        name: a key of :data:`nflows_lib.experiments.table.RUNS`.
+        name: a key of ``RUNS`` in :mod:`nflows_lib.experiments.table`.
         out: the folder.
         data_folder: where the data sets lie.
         steps: number of updates; None: as many as the budget allows.

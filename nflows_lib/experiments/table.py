@@ -1,4 +1,4 @@
-"""The table of the named runs: data alone. A new run is one entry of :data:`RUNS`.
+"""The table of the named runs: data alone. A new run is one entry of ``RUNS``.
 
 What its words stand for (models, data sets, augmentations, metrics) is in :mod:`nflows_lib.experiments.runs`.
 """
@@ -15,9 +15,9 @@ class Run:
     """One line of the table of runs.
 
     title: what it is, in a few words.
-    model: which model, a key of :data:`~nflows_lib.experiments.runs.MODELS`; it also decides the optimizer.
+    model: which model, a key of ``MODELS`` of :mod:`nflows_lib.experiments.runs`; it also decides the optimizer.
     size: arguments of the model beside the shapes.
-    data: which images, a key of :data:`~nflows_lib.experiments.runs.DATA`.
+    data: which images, a key of ``DATA`` of :mod:`nflows_lib.experiments.runs`.
     shape: (C, H, W) of one image.
     context_shape: of the contexts that come with the images and that the model needs; None where there are none.
     rates: arguments of the optimizer.
@@ -25,7 +25,7 @@ class Run:
     budget: seconds of training where none are asked for.
     held_out: how many of the training images are kept back for the curve.
     paper: the result to compare with, in bits/dim on the test images, and whose it is; None where there is none.
-    metrics: further measures on the test images, a key of :data:`~nflows_lib.experiments.runs.METRICS`, or None.
+    metrics: further measures on the test images, a key of ``METRICS`` of :mod:`nflows_lib.experiments.runs`, or None.
     """
 
     title: str
