@@ -662,3 +662,16 @@ def test_mlp():
         network(x, x)
     with pytest.raises(ValueError, match="depth: expected at least 1, got 0"):
         MLP(3, 5, hidden=4, depth=0)
+
+
+def test_an_act_norm_that_loads_a_state_of_before_its_first_batch_wants_one_again():
+    flow = Flow([ActNorm(2)], StandardNormal(), (2,))
+    fresh = {name: tensor.clone() for name, tensor in flow.state_dict().items()}
+    x = torch.randn(16, 2)
+    flow.initialize(x)
+    assert flow.log_prob(x).isfinite().all()
+    flow.load_state_dict(fresh)
+    with pytest.raises(ValueError, match=r"ActNorm: expected one call of Flow\.initialize"):
+        flow.log_prob(x)
+    flow.initialize(x)
+    assert flow.log_prob(x).isfinite().all()
