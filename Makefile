@@ -49,7 +49,7 @@ seeds: $(READY)  ## the chapters under other seeds (NFLOWS_SEED 1 to 4)
 	    report=$$(NFLOWS_SEED=$$1 $(BIN)/pytest -q -p no:cacheprovider $(NBVAL) $(CHAPTER) 2>&1); status=$$?; \
 	    printf "NFLOWS_SEED=%s\n%s\n" "$$1" "$$report"; exit $$status' seeds
 
-notebooks: $(READY)  ## format and run the chapters in place, cut the clinic's pictures anew
+notebooks: $(READY)  ## format and run the chapters in place, cut the clinic's pictures again
 	$(BIN)/ruff check --fix --quiet $(CHAPTER)
 	$(BIN)/ruff format --quiet $(CHAPTER)
 	$(BIN)/python tests/notebooks.py $(CHAPTER)
@@ -57,10 +57,10 @@ notebooks: $(READY)  ## format and run the chapters in place, cut the clinic's p
 
 ablations: export OMP_NUM_THREADS := 1
 ablations: export NFLOWS_PROGRESS := 0
-ablations: $(READY)  ## run the open questions' experiments anew and store their results
+ablations: $(READY)  ## run the open questions' experiments again and store their results
 	$(BIN)/python -m nflows_lib.ablations
 
-full-scale: $(READY)  ## write the page on the long runs anew from their records
+full-scale: $(READY)  ## write the page on the long runs from their records
 	$(BIN)/python tools/full_scale.py
 
 # The other libraries are not part of the environment: they are installed the first time.
@@ -73,7 +73,7 @@ lab: $(READY)  ## JupyterLab in the course's environment
 
 # The markers in the file cover every Python and system that pyproject.toml allows. The benchmark's own file names the
 # other libraries alone: all that they import is in the first one.
-lock: $(READY)  ## resolve both requirements.lock anew
+lock: $(READY)  ## resolve both requirements.lock again
 	$(BIN)/uv pip compile pyproject.toml --extra data --extra book --extra dev --universal --python-version 3.11 \
 	    --generate-hashes --no-header --no-annotate --upgrade --quiet --output-file requirements.lock
 	awk -F '"' '/^bench = / { for (i = 2; i < NF; i += 2) print $$i }' pyproject.toml | \

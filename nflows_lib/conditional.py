@@ -102,7 +102,7 @@ class ConditionalNet(nn.Module):
     the size, those before it halve it.
 
     Args:
-        network: called as ``network(x, features)``; its context has so many channels.
+        network: called as ``network(x, features)``; its context has ``features`` channels.
         context_shape: of one example's context, (K, H, W).
         size: height and width of the input: the context's, halved any number of times.
         features: channels of the features.

@@ -71,7 +71,7 @@ class _Coupling(Bijection):
         initialize_network(self.network, x * self.mask, context)
 
     def _network_output(self, name: str, x: Tensor, context: Tensor | None, outputs: int) -> Tensor:
-        """network(b x, context), with so many channels for each of x's; name is x's in an error."""
+        """network(b x, context), with ``outputs`` channels for each channel of x; an error calls x by the name."""
         check_shape(name, x, self.mask.shape)
         output = self.network(x * self.mask, context)
         check_shape("network's output", output, (outputs * self.mask.shape[0], *self.mask.shape[1:]))
@@ -191,7 +191,7 @@ class GlowCoupling(ChannelBijection):
 
 
 class BoundedGlowCoupling(GlowCoupling):
-    """Glow's coupling with the scale of :class:`AffineCoupling`, exp(g tanh(h)), in the place of sigmoid(h + 2).
+    """Glow's coupling with the scale of :class:`AffineCoupling`, exp(g tanh(h)), instead of sigmoid(h + 2).
 
     The one learned gain g of the layer starts at 1. The scale is within [exp(-g), exp(g)] whatever the network does, so
     that neither direction can divide by almost nothing (chapter 5).

@@ -83,7 +83,7 @@ def four_gaussians() -> GaussianMixture:
 def moons(nodes: int = 128) -> GaussianMixture:
     """The density that ``toy("moons", n)`` is drawn from: uniform on two half circles, plus noise of std 0.075.
 
-    An integral over each half circle, by Gauss's rule with so many nodes: they are the means. From 128 on the rule's
+    An integral over each half circle, by Gauss's rule, whose nodes are the means. From 128 nodes on the rule's
     error is below what float32 resolves.
     """
     node, weight = (torch.from_numpy(values).float() for values in np.polynomial.legendre.leggauss(nodes))

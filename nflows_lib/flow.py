@@ -196,7 +196,7 @@ def _holds(condition: Tensor) -> bool:
 
 
 def check_sampling(n: int, temperature: float) -> None:
-    """Raise a ValueError unless so many samples can be drawn at that temperature."""
+    """Raise a ValueError unless n is at least 1 and the temperature is not negative."""
     check_positive(n=n)
     if not temperature >= 0:
         raise ValueError(f"temperature: expected a number >= 0, got {temperature}")

@@ -172,7 +172,7 @@ def glow(
         classes: number of classes where the flow is conditional on a label, given as context, one-hot, (B, classes): it
             joins the input of every network, those of the priors, too. 0: unconditional.
         lu: how the 1x1 convolutions are parametrised.
-        bounded: whether the couplings are :class:`BoundedGlowCoupling`, in the place of those of the released code.
+        bounded: whether the couplings are :class:`BoundedGlowCoupling`, instead of those of the released code.
         bounded_priors: whether the priors' scales are bounded, too (:class:`nflows_lib.networks.BoundedPrior`).
         alpha: of a logit that pixels pass first, which Glow does not have; None: they are only scaled.
         noise: channels inside the networks of two couplings that draw the noise of the dequantization given the image,
@@ -275,7 +275,7 @@ def _glow_of(
     steps: int,
     hidden: int,
 ) -> Flow:
-    """Glow's arrangement, after a start, of steps and priors, each built for so many channels and (height, width)."""
+    """Glow's arrangement, after a start, of steps and priors, each built for a number of channels and (height, width)."""
     check_positive(scales=scales, steps=steps, hidden=hidden)
 
     def from_scale_on(shape: Shape, left: int) -> list[Layer]:

@@ -231,9 +231,9 @@ def computing_in(precision: torch.dtype, x: Tensor) -> torch.autocast:
 
 
 def _joined(parts: list[Tensor], context: Tensor | None, channels: int) -> Tensor:
-    """Images, and a context with so many channels, side by side, in the layout that convolutions are fastest in.
+    """Images and a context with that number of channels, concatenated, in the layout where convolutions are fastest.
 
-    A context that is a vector is the same at every pixel.
+    A context that is a vector is repeated at every pixel.
     """
     size = parts[0].shape[2:]
     if channels:

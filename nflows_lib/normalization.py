@@ -89,7 +89,7 @@ class ActNorm(ChannelBijection):
     The log-determinant is H W sum_c s_c; H W is 1 for vectors. :meth:`initialize` sets s and b so that a first batch
     leaves with mean 0 and variance 1 in every channel; from then on they are ordinary parameters, and one example's z
     depends on no other. Whether that has been done is part of the state (a buffer): a layer that was trained, saved and
-    loaded is not initialised anew.
+    loaded is not initialised again.
 
     Args:
         channels: C, of vectors (B, C) or images (B, C, H, W).

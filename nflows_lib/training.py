@@ -261,7 +261,7 @@ def rate_factor(step: int, progress: float, warmup: int, cosine: bool) -> float:
 
 
 def is_due(evaluations: int, before: float, now: float) -> bool:
-    """Whether one of so many evaluations, evenly spread over the progress from 0 to 1, lies between before and now."""
+    """Whether, of evaluations spread evenly over the progress from 0 to 1, one lies between before and now."""
     return math.floor(evaluations * now + 1e-9) > math.floor(evaluations * before + 1e-9)
 
 

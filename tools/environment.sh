@@ -35,7 +35,7 @@ find_python() {
     return 1
 }
 
-# No stamp: an earlier set-up was interrupted. Start anew.
+# No stamp: an earlier set-up was interrupted. Start again.
 [[ -e .venv/.ready ]] || rm -rf .venv
 rm -f .venv/.ready
 

@@ -1,7 +1,7 @@
 """Write chapters/full_scale.md from the records of the shipped runs: ``python tools/full_scale.py``.
 
 Whatever is measured on that page comes from data/pretrained/*/run.json; other people's figures stand in OTHERS, with
-their source. The suite generates the page anew and compares.
+their source. The suite generates the page again and compares.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from nflows_lib.distributions import Base, StandardNormal
 
-EXAMPLES = 64  # the tests look at so many examples of a batch
-LARGEST = 1024  # a whole Jacobian is computed for at most so many dimensions
+EXAMPLES = 64  # the tests look at this number of examples of a batch
+LARGEST = 1024  # a whole Jacobian is computed for at most this number of dimensions
 EXACT = 1e-6  # rounding in float64 leaves a smaller error, relative to the largest value
 
 

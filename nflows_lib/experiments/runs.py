@@ -312,7 +312,7 @@ def load_flow(name: str, source: Path | None = None) -> Flow:
 
 
 def _curve(flow: Flow, history: History, points: int = 100) -> dict[str, list[Any]]:
-    """At most so many means of the training loss, and the held-out losses, all in bits/dim, rounded for the file."""
+    """Means of the training loss, one per point, and the held-out losses, all in bits/dim, rounded for the file."""
     bits = 1 / (flow.dims * math.log(2))
     width = -(-len(history.loss) // points)
     blocks: tuple[Tensor, ...] = torch.tensor(history.loss).split(width)

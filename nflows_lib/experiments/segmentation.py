@@ -182,7 +182,7 @@ def covered(drawn: Tensor, true: Tensor) -> float:
 def metrics(model: Flow | PixelClassifier, images: Images, samples: int = 10, most: int = 100) -> dict[str, Any]:
     """What ``run.json`` says of a model of masks given photographs, on these images.
 
-    ``iou``: of the mean of so many samples, thresholded at 1/2, with its standard error over images; ``iou_most``: of
+    ``iou``: of the mean of that number of samples, thresholded at 1/2, with its standard error over images; ``iou_most``: of
     the mean of the most; ``iou_one``: of single samples; ``iou_between``: of two samples with each other, 1 if there is
     no diversity; ``iou_cold``: as ``iou``, of samples at temperature 0.5. For a :class:`PixelClassifier` the mean is
     what its network says, without samples. ``calibration`` and its ``error`` are those of that mean (for a flow, of the

@@ -28,7 +28,7 @@ MIXERS: dict[str, Callable[[int], Bijection]] = {
 
 
 def replace(module: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]) -> None:
-    """Put make(layer) in the place of every layer of that kind, at whatever depth."""
+    """Replace every layer of that kind, at whatever depth, by make(layer)."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is kind:
@@ -57,7 +57,7 @@ def glow_patches(
     """Glow with two scales on 16x16 colour patches, for some hundred steps of 64.
 
     Args:
-        mixer: what stands in the place of the 1x1 convolutions, one of MIXERS.
+        mixer: what stands instead of the 1x1 convolutions, one of MIXERS.
         bounded: whether the couplings are :class:`~nflows_lib.coupling.BoundedGlowCoupling`.
 
     Returns:

@@ -26,7 +26,7 @@ def nice_activation(slope: float, seed: int) -> dict[str, Any]:
 
 
 def no_dequantization(noise: bool, seed: int, steps: int = 90_000, every: int = 200) -> dict[str, Any]:
-    """NICE on the digits, Adam at 1e-3, with noise or without: mean log p(u) over every so many steps, and the end."""
+    """NICE on the digits, Adam at 1e-3, with noise or without: mean log p(u) of each block of steps, and the end."""
     torch.manual_seed(seed)
     images = data.digits("train").images.flatten(1)
     flow = nice(64, levels=17, couplings=2, hidden=64, depth=2)
