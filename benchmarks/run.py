@@ -49,7 +49,7 @@ Task = Callable[[], object]
 
 
 def alternate(tasks: dict[str, Task], rounds: int, seconds: float, device: str) -> dict[str, list[float]]:
-    """Milliseconds of each task in each round. A round does one after the other, each for about that number of seconds."""
+    """Milliseconds of each task in each round. A round does one task after the other, for about ``seconds`` each."""
     repeats = {}
     for name, task in tasks.items():
         for _ in range(WARM_UP):

@@ -275,7 +275,7 @@ def _glow_of(
     steps: int,
     hidden: int,
 ) -> Flow:
-    """Glow's arrangement, after a start, of steps and priors, each built for a number of channels and (height, width)."""
+    """Glow's arrangement, after a start, of steps and priors, each built for its channels and (height, width)."""
     check_positive(scales=scales, steps=steps, hidden=hidden)
 
     def from_scale_on(shape: Shape, left: int) -> list[Layer]:

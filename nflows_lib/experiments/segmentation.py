@@ -182,13 +182,17 @@ def covered(drawn: Tensor, true: Tensor) -> float:
 def metrics(model: Flow | PixelClassifier, images: Images, samples: int = 10, most: int = 100) -> dict[str, Any]:
     """What ``run.json`` says of a model of masks given photographs, on these images.
 
-    ``iou``: of the mean of that number of samples, thresholded at 1/2, with its standard error over images; ``iou_most``: of
-    the mean of the most; ``iou_one``: of single samples; ``iou_between``: of two samples with each other, 1 if there is
-    no diversity; ``iou_cold``: as ``iou``, of samples at temperature 0.5. For a :class:`PixelClassifier` the mean is
-    what its network says, without samples. ``calibration`` and its ``error`` are those of that mean (for a flow, of the
-    most samples). ``area_covered``: :func:`covered`, of the areas of all samples. ``bits_per_dim_most``: -log2 of the
-    mean likelihood over the most draws of the noise, a closer bound than the mean of logs. ``shuffled``: by how many
-    nats a mask is likelier given its own photograph than another's.
+    - ``iou``: of the mean of ``samples`` samples, thresholded at 1/2, with its standard error over images.
+    - ``iou_most``: of the mean of ``most`` samples; ``iou_one``: of single samples.
+    - ``iou_between``: of two samples with each other; it is 1 if there is no diversity.
+    - ``iou_cold``: as ``iou``, of samples at temperature 0.5.
+    - ``calibration`` and its ``calibration_error``: of the mean of ``most`` samples.
+    - ``area_covered``: :func:`covered`, of the areas of all samples.
+    - ``bits_per_dim_most``: -log2 of the mean likelihood over ``most`` draws of the noise, which is a tighter bound than
+      the mean of the logs.
+    - ``shuffled``: by how many nats a mask is likelier given its own photograph than given another image's.
+
+    For a :class:`~nflows_lib.experiments.pixelwise.PixelClassifier` the mean is what its network says, without samples.
     """
     if not 1 <= samples <= most or most < 2:
         raise ValueError(f"samples, most: expected 1 <= samples <= most and most >= 2, got {samples} and {most}")
