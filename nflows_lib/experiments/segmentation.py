@@ -188,7 +188,7 @@ def metrics(model: Flow | PixelClassifier, images: Images, samples: int = 10, mo
     - ``iou_cold``: as ``iou``, of samples at temperature 0.5.
     - ``calibration`` and its ``calibration_error``: of the mean of ``most`` samples.
     - ``area_covered``: :func:`covered`, of the areas of all samples.
-    - ``bits_per_dim_most``: -log2 of the mean likelihood over ``most`` draws of the noise, which is a tighter bound than
+    - ``bits_per_dim_most``: -log2 of the mean likelihood over ``most`` draws of the noise, a tighter bound than
       the mean of the logs.
     - ``shuffled``: by how many nats a mask is likelier given its own photograph than given another image's.
 
