@@ -211,10 +211,10 @@ def fit(
         NonFiniteLoss: the loss or the norm of its gradient is NaN or infinite. Its history ends there.
     """
     optimizer = optimizer or torch.optim.Adam(flow.parameters(), lr=lr, fused=True)
-    check_data(flow, data, context, ("data", "context"))
-    check_held_out(flow, held_out, held_out_context, evaluations, draws)
-    check_options(flow, optimizer, len(data), batch_size, clip, ema)
     check_steps(steps, warmup)
+    check_options(flow, optimizer, len(data), batch_size, clip, ema)
+    check_held_out(flow, held_out, held_out_context, evaluations, draws)
+    check_data(flow, data, context, ("data", "context"))
     keep_freed_memory()
     device = next(flow.parameters()).device
     # A whole permutation goes to the data's device: to copy each batch's part, the CPU would wait for a GPU.

@@ -147,9 +147,6 @@ def train(
         Interrupted: the run was asked to stop, and has saved.
     """
     optimizer = optimizer or torch.optim.Adam(flow.parameters(), lr=lr, fused=True)
-    check_data(flow, data, context, ("data", "context"))
-    check_held_out(flow, held_out, held_out_context, evaluations, draws)
-    check_options(flow, optimizer, len(data), batch_size, clip, ema)
     if (steps is None) == (budget is None):
         raise ValueError(f"steps, budget: expected one of them, got {steps} and {budget}")
     if budget is None:
@@ -158,6 +155,9 @@ def train(
         raise ValueError(f"budget: expected seconds above 0, got {budget}")
     elif warmup < 0:
         raise ValueError(f"warmup: expected at least 0, got {warmup}")
+    check_options(flow, optimizer, len(data), batch_size, clip, ema)
+    check_held_out(flow, held_out, held_out_context, evaluations, draws)
+    check_data(flow, data, context, ("data", "context"))
     count = processes.world_size()
     if batch_size % count:
         raise ValueError(f"batch_size: expected a multiple of the {count} processes, got {batch_size}")
