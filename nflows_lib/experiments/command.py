@@ -108,13 +108,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TIME",
         help="time for the whole run, as 90s, 30m, 1.5h (default: the table's)",
     )
-    train.add_argument("--steps", type=int, help="number of updates, in place of a budget")
+    train.add_argument("--steps", type=int, help="number of updates, instead of a budget")
     train.add_argument("--save-every", type=seconds, default=60.0, metavar="TIME", help="between checkpoints (60s)")
     train.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, if there is one")
     train.add_argument("--compile", action="store_true", help="with torch.compile: a slow start, then faster steps")
     train.set_defaults(command=_train)
     evaluate = commands.add_parser("evaluate", help="bits/dim on the test images")
-    evaluate.add_argument("--record", action="store_true", help="take all figures anew, into run.json")
+    evaluate.add_argument("--record", action="store_true", help="measure again what the run measures, into run.json")
     evaluate.set_defaults(command=_evaluate)
     sample = commands.add_parser("sample", help="draw samples into a picture")
     sample.add_argument("--n", type=int, default=60)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nflows_lib.experiments import archive, runs, sheets, table
+from nflows_lib.experiments import archive, sheets, table
 
 PRETRAINED = archive.ROOT / "data" / "pretrained"
 RECORDS = {path.parent.name: json.loads(path.read_text()) for path in sorted(PRETRAINED.glob("*/run.json"))}
@@ -67,7 +67,7 @@ def test_another_record_gives_another_page(monkeypatch):
         more = {"measured": record["measured"] | {"bits_per_dim": 0.5}} if name == "glow-mnist" else {}
         return record | {"hardware": "NVIDIA H100", "minutes": 77.0, "figure": figure} | more
 
-    monkeypatch.setattr(runs, "load", better)
+    monkeypatch.setattr(archive, "load", better)
     text = full_scale.page()
     assert "No run on this page had a GPU" not in text
     assert "The runs had NVIDIA H100, and 77 minutes at most." in text

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nflows_lib.evaluation import log_likelihoods
-from nflows_lib.experiments.pixelwise import PixelClassifier
-from nflows_lib.networks import UNet
+from nflows_lib.experiments.pixelwise import PixelClassifier, UNet
 from nflows_lib.training import fit
 
 # --- the classifier ---------------------------------------------------------------------------------------------------

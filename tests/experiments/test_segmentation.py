@@ -1,4 +1,4 @@
-"""Overlap and calibration by hand, and the figures of models that predict what is known."""
+"""Overlap and calibration by hand, and the metrics of models that predict what is known."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nflows_lib.data import Images
 from nflows_lib.experiments.pixelwise import PixelClassifier
-from nflows_lib.experiments.segmentation import calibration, figures, iou
+from nflows_lib.experiments.segmentation import calibration, iou, metrics
 
 # --- overlap ----------------------------------------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ def test_what_cannot_be_calibrated_is_named(arguments, message):
         calibration(*arguments)
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------
+# --- metrics ----------------------------------------------------------------------------------------------------------
 
 TRUE = torch.tensor([[[[1, 1], [0, 0]]], [[[1, 0], [0, 0]]]], dtype=torch.uint8)
 
@@ -140,12 +140,12 @@ class Scripted(nn.Module):
         return -7 - (y - context).square().flatten(1).sum(1)
 
 
-def test_figures_of_draws_by_hand():
+def test_metrics_of_draws_by_hand():
     """Of the first image always right; of the second right twice, and three times its complement."""
     right, half = TRUE, torch.stack([TRUE[0], 1 - TRUE[1]])
     model = Scripted(right, half, right, half, half, half, half, half)
     context = TRUE.float()
-    found = figures(model, Images(TRUE, torch.zeros(2), 2, context), samples=3, most=5)
+    found = metrics(model, Images(TRUE, torch.zeros(2), 2, context), samples=3, most=5)
     assert [temperature for _, temperature, _ in model.asked] == [1.0] * 5 + [0.5] * 3
     for n, _, given in model.asked:
         assert n == 2
@@ -167,7 +167,7 @@ def test_figures_of_draws_by_hand():
 
 
 def test_the_error_of_the_overlap_is_over_images():
-    found = figures(
+    found = metrics(
         Scripted(*[torch.stack([TRUE[0], 1 - TRUE[1]])] * 3), Images(TRUE, torch.zeros(2), 2, TRUE.float()), 1, 2
     )
     assert found["iou"] == 0.5
@@ -179,7 +179,7 @@ def test_the_error_of_the_overlap_is_over_images():
 def test_samples_that_differ_from_one_another_say_so():
     one, other = torch.zeros_like(TRUE), torch.zeros_like(TRUE)
     one[..., 0], other[..., 1] = 1, 1
-    found = figures(Scripted(one, other, other, one, one, one), Images(TRUE, torch.zeros(2), 2, TRUE.float()), 2, 4)
+    found = metrics(Scripted(one, other, other, one, one, one), Images(TRUE, torch.zeros(2), 2, TRUE.float()), 2, 4)
     assert found["iou_between"] == 0.0
     assert found["iou"] == found["iou_most"] == 0.0  # a mean of 1/2 everywhere is no more than 1/2
     assert found["iou_cold"] > 0.0
@@ -188,7 +188,7 @@ def test_samples_that_differ_from_one_another_say_so():
 @pytest.mark.parametrize(("samples", "most"), [(0, 5), (6, 5), (1, 1)])
 def test_too_few_samples_are_named(samples, most):
     with pytest.raises(ValueError, match=rf"^samples, most: expected .* got {samples} and {most}$"):
-        figures(*classifier(3), samples=samples, most=most)
+        metrics(*classifier(3), samples=samples, most=most)
 
 
 def test_the_closer_bound_is_the_mean_of_likelihoods():
@@ -199,7 +199,7 @@ def test_the_closer_bound_is_the_mean_of_likelihoods():
             self.calls += 1
             return torch.full((len(y),), -1.0 if self.calls % 2 else -3.0)
 
-    found = figures(Noisy(*[TRUE] * 5), Images(TRUE, torch.zeros(2), 2, TRUE.float()), 1, 4)
+    found = metrics(Noisy(*[TRUE] * 5), Images(TRUE, torch.zeros(2), 2, TRUE.float()), 1, 4)
     mean = (math.exp(-1) + math.exp(-3)) / 2
     assert found["bits_per_dim_most"] == pytest.approx(-math.log(mean) / (4 * math.log(2)))
 
@@ -209,7 +209,7 @@ def test_the_middle_of_the_areas_is_80_percent_of_them():
     areas = [0, 1, 2, 5, 9, 10]
     true = (torch.arange(16) < torch.tensor(areas)[:, None]).view(-1, 1, 4, 4).to(torch.uint8)
     draws = [(torch.arange(16) < n).expand(len(areas), 16).view(-1, 1, 4, 4).to(torch.uint8) for n in range(11)]
-    found = figures(Scripted(*draws, draws[0]), Images(true, torch.zeros(6), 2, true.float()), 1, 11)
+    found = metrics(Scripted(*draws, draws[0]), Images(true, torch.zeros(6), 2, true.float()), 1, 11)
     assert found["area_covered"] == pytest.approx(4 / 6)
 
 
@@ -221,10 +221,10 @@ def classifier(n: int = 30) -> tuple[PixelClassifier, Images]:
     return model, Images(model.sample(n, context=contexts).to(torch.uint8), torch.zeros(n), 2, contexts)
 
 
-def test_figures_of_a_classifier_are_those_of_its_mean():
+def test_metrics_of_a_classifier_are_those_of_its_mean():
     model, images = classifier()
     p = (images.contexts[:, 1:] - images.contexts[:, :1]).sigmoid()
-    found = figures(model, images, samples=2, most=4)
+    found = metrics(model, images, samples=2, most=4)
     overlap = iou(p > 0.5, images.images)
     assert found["iou"] == found["iou_most"] == pytest.approx(overlap.mean().item())
     assert found["iou_error"] == pytest.approx(overlap.std().item() / 30**0.5)
@@ -238,17 +238,17 @@ def test_figures_of_a_classifier_are_those_of_its_mean():
     assert 0 < found["iou_between"] < 1
 
 
-def test_figures_repeat_and_leave_the_random_state_alone():
+def test_metrics_repeat_and_leave_the_random_state_alone():
     model, images = classifier()
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        found.append(figures(model, images, samples=2, most=4))
+        found.append(metrics(model, images, samples=2, most=4))
         assert torch.equal(torch.get_rng_state(), state)
     assert found[0] == found[1]
 
 
-def test_figures_draw_ten_and_a_hundred_by_default():
-    found = figures(*classifier(n=3))
+def test_metrics_draw_ten_and_a_hundred_by_default():
+    found = metrics(*classifier(n=3))
     assert (found["samples"], found["most"]) == (10, 100)

@@ -15,6 +15,7 @@ from nflows_lib.bijection import Bijection
 from nflows_lib.convolution import ChannelPermutation, Invertible1x1Conv
 from nflows_lib.evaluation import log_likelihoods
 from nflows_lib.experiments.ablations.experiment import Ablation
+from nflows_lib.flow import Flow
 from nflows_lib.models import glow
 from nflows_lib.training import fit
 
@@ -28,7 +29,7 @@ MIXERS: dict[str, Callable[[int], Bijection]] = {
 
 
 def replace(module: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]) -> None:
-    """Replace every layer of that kind, at whatever depth, by make(layer)."""
+    """Replace every layer of exactly that kind, at whatever depth, by make(layer)."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is kind:
@@ -45,6 +46,22 @@ def grid_texture(images: Tensor) -> float:
     return (sum(across) / sum(inside)).item()
 
 
+def flow_of_patches(mixer: str, bounded: bool, steps_per_scale: int, hidden: int) -> Flow:
+    """Glow with two scales for 16x16 colour patches, whose channels are mixed by one of MIXERS."""
+    flow = glow((3, 16, 16), scales=2, steps=steps_per_scale, hidden=hidden, bounded=bounded)
+    replace(flow, Invertible1x1Conv, lambda layer: MIXERS[mixer](layer.channels))
+    return flow
+
+
+@torch.no_grad()
+def grid_of_samples(flow: Flow, n: int = 500) -> tuple[float, float]:
+    """The :func:`grid_texture` of n samples, and the share of them that was not finite, which it leaves out."""
+    drawn = flow[1:].decode(torch.randn(n, flow.dims))  # pixels before they are rounded to levels
+    finite = drawn.flatten(1).isfinite().all(1)
+    texture = grid_texture(drawn[finite].floor().clamp(0, flow.levels - 1))
+    return texture, 1 - finite.float().mean().item()
+
+
 def glow_patches(
     seed: int,
     *,
@@ -57,25 +74,21 @@ def glow_patches(
     """Glow with two scales on 16x16 colour patches, for some hundred steps of 64.
 
     Args:
-        mixer: what stands instead of the 1x1 convolutions, one of MIXERS.
+        mixer: what mixes the channels instead of the 1x1 convolutions, one of MIXERS.
         bounded: whether the couplings are :class:`~nflows_lib.coupling.BoundedGlowCoupling`.
 
     Returns:
-        ``test``: bits/dim on the test patches; ``grid``: the :func:`grid_texture` of 500 samples, ``broken``: the share
-        of them that was not finite, which it leaves out; ``parameters``.
+        ``test``: bits/dim on the test patches; ``grid`` and ``broken``: of :func:`grid_of_samples`; ``parameters``.
     """
     torch.manual_seed(40 + seed)
     train, test = (data.patches(part).images for part in ("train", "test"))
-    flow = glow((3, 16, 16), scales=2, steps=steps_per_scale, hidden=hidden, bounded=bounded)
-    replace(flow, Invertible1x1Conv, lambda layer: MIXERS[mixer](layer.channels))
+    flow = flow_of_patches(mixer, bounded, steps_per_scale, hidden)
     fit(flow, train, steps, batch_size=64, lr=3e-3, clip=100.0, warmup=min(10, steps), cosine=True)
-    with torch.no_grad():
-        drawn = flow[1:].decode(torch.randn(500, flow.dims))  # pixels before they are rounded to levels
-    finite = drawn.flatten(1).isfinite().all(1)
+    grid, broken = grid_of_samples(flow)
     return {
         "test": -log_likelihoods(flow, test).mean().item() / (flow.dims * math.log(2)),
-        "grid": grid_texture(drawn[finite].floor().clamp(0, 255)),
-        "broken": 1 - finite.float().mean().item(),
+        "grid": grid,
+        "broken": broken,
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
     }
 

@@ -25,8 +25,10 @@ def nice_activation(slope: float, seed: int) -> dict[str, Any]:
     return {"bits_per_dim": -log_likelihoods(flow, test, draws=4).mean().item() / (64 * math.log(2))}
 
 
-def no_dequantization(noise: bool, seed: int, steps: int = 90_000, every: int = 200) -> dict[str, Any]:
-    """NICE on the digits, Adam at 1e-3, with noise or without: mean log p(u) of each block of steps, and the end."""
+def no_dequantization(
+    noise: bool, seed: int, steps: int = 90_000, every: int = 200, lr: float = 1e-3
+) -> dict[str, Any]:
+    """NICE on the digits, with noise or without: mean log p(u) of each block of steps, and how it ended."""
     torch.manual_seed(seed)
     images = data.digits("train").images.flatten(1)
     flow = nice(64, levels=17, couplings=2, hidden=64, depth=2)
@@ -34,7 +36,7 @@ def no_dequantization(noise: bool, seed: int, steps: int = 90_000, every: int = 
         flow, images = flow[1:], images.float()
     broke_at = broke_with = None
     try:
-        loss = fit(flow, images, steps, batch_size=128, lr=1e-3).loss
+        loss = fit(flow, images, steps, batch_size=128, lr=lr).loss
     except NonFiniteLoss as error:
         *loss, last = error.history.loss
         broke_at, broke_with = len(loss) + 1, str(last)
