@@ -109,10 +109,11 @@ def write_flowers102(folder: Path, greys: Sequence[int], labels: Sequence[int], 
     scipy.io.savemat(place / "setid.mat", {name: [list(numbers)] for name, numbers in parts.items()})
 
 
-def write_flowers5(folder: Path) -> None:
-    """Six photographs of two kinds of flower, 0, 40, ... 200 in all pixels: above 100 they are tulips."""
-    for i, name in enumerate(["rose/1.jpg", "rose/2.png", "rose/3.jpeg", "tulip/1.png", "tulip/2.JPG", "tulip/3.png"]):
-        save_picture(folder / "flowers5" / name, plain(40 * i, 90, 70 + 5 * i))
+def write_flowers5(folder: Path, greys: Sequence[int]) -> None:
+    """Photographs of one grey each, of several sizes and suffixes: the first half are roses, the others tulips."""
+    for i, grey in enumerate(greys):
+        kind, suffix = ("rose", "tulip")[2 * i // len(greys)], ("jpg", "png", "jpeg", "png", "JPG", "png")[i % 6]
+        save_picture(folder / "flowers5" / kind / f"{i:02d}.{suffix}", plain(grey, 90, 70 + 5 * i))
 
 
 def save_horse(folder: Path, name: str, grey: int, mask: str = "1.png", mode: str = "L", right: int = 6) -> None:
@@ -140,10 +141,10 @@ def _some_svhn(folder: Path) -> None:
 
 def _some_horses(folder: Path) -> None:
     for i in range(12):
-        save_horse(folder, f"horse{i:03d}.png", 20 * i)
+        save_horse(folder, f"horse{i:03d}.png", 22 * i)  # less, and they are each other's twins
 
 
-# By the data set's name in the table of runs. Each lays at least four images to train on and one to test into a folder.
+# By the data set's name in the table of runs: writes at least four images to train on, and two to test, to a folder.
 SETS: dict[str, Callable[[Path], None]] = {
     "mnist": _some_mnist,
     "cifar10": lambda folder: write_cifar10(folder, noise(12, (3, 32, 32)), [i % 10 for i in range(12)]),
@@ -152,6 +153,6 @@ SETS: dict[str, Callable[[Path], None]] = {
     "flowers102": lambda folder: write_flowers102(
         folder, [40, 80, 120, 160, 200, 240], [1, 2, 3, 1, 2, 3], trnid=[1, 2], valid=[3, 4], tstid=[5, 6]
     ),
-    "flowers5": write_flowers5,
+    "flowers5": lambda folder: write_flowers5(folder, range(0, 240, 20)),
     "horses": _some_horses,
 }

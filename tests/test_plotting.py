@@ -15,7 +15,6 @@ import torch
 from nflows_lib import plotting
 from nflows_lib.dequantization import Rescale
 from nflows_lib.distributions import StandardNormal
-from nflows_lib.experiments import sheets
 from nflows_lib.flow import Flow
 
 
@@ -84,33 +83,3 @@ def test_curves_count_steps_from_one():
     plotting.curves(ax, {"loss": [3.0, 2.0]}, ylabel="nats")
     assert ax.lines[0].get_xydata().tolist() == [[1, 3], [2, 2]]
     assert ax.get_ylabel() == "nats"
-
-
-def test_filmstrip_has_equal_frames_in_reading_order():
-    """Data, then two frames a layer; halfway through a doubling the points are at 1.5."""
-    flow = Flow([Rescale(2.0), Rescale(0.5)], StandardNormal(), (2,))
-    figure = plt.figure(figsize=(3, 2))
-    assert sheets.filmstrip(figure, flow, torch.ones(4, 2), columns=3, between=2) == 6
-    frames = figure.axes[1:]
-    boxes = [ax.get_position().bounds for ax in frames]
-    assert all(box[2:] == pytest.approx((1 / 3, 1 / 2)) for box in boxes)
-    assert [(round(3 * x), round(2 * y)) for x, y, _, _ in boxes] == [(0, 1), (1, 1), (2, 1), (0, 0), (1, 0), (2, 0)]
-    assert [ax.texts[0].get_text() for ax in frames] == [
-        "data",
-        "layer 1",
-        "layer 1",
-        "layer 2",
-        "layer 2",
-        "latent $z$",
-    ]
-    places = [ax.collections[1].get_offsets().max() for ax in frames]
-    assert places == pytest.approx([1, 1.5, 2, 1.5, 1, 1])
-    assert [len(ax.patches) for ax in frames] == [0, 0, 0, 0, 0, 3]
-
-
-def test_a_filmstrip_cut_to_its_content_keeps_its_size(tmp_path):
-    """Jupyter saves figures with bbox_inches="tight"; the page divides the picture into equal frames."""
-    figure = plt.figure(figsize=(6, 2), dpi=100)
-    sheets.filmstrip(figure, Flow([Rescale(2.0)], StandardNormal(), (2,)), torch.ones(4, 2), columns=3)
-    figure.savefig(tmp_path / "strip.png", dpi=100, bbox_inches="tight", pad_inches=0)
-    assert plt.imread(tmp_path / "strip.png").shape[:2] == (200, 600)

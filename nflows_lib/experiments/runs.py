@@ -183,6 +183,7 @@ def train(
         examples = images.images.reshape(-1, *flow.shape).to(device)  # drawn, flipped and dequantized there
         contexts = None if images.contexts is None else images.contexts.to(device)
         options = dict(run.training)
+        augment = options.pop("augment", None)
         if compiled:
             flow.compile()  # in place: names of parameters stay as they are
         history = trainer.train(
@@ -192,7 +193,7 @@ def train(
             folder=out,
             budget=budget,
             context=None if contexts is None else contexts[run.held_out :],
-            augment=AUGMENTATIONS.get(options.pop("augment", None)),
+            augment=None if augment is None else AUGMENTATIONS[augment],
             optimizer=optimizer_of(run, flow),
             held_out=examples[: run.held_out],
             held_out_context=None if contexts is None else contexts[: run.held_out],
