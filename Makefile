@@ -60,7 +60,7 @@ ablations: export NFLOWS_PROGRESS := 0
 ablations: $(READY)  ## run the open questions' experiments again and store their results
 	$(BIN)/python -m nflows_lib.ablations
 
-full-scale: $(READY)  ## write the page on the long runs from their records
+full-scale: $(READY)  ## write the page on the long runs, and their tables, from the records
 	$(BIN)/python tools/full_scale.py
 
 # The other libraries are not part of the environment: they are installed the first time.

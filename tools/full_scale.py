@@ -1,7 +1,8 @@
-"""Write chapters/full_scale.md from the records of the shipped runs: ``python tools/full_scale.py``.
+"""Write what follows from the table of runs and the records of the shipped ones: ``python tools/full_scale.py``.
 
-Whatever is measured on that page comes from data/pretrained/*/run.json; other people's figures stand in OTHERS, with
-their source. The suite generates the page again and compares.
+That is the page chapters/full_scale.md, the queue in data/pretrained/README.md, and which run reads which data set in
+data/README.md. Whatever is measured comes from data/pretrained/*/run.json; other people's figures stand in OTHERS, with
+their source. The suite generates all of it again and compares.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ sys.path.insert(0, str(ROOT))
 from nflows_lib.experiments import archive, runs, sheets, table  # noqa: E402
 
 PAGE = ROOT / "chapters" / "full_scale.md"
+QUEUE = ROOT / "data" / "pretrained" / "README.md"
+SETS = ROOT / "data" / "README.md"
+
+# Runs that the page leaves out, and why.
+NOT_SHOWN = {"nice-digits": "it is there to try the trainer", "unet-horses-early": "chapter 6 shows it"}
 
 # Figures that the text compares with, beside those of the papers.
 TUTORIAL, TUTORIAL_SIMPLE, TUTORIAL_DRAWS, REMAKE = 1.020, 1.078, 8, 3.70
@@ -396,13 +402,17 @@ overlaps, three seeds each, and what the two models are good for.
 REMARKS = {"mnist": on_mnist, "cifar10": on_cifar10, "flowers": on_flowers, "horses": on_horses}
 
 
+def all_records() -> dict[str, dict[str, Any]]:
+    """The records of the shipped runs, in the order of the table."""
+    return {name: archive.load(name) for name in table.RUNS if (archive.folder(name) / archive.RECORD).exists()}
+
+
 def page() -> str:
     """The whole page, as it should stand in the file."""
-    found = sorted(path.parent.name for path in (ROOT / "data" / "pretrained").glob("*/run.json"))
-    missing = {name for _, alts in SECTIONS.values() for name in alts} - set(found)
+    records = all_records()
+    missing = {name for _, alts in SECTIONS.values() for name in alts} - records.keys()
     if missing:
         raise ValueError(f"SECTIONS: expected runs with a record, got {', '.join(sorted(missing))}")
-    records = {name: archive.load(name) for name in table.RUNS if name in found}
     hardware = sorted({machine(record) for record in records.values()})
     without_gpu = all("CPU" in name for name in hardware)
     summary = [
@@ -419,7 +429,7 @@ def page() -> str:
             quoted(name) if run.paper else "–",
         )
         for name, run in table.RUNS.items()
-        if name not in records and name != "nice-digits"
+        if name not in records and name not in NOT_SHOWN
     ]
     head = HEAD.format(
         hardware=("No run on this page had a GPU. " if without_gpu else "")
@@ -437,6 +447,55 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def queue() -> str:
+    """The table of what is next and what has been reached: runs without a record first, the shortest at the top."""
+    records = all_records()
+    waiting = [name for name in table.RUNS if name not in records and name not in NOT_SHOWN]
+    waiting.sort(key=lambda name: table.RUNS[name].budget)
+    rows = ["| next | run | budget | to beat | reached | with | kept |", "|:--|:--|:--|:--|:--|:--|:--|"]
+    for name in [*waiting, *records]:
+        run, record = table.RUNS[name], records.get(name)
+        cells = ["–", f"`{name}`", f"{run.budget / 60:.0f} minutes"]
+        cells.append(f"{run.paper[0]} ({run.paper[1]})" if run.paper else "–")
+        if record is None:
+            cells[0] = str(waiting.index(name) + 1)
+            cells += ["–", "–", "–"]
+        else:
+            kept = "record and model" if (archive.folder(name) / archive.MODEL).exists() else "record"
+            cells += [figure(record), f"{record['minutes']:.0f} minutes on {machine(record)}", kept]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def readers() -> str:
+    """The table of which run reads which data set."""
+    rows = ["| data set, as the table of runs names it | runs that read it |", "|---|---|"]
+    for word in runs.DATA:
+        names = [f"`{name}`" for name, run in table.RUNS.items() if run.data == word]
+        rows.append(f"| `{word}` | {', '.join(names)} |")
+    return "\n".join(rows)
+
+
+def with_table(path: Path, content: str) -> str:
+    """A file's text with this table between its two marks, which stay.
+
+    Raises:
+        ValueError: the file does not have both marks, once each.
+    """
+    text = path.read_text(encoding="utf-8")
+    start, end = "<!-- written by tools/full_scale.py -->", "<!-- end -->"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"{path.name}: expected one {start} and, after it, one {end}")
+    before, after = text.partition(start)[0], text.partition(end)[2]
+    return f"{before}{start}\n\n{content}\n\n{end}{after}"
+
+
+def everything() -> dict[Path, str]:
+    """The texts of all files that this script writes, as they should be."""
+    return {PAGE: page(), QUEUE: with_table(QUEUE, queue()), SETS: with_table(SETS, readers())}
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
-    print(f"{PAGE.relative_to(ROOT)} written")
+    for path, text in everything().items():
+        path.write_text(text, encoding="utf-8")
+        print(f"{path.relative_to(ROOT)} written")

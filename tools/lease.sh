@@ -99,7 +99,7 @@ take() {
     fi
     # There is no git on the lent machine; the commit is the one that was packed.
     sed -i "s/\"commit\": \"unknown\"/\"commit\": \"$(cat "$LEASE/commit")\"/" "$to/run.json"
-    echo "In $to. Next: its row in data/pretrained/README.md, then make full-scale."
+    echo "In $to. Next: make full-scale."
 }
 
 case ${1:-} in

@@ -1,8 +1,10 @@
-"""The page on the long runs: what it says is what the records say, and every run that is shipped is on it."""
+"""The page on the long runs, the queue, and who reads which data: what they say is what table and records say."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import inspect
 import json
 import re
 from pathlib import Path
@@ -10,7 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nflows_lib.experiments import archive, sheets, table
+from nflows_lib import data
+from nflows_lib.experiments import archive, runs, sheets, table
 
 PRETRAINED = archive.ROOT / "data" / "pretrained"
 RECORDS = {path.parent.name: json.loads(path.read_text()) for path in sorted(PRETRAINED.glob("*/run.json"))}
@@ -25,18 +28,58 @@ def page() -> str:
     return full_scale.PAGE.read_text(encoding="utf-8")
 
 
-def test_the_page_is_what_the_script_writes(page):
-    assert page == full_scale.page(), "run `make full-scale`"
+def test_page_and_tables_are_what_the_script_writes():
+    for path, text in full_scale.everything().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `make full-scale`"
+
+
+def test_a_file_without_the_marks_of_its_table_is_named(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("no table\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"README\.md: expected one <!-- written by"):
+        full_scale.with_table(path, "| a |")
 
 
 def test_every_run_is_on_the_page_or_waits(page):
     shown = {name for _, alts in full_scale.SECTIONS.values() for name in alts} | (full_scale.MARKS.keys() & RECORDS)
-    assert shown == set(RECORDS) - {"unet-horses-early"}  # chapter 6 has it: the same network, stopped early
+    assert shown == set(RECORDS) - full_scale.NOT_SHOWN.keys()
     for name in table.RUNS:
-        assert (f"* - `{name}`" in page) == (name not in {"nice-digits", "unet-horses-early"})
+        assert (f"* - `{name}`" in page) == (name not in full_scale.NOT_SHOWN)
 
 
-@pytest.mark.parametrize("name", [name for name in RECORDS if name != "unet-horses-early"])
+def test_a_new_run_needs_no_other_entry(monkeypatch):
+    """It joins the page, the queue and the readers of its data set by itself."""
+    monkeypatch.setitem(table.RUNS, "nice-new", dataclasses.replace(table.find("nice-mnist-small"), title="A new one"))
+    assert "* - `nice-new`\n  - A new one\n" in full_scale.page()
+    assert "| `nice-new` | 15 minutes | 4.356 (Dinh et al. 2014" in full_scale.queue()
+    (line,) = [line for line in full_scale.readers().splitlines() if "`nice-new`" in line]
+    assert line.startswith("| `mnist` | `nice-mnist-small`, ")
+
+
+def test_the_queue_has_the_shortest_run_without_a_record_first():
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in full_scale.queue().splitlines()[2:]]
+    waiting = [row for row in rows if row[0] != "–"]
+    assert [int(row[0]) for row in waiting] == list(range(1, len(waiting) + 1))
+    minutes = [table.find(row[1].strip("`")).budget for row in waiting]
+    assert minutes == sorted(minutes)
+    assert {row[1].strip("`") for row in rows} >= table.RUNS.keys() - full_scale.NOT_SHOWN.keys()
+    assert not {row[1].strip("`") for row in waiting} & RECORDS.keys()
+
+
+def test_every_data_set_is_described_and_told_who_reads_it():
+    """What can be fetched is named by the function that fetches it, and every set with the runs of the table."""
+    described, _, generated = full_scale.SETS.read_text(encoding="utf-8").partition("<!-- written by")
+    loaders = {name: getattr(data, name) for name in runs.DATA if hasattr(data, name)}
+    fetched = [name for name, load in loaders.items() if "download" in inspect.signature(load).parameters]
+    assert set(fetched) >= {"mnist", "svhn"}
+    for name in fetched:
+        assert f"`{name}`" in described
+    for name, run in table.RUNS.items():
+        (line,) = [line for line in generated.splitlines() if f"`{name}`" in line]
+        assert line.startswith(f"| `{run.data}` |")
+
+
+@pytest.mark.parametrize("name", RECORDS.keys() - full_scale.NOT_SHOWN.keys())
 def test_the_page_gives_figure_command_and_hardware_of_the_record(page, name):
     record = RECORDS[name]
     figure = record["figure"]
@@ -94,7 +137,7 @@ def test_a_ten_minute_run_is_not_run_yet_or_shown_from_its_record(name):
 
 def test_the_pictures_of_the_page_are_there(page):
     found = re.findall(r"```\{figure\} \.\./(\S+)\n:alt: (.+)", page)
-    assert len(found) == len(RECORDS) - 1
+    assert len(found) == len(RECORDS.keys() - full_scale.NOT_SHOWN.keys())
     for path, alt in found:
         assert (archive.ROOT / path).is_file()
         assert len(alt) > 30

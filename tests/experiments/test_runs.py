@@ -63,11 +63,14 @@ def test_the_record_of_a_run_says_what_it_was(record):
     assert record["parameters"] == sum(p.numel() for p in runs.build(table.find(NAME)).parameters())
     assert record["steps"] == STEPS
     assert 0 < record["minutes"] < 5
-    assert record["settings"]["batch_size"] == 128
+    assert record["settings"]["batch_size"] == table.find(NAME).training["batch_size"]
     trained_on = data.digits("train").images[table.find(NAME).held_out :]
     assert record["settings"]["examples"] == len(trained_on)
     assert record["settings"]["checksum"] == zlib.crc32(trained_on.numpy().tobytes())
-    assert [group["lr"] for group in record["settings"]["optimizer"][1]] == [5e-3, 1e-2]  # not the schedule's last
+    assert [group["lr"] for group in record["settings"]["optimizer"][1]] == [
+        table.find(NAME).rates["lr"],
+        1e-2,
+    ]  # not the schedule's last
 
 
 def test_the_figure_of_a_run_is_in_bits_and_in_nats(record):
