@@ -1,21 +1,28 @@
-"""The plan of the house: what imports what, how small the library is, and that a built wheel holds both wings."""
+"""The plan of the house: what imports what and is declared, how small the library is, what a built wheel holds."""
 
 from __future__ import annotations
 
 import ast
 import io
 import os
+import pkgutil
+import re
 import shutil
 import subprocess
 import sys
 import tokenize
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 ENTRIES = {"__init__", "__main__", "ablations", "notebook"}  # a few lines each: they start what stands elsewhere
+SOURCES = sorted((ROOT / "nflows_lib").rglob("*.py"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # packages that are named otherwise than their module
 
 
 def lines_of_code(path: Path) -> int:
@@ -89,3 +96,51 @@ def test_a_wheel_holds_both_wings(tmp_path):
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(wheel))
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level modules that a file imports, wherever in it; imports within the package aside."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            found |= {name.name.partition(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.partition(".")[0])
+    return found - {"nflows_lib"}
+
+
+def test_the_library_declares_what_it_imports_and_nothing_else():
+    """torchvision belongs to the extra `data`: only what downloads needs it."""
+    modules = set().union(*map(imported, SOURCES)) - sys.stdlib_module_names
+    needed = {DISTRIBUTIONS.get(module, module) for module in modules}
+    declared = {Requirement(line).name for line in PROJECT["dependencies"]}
+    extra = {Requirement(line).name for line in PROJECT["optional-dependencies"]["data"]}
+    assert needed == declared | extra
+    assert not declared & extra
+
+
+def test_the_readme_names_what_a_machine_needs():
+    """All that is declared, for a machine whose packages someone else has installed."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    sentence = re.search(r"It needs ([^:]+?), not Jupyter", text)[1]
+    named = set(re.split(r",\s+|\s+and\s+", sentence))
+    declared = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["data"]]
+    assert {name.lower() for name in named} == {Requirement(line).name for line in declared}
+
+
+def test_no_module_starts_another_program_when_it_is_imported(tmp_path):
+    """Nor does it need git: a run asks for the commit when it starts. An audit hook sees every program started."""
+    modules = [module.name for module in pkgutil.walk_packages([str(ROOT / "nflows_lib")], "nflows_lib.")]
+    assert "nflows_lib.experiments.archive" in modules
+    code = (
+        "import importlib, sys\n"
+        "import torch, matplotlib.pyplot, sklearn.datasets\n"  # what others start is not ours
+        "started = []\n"
+        "events = {'subprocess.Popen', 'os.system', 'os.posix_spawn', 'os.exec', 'os.fork'}\n"
+        "sys.addaudithook(lambda event, args: event in events and started.append((event, args[:1])))\n"
+        f"for name in {modules}: importlib.import_module(name)\n"
+        "assert not started, started\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
