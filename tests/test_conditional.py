@@ -285,7 +285,7 @@ def test_conditional_act_norm_is_its_formula_for_each_example(size):
 @sizes
 @torch.no_grad()
 def test_the_first_batch_leaves_a_conditional_act_norm_standardised(size):
-    """Whatever the contexts: their part starts at 0. A state that is loaded is not initialised anew."""
+    """Whatever the contexts: their part starts at 0. A state that is loaded is not initialised again."""
     x, context = spread((16, 3, *size)), torch.randn(16, 5).double()
     layer, other = (ConditionalActNorm(3, conditioning((5,), 6)).double() for _ in range(2))
     nn.init.zeros_(layer.network.layers[-1].weight)
@@ -590,7 +590,7 @@ def test_each_place_by_itself_makes_the_likelihood_depend_on_the_context(name):
 def test_cglow_against_autograd(name):
     """The log-determinant of the whole, from behind the noise on, and the way back, with a context for each example."""
     flow, shape = small(name).double(), MODELS[name][0]
-    continuous = Flow(list(flow.chain)[1:], flow.base, shape)
+    continuous = flow[1:]
     y, context = 32 * torch.rand(3, *shape, dtype=torch.float64), contexts_of(name, 3).double()
     z, contribution = continuous.chain(y, context)
     dims = math.prod(shape)
@@ -619,7 +619,7 @@ def with_inputs(layers: Chain, y: Tensor, context: Tensor) -> Iterator[tuple[Lay
 def test_cglow_with_networks_in_bfloat16_is_as_consistent(name):
     """What is done with what they give is in single precision: log-determinants, and the way back."""
     flow, exact, shape = small(name, precision=torch.bfloat16), small(name), MODELS[name][0]
-    flow, exact = (Flow(list(made.chain)[1:], made.base, shape) for made in (flow, exact))
+    flow, exact = (made[1:] for made in (flow, exact))
     y, context = 32 * torch.rand(3, *shape), contexts_of(name, 3)
     z, contribution = flow.chain(y, context)
     assert z.dtype == contribution.dtype == torch.float32
@@ -648,10 +648,10 @@ def test_encode_and_decode_every_level(monkeypatch, name):
 @torch.no_grad()
 def test_one_example_does_not_depend_on_the_contexts_of_others(name):
     flow, k, context = small(name).double(), levels_of(MODELS[name][0], 32)[:4], contexts_of(name, 4).double()
-    continuous = Flow(list(flow.chain)[1:], flow.base, flow.shape)
-    y = k + 0.5
+    continuous = flow[1:]
+    y = k.double() + 0.5
     alone = torch.cat([continuous(y[i : i + 1], context[i : i + 1]) for i in range(4)])
-    torch.testing.assert_close(continuous(y.double(), context), alone)
+    torch.testing.assert_close(continuous(y, context), alone)
     z = torch.randn(4, flow.dims).double()
     alone = torch.cat([continuous.decode(z[i : i + 1], context[i : i + 1]) for i in range(4)])
     torch.testing.assert_close(continuous.decode(z, context), alone)
@@ -663,7 +663,7 @@ def test_cglow_against_exact_enumeration(context_shape):
     """P(k | x) of all 16 images of 2 x 2 bits, given either context: nearly 1 in all, and samples follow it."""
     torch.manual_seed(0)
     flow = cglow((1, 2, 2), context_shape, levels=2, scales=1, steps=1, hidden=4, conditioning=4).double()
-    continuous = Flow(list(flow.chain)[1:], flow.base, (1, 2, 2))
+    continuous = flow[1:]
     both = torch.eye(2).double() if len(context_shape) == 1 else torch.rand(2, *context_shape).double()
     continuous.initialize(1 + 0.2 * torch.randn(1_000, 1, 2, 2).double(), both.repeat_interleave(500, 0))
     stir(flow, 0.15)
