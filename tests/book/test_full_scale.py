@@ -79,7 +79,7 @@ def test_every_data_set_is_described_and_told_who_reads_it():
         assert line.startswith(f"| `{run.data}` |")
 
 
-@pytest.mark.parametrize("name", RECORDS.keys() - full_scale.NOT_SHOWN.keys())
+@pytest.mark.parametrize("name", sorted(RECORDS.keys() - full_scale.NOT_SHOWN.keys()))
 def test_the_page_gives_figure_command_and_hardware_of_the_record(page, name):
     record = RECORDS[name]
     figure = record["figure"]
