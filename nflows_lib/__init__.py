@@ -1,8 +1,9 @@
 """nflows_lib: the shared library of a course on normalizing flows, from NICE to conditional Glow.
 
 One way through it: data enters at :mod:`~nflows_lib.data`, becomes a likelihood in :mod:`~nflows_lib.flow` by passing
-one list of :mod:`bijections <nflows_lib.bijection>`, is trained in :mod:`~nflows_lib.training` and shown by
-:mod:`~nflows_lib.plotting`.
+one list of :mod:`bijections <nflows_lib.bijection>`, is trained in :mod:`~nflows_lib.training`, judged in
+:mod:`~nflows_lib.evaluation` and shown by :mod:`~nflows_lib.plotting`. Two wings stand beside these modules, which
+import neither: ``nflows_lib.clinic`` examines a flow, ``nflows_lib.experiments`` holds the named runs and ablations.
 """
 
 from typing import TYPE_CHECKING
