@@ -217,11 +217,7 @@ def test_rank_0_alone_shows_a_bar(monkeypatch, tmp_path, rank):
     monkeypatch.setattr(training.settings, "progress", lambda: True)
     monkeypatch.setattr(processes, "rank", lambda: rank)
     flow = Flow([DiagonalScaling(2)], StandardNormal(), (2,))
-    if rank == 0:
-        trainer.train(flow, torch.randn(16, 2), 2, folder=tmp_path, batch_size=8)
-    else:
-        with training.progress_bar(2, 8, shown=processes.rank() == 0):
-            pass
+    trainer.train(flow, torch.randn(16, 2), 2, folder=tmp_path, batch_size=8)
     assert shown == [rank == 0]
 
 
