@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ def points(folder: Path) -> dict:
             optimizer=torch.optim.SGD(flow.parameters(), lr=0.05, momentum=0.5),
             **OPTIONS,
         )
-        return {"state": state(flow), "history": vars(history), "called": called}
+        return {"state": state(flow), "history": asdict(history), "called": called}
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -114,7 +115,7 @@ def images(folder: Path, stop_at: int | None = None, resume: bool = False) -> di
         history = train(flow, data, augment=noisily, folder=folder, resume=resume, save_every=1e9, **OPTIONS)
     except Interrupted as error:
         return {"stopped": str(error)}
-    return {"state": state(flow), "history": vars(history), "share": calls[-1]}
+    return {"state": state(flow), "history": asdict(history), "share": calls[-1]}
 
 
 def mean() -> dict[str, float]:
