@@ -327,14 +327,7 @@ def _squares(pictures: Iterable[tuple[Image.Image, int]], n: int, size: int) -> 
 
 
 def _torchvision(
-    name: str,
-    size: str,
-    files: str,
-    place: str,
-    part: str,
-    folder: Path | str | None,
-    download: bool,
-    **options: Any,
+    name: str, size: str, files: str, place: str, part: str, folder: Path | str | None, download: bool, **options: Any
 ) -> Any:
     """One of torchvision's data sets; where it is missing, an error that says how to get it and where it goes."""
     check_part(part)

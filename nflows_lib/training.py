@@ -39,12 +39,10 @@ class History:
 
     def add(self, loss: float, grad_norm: float) -> None:
         """Append one step's values; raise :class:`NonFiniteLoss` if one of them is not finite."""
-        self.loss.append(loss)
-        if not math.isfinite(loss):
-            raise NonFiniteLoss(self)
-        self.grad_norm.append(grad_norm)
-        if not math.isfinite(grad_norm):
-            raise NonFiniteLoss(self)
+        for values, value in ((self.loss, loss), (self.grad_norm, grad_norm)):
+            values.append(value)
+            if not math.isfinite(value):
+                raise NonFiniteLoss(self)
 
     def __repr__(self) -> str:
         last = self.loss[-100:]

@@ -252,7 +252,7 @@ def test_augmentation_changes_the_batches_and_not_the_held_out_data():
     assert torch.equal(recorder.initialized_with[0], recorder.seen[0][0])
     batches = torch.cat([x for x, _, _ in recorder.seen])
     assert ((batches >= 5) & (batches < 6)).all()
-    assert len(batches.unique()) == 12  # drawn anew for every batch
+    assert len(batches.unique()) == 12  # drawn again for every batch
     assert history.held_out == [(3, pytest.approx(AT_ZERO), 0.0)]
 
 

@@ -13,7 +13,7 @@ from nflows_lib.clinic.registry import Finding, doctors_test
 
 CLOSED = 1e-5  # error of an iterated inverse that still passes, relative to the largest value
 
-_DRAWN = "numbers of the latent are lost and drawn afresh: the inverse needs them all"
+_DRAWN = "numbers of the latent are lost and drawn again: the inverse needs them all"
 _UNMASKED = "what the network reads is changed as well: mask its output"
 
 

@@ -79,7 +79,7 @@ def doctor(
     for finding in findings:
         print(finding)
     failed = sum(finding.passed is False for finding in findings)
-    print(f"{failed} of {len(findings)} tests failed: mend the first one first" if failed else "nothing found")
+    print(f"{failed} of {len(findings)} tests failed: fix the first one first" if failed else "nothing found")
     return findings
 
 

@@ -57,7 +57,7 @@ def modes(case: Case) -> Finding:
         if off > 1e-3:
             measured = f"training mode: data to latent and back is off by {off:.2g}"
             drops = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p for m in training.modules())
-            cause = "dropout draws afresh both ways" if drops else "forward uses the batch, the inverse the averages"
+            cause = "dropout draws again both ways" if drops else "forward uses the batch, the inverse the averages"
             return Finding(False, measured, f"{cause}: eval()", "F16")
     if not abs(gap) < 0.5:
         measured = f"training mode is likelier by {gap:.3g} nats/dim than evaluation"

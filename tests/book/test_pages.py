@@ -58,7 +58,7 @@ def test_every_entry_has_cause_test_and_mend() -> None:
 
 @pytest.mark.parametrize("failure", thumbnails.SOURCES)
 def test_a_thumbnail_is_its_chapters_figure(failure: str) -> None:
-    """Up to the noise of another run: `python tools/thumbnails.py` cuts them anew."""
+    """Up to the noise of another run: `python tools/thumbnails.py` cuts them again."""
     stored = Image.open(thumbnails.FOLDER / f"{failure}.png").convert("L").resize((48, 48))
     now = thumbnails.thumbnail(failure).convert("L").resize((48, 48))
     assert np.abs(np.asarray(stored, float) - np.asarray(now, float)).mean() < 6

@@ -691,7 +691,7 @@ def test_it_names_what_goes_wrong_in_public_code(name: str) -> None:
     entry, make = PUBLIC[name]
     failed = [finding for finding in make().examined() if finding.passed is False]
     assert entry in {finding.entry for finding in failed}, failed
-    assert failed[0].entry == entry, failed  # "mend the first one first"
+    assert failed[0].entry == entry, failed  # "fix the first one first"
 
 
 # --- how it behaves ---------------------------------------------------------------------------------------------------
@@ -751,7 +751,7 @@ def test_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     findings = doctor(f1(False).flow, vectors())
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "64 examples of (64,), 6 layers with an inverse, training mode"
-    assert printed[-1] == f"1 of {len(findings)} tests failed: mend the first one first"
+    assert printed[-1] == f"1 of {len(findings)} tests failed: fix the first one first"
     failed = next(i for i, line in enumerate(printed) if line.startswith("✗"))
     assert re.fullmatch(r"✗ volume +no parameter moves a log-det", printed[failed])
     assert re.fullmatch(r"  cause +every learned layer keeps volume.* \[F1\]", printed[failed + 1])

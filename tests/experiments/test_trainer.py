@@ -230,7 +230,7 @@ def conditional_run(folder: Path | None = None, at: int | None = None, **options
 
 
 def test_a_conditional_run_goes_on_to_the_same_parameters(tmp_path):
-    """Contexts and views of them as before; nothing is initialised anew."""
+    """Contexts and views of them as before; nothing is initialised again."""
     with pytest.raises(Interrupted):
         conditional_run(tmp_path, 4)
     assert step_of(tmp_path) == 4
