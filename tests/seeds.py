@@ -73,7 +73,7 @@ def masked(text: str) -> str:
 
 
 def run(chapter: Path) -> list[dict[str, Any]]:
-    """Run a chapter's cells under the seed of the environment; of each cell the CPU seconds, slacks and what went wrong."""
+    """Run a chapter's cells under the environment's seed; of each the CPU seconds, its slacks and what went wrong."""
     from nflows_lib.experiments import notebooks
 
     cells = [cell for cell in json.loads(chapter.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
