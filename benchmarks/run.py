@@ -29,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import models
 from benchmarks.models import MODELS, OURS, Built, Model
 from nflows_lib.experiments import archive
+from nflows_lib.experiments.precision import multiplies_bfloat16
 from nflows_lib.flow import Flow
 from nflows_lib.training import keep_freed_memory
 
@@ -216,7 +217,7 @@ def measure(model: Model, options: argparse.Namespace) -> dict[str, Any]:
         tasks[SAMPLE][library] = without_gradient(sample)
     ours, notes = f"{OURS}, ", {}
     tasks[STEP][ours + NETWORKS] = networks_step(model.make(flow, OURS).module, x)
-    if "shape" in model.sizes:  # of images
+    if "shape" in model.sizes and multiplies_bfloat16(torch.device(device)):  # of images
         half = model.ours(precision=torch.bfloat16).module.to(device)
         half.load_state_dict(flow.state_dict())
         tasks[STEP][ours + BFLOAT16] = training_step(half.parameters(), lambda: -half.log_prob(x).mean())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sklearn.datasets
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -108,23 +107,28 @@ def toy(name: str, n: int) -> Tensor:
     return TOYS[name](n)
 
 
-def _plane(
-    maker: Callable, scale: float, shift: tuple[float, float], axes: list[int], **options
-) -> Callable[[int], Tensor]:
+def _plane(name: str, scale: float, shift: tuple[float, float], axes: list[int], **options) -> Callable[[int], Tensor]:
     def draw(n: int) -> Tensor:
-        points = maker(n, random_state=int(torch.randint(2**31, ())), **options)[0][:, axes]
+        make = getattr(_sklearn_datasets(), f"make_{name}")
+        points = make(n, random_state=int(torch.randint(2**31, ())), **options)[0][:, axes]
         return scale * torch.tensor(points, dtype=torch.float32) + torch.tensor(shift)
 
     return draw
 
 
+def _sklearn_datasets() -> Any:
+    import sklearn.datasets  # not at the top: a command that needs no data should not wait for it
+
+    return sklearn.datasets
+
+
 TOYS: dict[str, Callable[[int], Tensor]] = {
     "two_gaussians": lambda n: two_gaussians().sample(n),
     "four_gaussians": lambda n: four_gaussians().sample(n),
-    "moons": _plane(sklearn.datasets.make_moons, 1.5, (-0.75, -0.375), [0, 1], noise=0.05),
-    "circles": _plane(sklearn.datasets.make_circles, 2.5, (0.0, 0.0), [0, 1], noise=0.04, factor=0.5),
-    "s_curve": _plane(sklearn.datasets.make_s_curve, 1.3, (0.0, 0.0), [0, 2], noise=0.05),
-    "swiss_roll": _plane(sklearn.datasets.make_swiss_roll, 0.2, (0.0, 0.0), [0, 2], noise=0.3),
+    "moons": _plane("moons", 1.5, (-0.75, -0.375), [0, 1], noise=0.05),
+    "circles": _plane("circles", 2.5, (0.0, 0.0), [0, 1], noise=0.04, factor=0.5),
+    "s_curve": _plane("s_curve", 1.3, (0.0, 0.0), [0, 2], noise=0.05),
+    "swiss_roll": _plane("swiss_roll", 0.2, (0.0, 0.0), [0, 2], noise=0.3),
 }
 
 
@@ -132,6 +136,21 @@ TOYS: dict[str, Callable[[int], Tensor]] = {
 
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # of the files that image_folder reads
+
+
+def tile(batch: Tensor, *, columns: int, levels: int, shape: Sequence[int], pad: int = 1) -> np.ndarray:
+    """One sheet of images, row by row, as (height, width, C) values in [0, 1], white between them.
+
+    batch: (N, ...), each with C H W values from 0 to levels - 1. shape: (C, H, W).
+    """
+    channels, height, width = shape
+    pictures = (batch.detach().cpu().float().reshape(-1, *shape) / (levels - 1)).clamp(0, 1)
+    rows = -(-len(pictures) // columns)
+    sheet = np.ones((rows * (height + pad) + pad, columns * (width + pad) + pad, channels))
+    for i, picture in enumerate(pictures):
+        top, left = pad + (i // columns) * (height + pad), pad + (i % columns) * (width + pad)
+        sheet[top : top + height, left : left + width] = picture.permute(1, 2, 0).numpy()
+    return sheet
 
 
 def digits(part: str = "train") -> Images:
@@ -143,7 +162,7 @@ def digits(part: str = "train") -> Images:
     Raises:
         ValueError: another part.
     """
-    bunch = sklearn.datasets.load_digits()
+    bunch = _sklearn_datasets().load_digits()
     keep = every_sixth(len(bunch.images), part)
     images = torch.tensor(bunch.images[keep], dtype=torch.uint8).unsqueeze(1)
     return Images(images, torch.tensor(bunch.target[keep]), levels=17)
@@ -173,7 +192,7 @@ def patches(part: str = "train", size: int = 16) -> Images:
     if not 4 <= size <= 64:
         raise ValueError(f"size: expected 4 to 64, got {size}")
     images, labels = [], []
-    for label, photograph in enumerate(sklearn.datasets.load_sample_images().images):
+    for label, photograph in enumerate(_sklearn_datasets().load_sample_images().images):
         pixels = torch.tensor(photograph).permute(2, 0, 1)  # (3, 427, 640)
         border = 5 * pixels.shape[2] // 6
         pixels, step = (pixels[..., :border], 4) if part == "train" else (pixels[..., border:], size)

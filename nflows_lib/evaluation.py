@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from nflows_lib import settings
 from nflows_lib.bijection import check_positive
 from nflows_lib.distributions import random_state_kept
 from nflows_lib.flow import Flow
@@ -18,7 +19,7 @@ def log_likelihoods(
 ) -> Tensor:
     """log p of every example in nats, (N,), on the CPU, in evaluation mode, averaged over draws of the noise.
 
-    The global random state is the same before and after.
+    The global random state is the same before and after. A progress bar appears after two seconds.
 
     Raises:
         ValueError: draws or batch_size is below 1, or the data are not the flow's.
@@ -29,11 +30,12 @@ def log_likelihoods(
     flow.eval()
     values = []
     try:
-        with random_state_kept(device):
+        with random_state_kept(device), settings.progress_bar(len(data), 1, delay=2) as bar:
             for i in range(0, len(data), batch_size):
                 x = data[i : i + batch_size].to(device)
                 c = None if context is None else context[i : i + batch_size].to(device)
                 values.append(torch.stack([flow(x, c) for _ in range(draws)]).mean(0).cpu())
+                bar.update(len(x))
     finally:
         flow.train(training)
     return torch.cat(values)

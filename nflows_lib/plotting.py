@@ -12,6 +12,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.image import AxesImage
 from torch import Tensor, nn
 
+from nflows_lib.data import tile
 from nflows_lib.flow import Flow
 
 # Okabe and Ito's palette: told apart by colour-blind readers, on white and in print.
@@ -113,23 +114,8 @@ def mesh_lines(extent: float, lines: int, n: int) -> Tensor:
     return torch.cat([rows, rows.flip(-1)])
 
 
-def tile(batch: Tensor, *, columns: int, levels: int, shape: Sequence[int], pad: int = 1) -> np.ndarray:
-    """One sheet of images, row by row, as (height, width, C) values in [0, 1], white between them.
-
-    batch: (N, ...), each with C H W values from 0 to levels - 1. shape: (C, H, W).
-    """
-    channels, height, width = shape
-    pictures = (batch.detach().cpu().float().reshape(-1, *shape) / (levels - 1)).clamp(0, 1)
-    rows = -(-len(pictures) // columns)
-    sheet = np.ones((rows * (height + pad) + pad, columns * (width + pad) + pad, channels))
-    for i, picture in enumerate(pictures):
-        top, left = pad + (i // columns) * (height + pad), pad + (i % columns) * (width + pad)
-        sheet[top : top + height, left : left + width] = picture.permute(1, 2, 0).numpy()
-    return sheet
-
-
 def images(ax: Axes, batch: Tensor, *, columns: int, levels: int, shape: Sequence[int], title: str = "") -> None:
-    """Draw a sheet of images, arranged by :func:`tile`."""
+    """Draw a sheet of images, arranged by :func:`nflows_lib.data.tile`."""
     sheet(ax, tile(batch, columns=columns, levels=levels, shape=shape), title)
 
 

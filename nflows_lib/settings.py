@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from tqdm import tqdm
 
 
 def preset() -> str:
@@ -59,3 +61,22 @@ def data_folder() -> Path:
 def progress() -> bool:
     """``NFLOWS_PROGRESS``: 0 turns progress bars off, as for notebooks whose output is stored."""
     return os.environ.get("NFLOWS_PROGRESS", "1") != "0"
+
+
+def progress_bar(total: int | None, unit: int, initial: int = 0, shown: bool = True, delay: float = 0) -> tqdm:
+    """A bar that counts units of so many images and shows images per second, if :func:`progress` lets it.
+
+    In a log file it writes a line every half minute. Nothing is shown of what ends within ``delay`` seconds.
+    """
+    from tqdm.auto import tqdm
+
+    return tqdm(
+        total=total,
+        initial=initial,
+        unit=" images",
+        unit_scale=unit,
+        disable=not (shown and progress()),
+        leave=False,
+        delay=delay,
+        mininterval=0.5 if sys.stderr.isatty() or "ipykernel" in sys.modules else 30.0,
+    )

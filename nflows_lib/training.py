@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -12,7 +11,7 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from nflows_lib import settings
 from nflows_lib.bijection import check_positive
@@ -219,7 +218,7 @@ def fit(
     shuffle = Shuffle(batch_size, lambda: torch.randperm(len(data)).to(data.device))
     history, average = History(), None
     flow.train()
-    with progress_bar(steps, batch_size) as bar:
+    with settings.progress_bar(steps, batch_size) as bar:
         for step in range(steps):
             batch = take(shuffle.next(), data, context, augment, device)
             if step == 0:
@@ -269,19 +268,6 @@ def keep_freed_memory() -> None:
     glibc does so once it has seen a block of almost 32 MiB come and go. Without it, that took 12 % of Glow's steps.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
-
-
-def progress_bar(total: int | None, batch_size: int, initial: int = 0, shown: bool = True) -> tqdm:
-    """A bar that counts steps and shows images per second; in a log file it writes a line every half minute."""
-    return tqdm(
-        total=total,
-        initial=initial,
-        unit=" images",
-        unit_scale=batch_size,
-        disable=not (shown and settings.progress()),
-        leave=False,
-        mininterval=0.5 if sys.stderr.isatty() or "ipykernel" in sys.modules else 30.0,
-    )
 
 
 def show(bar: tqdm, flow: Flow, history: History) -> None:

@@ -74,6 +74,11 @@ def masked(text: str) -> str:
 
 def run(chapter: Path) -> list[dict[str, Any]]:
     """Run a chapter's cells under the environment's seed; of each the CPU seconds, its slacks and what went wrong."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # before pyplot is imported: there may be no screen
+    import matplotlib.pyplot as plt
+
     from nflows_lib.experiments import notebooks
 
     cells = [cell for cell in json.loads(chapter.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
@@ -89,7 +94,7 @@ def run(chapter: Path) -> list[dict[str, Any]]:
     module = type(sys)("__main__")
     module.__dict__["_noted"] = noted
     sys.modules["__main__"] = module
-    notebooks.plt.show = lambda *args, **kwargs: notebooks.plt.close("all")
+    plt.show = lambda *args, **kwargs: plt.close("all")
     transform, parse = Margins(), ast.parse
     notebooks.ast.parse = lambda *args, **kwargs: transform.visit(parse(*args, **kwargs))
     found = []
@@ -102,7 +107,7 @@ def run(chapter: Path) -> list[dict[str, Any]]:
         except Exception as error:
             raised = f"{type(error).__name__}: {error}"
         seconds = time.process_time() - started
-        notebooks.plt.close("all")
+        plt.close("all")
         wrong = []
         expected = "raises-exception" in cell["metadata"].get("tags", [])
         if bool(raised) != expected:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from nflows_lib import plotting
+from nflows_lib import data, plotting
 from nflows_lib.dequantization import Rescale
 from nflows_lib.distributions import StandardNormal
 from nflows_lib.flow import Flow
@@ -61,7 +61,7 @@ def test_warp_wants_one_of_the_axes_for_the_data_and_each_layer():
 
 def test_tile_lays_images_row_by_row_on_white():
     batch = torch.tensor([[0, 4], [1, 3], [2, 2]])  # three images of one row and two columns, five levels
-    sheet = plotting.tile(batch, columns=2, levels=5, shape=(1, 1, 2))
+    sheet = data.tile(batch, columns=2, levels=5, shape=(1, 1, 2))
     expected = [
         [1, 1, 1, 1, 1, 1, 1],
         [1, 0, 1, 1, 0.25, 0.75, 1],
@@ -75,7 +75,7 @@ def test_tile_lays_images_row_by_row_on_white():
 
 def test_tile_keeps_colours():
     red = torch.tensor([255, 0, 0])[None]
-    assert plotting.tile(red, columns=1, levels=256, shape=(3, 1, 1))[1, 1].tolist() == [1, 0, 0]
+    assert data.tile(red, columns=1, levels=256, shape=(3, 1, 1))[1, 1].tolist() == [1, 0, 0]
 
 
 def test_curves_count_steps_from_one():

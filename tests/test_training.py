@@ -15,6 +15,7 @@ import torch
 from bijections import mlp, randomize
 from torch import Tensor, nn
 
+from nflows_lib import settings
 from nflows_lib.bijection import Bijection
 from nflows_lib.coupling import AdditiveCoupling, alternating_mask
 from nflows_lib.distributions import StandardNormal
@@ -513,6 +514,21 @@ def test_log_likelihoods_averages_its_draws():
     torch.testing.assert_close(log_likelihoods(flow, data, draws=4), one_by_one)
     with pytest.raises(ValueError, match="draws: expected at least 1, got 0"):
         log_likelihoods(flow, data, draws=0)
+
+
+def test_log_likelihoods_shows_how_far_it_is_after_two_seconds(monkeypatch):
+    shown, progress_bar = [], settings.progress_bar
+
+    def watched(total, unit, **options):
+        bar = progress_bar(total, unit, **options)
+        shown.append((total, unit, options, bar))
+        bar.update = shown.append
+        return bar
+
+    monkeypatch.setattr(settings, "progress_bar", watched)
+    log_likelihoods(Flow([], StandardNormal(), (1,)), torch.zeros(7, 1), draws=2, batch_size=3)
+    assert shown[0][:3] == (7, 1, {"delay": 2})
+    assert shown[1:] == [3, 3, 1]
 
 
 def test_log_likelihoods_of_a_flow_without_parameters():

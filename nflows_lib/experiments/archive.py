@@ -8,11 +8,12 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from nflows_lib import settings
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout
 MODEL, RECORD, SAMPLES = "model.safetensors", "run.json", "samples.png"
@@ -32,6 +33,8 @@ def origin() -> dict[str, Any]:
 
     A long run asks for it at its start: by the end the checkout may have moved on.
     """
+    import torch  # not at the top: a record is read without a wait for it
+
     return {
         "commit": commit(),
         "python": platform.python_version(),
@@ -41,6 +44,8 @@ def origin() -> dict[str, Any]:
 
 
 def _hardware(device: torch.device) -> str:
+    import torch
+
     if device.type == "cpu":
         threads = torch.get_num_threads()
         return f"{threads} CPU thread" + "s" * (threads > 1)

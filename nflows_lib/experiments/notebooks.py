@@ -15,11 +15,6 @@ import types
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # before pyplot is imported: there may be no screen
-import matplotlib.pyplot as plt
-
 
 class CellError(RuntimeError):
     """A cell raised. Its message names the cell and shows the traceback with the cell's own lines."""
@@ -58,6 +53,11 @@ def run_notebook(path: Path, out: Path) -> int:
 
     A cell tagged ``raises-exception`` must raise, and the run goes on; any other exception ends it as a CellError.
     """
+    import matplotlib  # not at the top: a wrong argument should not wait for it
+
+    matplotlib.use("Agg")  # before pyplot is imported: there may be no screen
+    import matplotlib.pyplot as plt
+
     figures = 0
 
     def show(*args: Any, **kwargs: Any) -> None:

@@ -26,12 +26,14 @@ def process_group() -> Iterator[torch.device]:
     A process that torchrun started is in the group as long as this lasts.
 
     Raises:
-        ValueError: there are GPUs, but fewer than processes.
+        ValueError: there are GPUs, but fewer than processes, or torchrun is to train on mps.
     """
     device = settings.device(prefer_gpu=True)
     if not torchrun():
         yield device
         return
+    if device.type == "mps":
+        raise ValueError("NFLOWS_DEVICE: expected cuda or cpu under torchrun, which has no way to connect mps, got mps")
     on_gpu = device.type == "cuda"
     if on_gpu:
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()

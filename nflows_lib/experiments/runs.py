@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,16 @@ from nflows_lib.bijection import check_positive
 from nflows_lib.data import Images
 from nflows_lib.distributions import random_state_kept
 from nflows_lib.evaluation import log_likelihoods, log_mean_exp, mean_and_error
-from nflows_lib.experiments import archive, checkpoint, processes, segmentation, sheets, table, trainer
+from nflows_lib.experiments import archive, checkpoint, precision, processes, segmentation, sheets, table, trainer
 from nflows_lib.experiments.archive import MODEL, RECORD, SAMPLES
 from nflows_lib.experiments.pixelwise import PixelClassifier, UNet
 from nflows_lib.experiments.table import Run
 from nflows_lib.flow import Flow
 from nflows_lib.models import cglow, glow, nice, realnvp
 from nflows_lib.training import History
+
+CPU = torch.device("cpu")
+ROUNDED = 1000  # test images on which a run measures what storing its weights in half precision costs
 
 # --- what the table's words stand for ---------------------------------------------------------------------------------
 
@@ -60,19 +62,20 @@ def unet_classifier(
     *,
     levels: int,
     hidden: int,
-    precision: torch.dtype = torch.float32,
+    precision: torch.dtype,
 ) -> PixelClassifier:
     """The deterministic network beside :func:`nflows_lib.models.cglow`: a U-Net of four sizes."""
     return PixelClassifier(UNet(context_shape[0], levels * shape[0], hidden, 4, precision), shape, levels)
 
 
-# A model's name: its constructor and its optimizer. NICE takes vectors; all others compute their networks in bfloat16.
+# A model's name: its constructor and its optimizer. All take the precision of their networks but NICE, which takes
+# vectors and computes in float32.
 MODELS: dict[str, tuple[Callable[..., Any], Callable[..., Optimizer]]] = {
-    "nice": (lambda shape, **size: nice(math.prod(shape), **size), nice_optimizer),
-    "realnvp": (partial(realnvp, precision=torch.bfloat16), realnvp_optimizer),
-    "glow": (partial(glow, precision=torch.bfloat16), adam),
-    "cglow": (partial(cglow, precision=torch.bfloat16), adam),
-    "unet": (partial(unet_classifier, precision=torch.bfloat16), adam),
+    "nice": (lambda shape, precision, **size: nice(math.prod(shape), **size), nice_optimizer),
+    "realnvp": (realnvp, realnvp_optimizer),
+    "glow": (glow, adam),
+    "cglow": (cglow, adam),
+    "unet": (unet_classifier, adam),
 }
 
 # A data set's name: called with the part, the folder (None: the usual one) and the size to resize to.
@@ -91,17 +94,18 @@ DATA: dict[str, Callable[[str, Path | None, int], Images]] = {
 
 AUGMENTATIONS = {augment.__name__: augment for augment in (data.random_flip, segmentation.random_view)}
 
-METRICS: dict[str, Callable[[Flow, Images], dict[str, Any]]] = {
-    "one bound": lambda flow, images: in_one_bound(flow, images),
-    "segmentation": segmentation.metrics,
+# A metric's name: what measures it, and how often that passes the images through the flow (a budget keeps the time).
+METRICS: dict[str, tuple[Callable[[Flow, Images], dict[str, Any]], int]] = {
+    "one bound": (lambda flow, images: in_one_bound(flow, images), 8),
+    "segmentation": (segmentation.metrics, 230),
 }
 
 
-def build(run: Run) -> Flow | PixelClassifier:
-    """A run's model, not trained yet."""
+def build(run: Run, device: torch.device = CPU, networks_in: torch.dtype | None = None) -> Flow | PixelClassifier:
+    """A run's model on a device, not trained yet. If no precision is given, its networks have the fastest one there."""
     constructor, _ = MODELS[run.model]
     shapes = [run.shape] if run.context_shape is None else [run.shape, run.context_shape]
-    return constructor(*shapes, **run.size)
+    return constructor(*shapes, precision=networks_in or precision.fastest(device), **run.size).to(device)
 
 
 def optimizer_of(run: Run, flow: Flow | PixelClassifier) -> Optimizer:
@@ -130,7 +134,7 @@ def train(
     data_folder: Path | None = None,
     steps: int | None = None,
     budget: float | None = None,
-    draws: int = 10,
+    draws: int | None = None,
     save_every: float = 60.0,
     resume: bool = False,
     compiled: bool = False,
@@ -145,26 +149,29 @@ def train(
         out: the folder.
         data_folder: where the data sets lie.
         steps: number of updates; None: as many as the budget allows.
-        budget: seconds for the whole run; None: that of the checkpoint that is resumed, else the table's.
-        draws: draws of the noise that the final result averages over.
+        budget: seconds for the whole run, evaluation included; None: that of the checkpoint that is resumed, else the
+            table's.
+        draws: draws of the noise that the final result averages over; None: as few as :func:`evaluate` finds enough.
         save_every: seconds between checkpoints.
         resume: go on from the folder's checkpoint, if there is one.
         compiled: let torch.compile make one graph of the flow: about a minute at first, then faster steps.
 
     Raises:
-        ValueError: an unknown run, a folder with a checkpoint and no resume, draws below 1, or compiled under torchrun;
-            and what :func:`nflows_lib.experiments.trainer.train` raises.
+        ValueError: an unknown run, a folder with a checkpoint and no resume, draws below 1, compiled under torchrun
+            or on mps; and what :func:`nflows_lib.experiments.trainer.train` raises.
     """
     run = table.find(name)
-    check_positive(draws=draws)
+    check_positive(draws=1 if draws is None else draws)
     if compiled and processes.torchrun():
         raise ValueError("compiled: expected False under torchrun, where it is untried, got True")
     out = out or archive.work_folder(name)
     made = archive.origin()
+    earlier = trainer.read_checkpoint(out) if resume else None
     if steps is None and budget is None:
-        earlier = trainer.read_checkpoint(out) if resume else None
         asked = earlier["asked"] if earlier else {"steps": None, "budget": run.budget}
         steps, budget = asked["steps"], asked["budget"]
+    # A resumed run keeps its precision. Checkpoints that do not name one were written when all runs had bfloat16.
+    kept = getattr(torch, earlier["settings"].get("precision", "bfloat16")) if earlier else None
     torch.manual_seed(settings.seed())
 
     def report(judged: Flow, history: History) -> None:
@@ -178,10 +185,13 @@ def train(
         sheets.save_samples(judged, run.shape, out / f"samples-{step:07d}.png", contexts=contexts)
 
     with processes.process_group() as device:
-        flow = build(run).to(device)
-        images = images_of(run, "train", data_folder)
+        if compiled and device.type == "mps":
+            raise ValueError("compiled: expected False on mps, where it is untried, got True")
+        flow = build(run, device, kept)
+        images, test = (images_of(run, part, data_folder) for part in ("train", "test"))
         examples = images.images.reshape(-1, *flow.shape).to(device)  # drawn, flipped and dequantized there
         contexts = None if images.contexts is None else images.contexts.to(device)
+        passes = (draws or 2) + (METRICS[run.metrics][1] if run.metrics else 0)
         options = dict(run.training)
         augment = options.pop("augment", None)
         if compiled:
@@ -199,6 +209,7 @@ def train(
             held_out_context=None if contexts is None else contexts[: run.held_out],
             evaluations=20,
             on_evaluation=report,
+            afterwards=len(test.images) * passes + 2 * ROUNDED,
             save_every=save_every,
             resume=resume,
             **options,
@@ -207,10 +218,10 @@ def train(
         return flow
     facts = trainer.read_checkpoint(out)
     count = facts["settings"]["processes"]
-    test = images_of(run, "test", data_folder)
     result = evaluate(flow, test, draws)
-    halved = build(run).to(device)
-    checkpoint.load_into(halved, checkpoint.halve(flow.state_dict()), MODEL)
+    halved = checkpoint.halve(flow.state_dict())
+    stored = build(run, device, getattr(torch, facts["settings"]["precision"]))
+    checkpoint.load_into(stored, halved, MODEL)
     record = made | {
         "title": run.title,
         # What decides the result, not where its files lay.
@@ -223,14 +234,15 @@ def train(
         "minutes": facts["seconds"] / 60,
         "settings": facts["settings"],
         "figure": result,
-        "figure_in_half_precision": evaluate(halved, test, draws),
+        "half_precision_adds": difference(stored, flow, test.select(torch.arange(len(test.images))[:ROUNDED])),
         "curve": _curve(flow, history),
     }
     if facts["schedule"]["warmup"] != facts["settings"]["warmup"]:
         record["warmup_shortened_to"] = facts["schedule"]["warmup"]
     if run.metrics is not None:
-        record["measured"] = METRICS[run.metrics](flow, test)
-    checkpoint.save(out / MODEL, checkpoint.halve(flow.state_dict()), {"run": name})
+        measure, _ = METRICS[run.metrics]
+        record["measured"] = measure(flow, test)
+    checkpoint.save(out / MODEL, halved, {"run": name})
     sheets.save_samples(flow, run.shape, out / SAMPLES, contexts=test.contexts)
     record["stages"] = sheets.save_stages(out, run.shape, [step for step, *_ in history.held_out])
     archive.save(name, record, out)
@@ -238,10 +250,10 @@ def train(
 
 
 def measure_again(name: str, out: Path, data_folder: Path | None = None) -> dict[str, Any]:
-    """Take a run's results on the test images again, of the model in its folder, and put them into its ``run.json``.
+    """Take a run's further metrics again, of the model in its folder, and put them into its ``run.json``.
 
-    For when a run has learned to measure more, or the test images have changed. The model is in half precision, so the
-    whole one's result stays where the images are as many as before; ``measured_at`` says at which commit it was done.
+    For when a run has learned to measure more, or the test images have changed: where they are not as many as before,
+    the figure is taken again too. ``measured_at`` says at which commit it was done.
 
     Raises:
         ValueError: an unknown run, or one without further metrics.
@@ -251,26 +263,57 @@ def measure_again(name: str, out: Path, data_folder: Path | None = None) -> dict
         raise ValueError(f"run: expected one with further metrics, got {name}")
     record = json.loads((out / RECORD).read_text())
     flow, test = load_flow(name, out), images_of(run, "test", data_folder)
-    result = evaluate(flow, test, record["figure"]["draws"])
-    record["figure_in_half_precision"] = result
-    if record["figure"]["images"] != result["images"]:  # the test images are others: the whole model's is past
-        record["figure"] = result
-    record |= {"measured": METRICS[run.metrics](flow, test), "measured_at": archive.commit()}
+    if record["figure"]["images"] != len(test.images):
+        record["figure"] = evaluate(flow, test, record["figure"]["draws"])
+    measure, _ = METRICS[run.metrics]
+    record |= {"measured": measure(flow, test), "measured_at": archive.commit()}
     archive.write_json(out / RECORD, record)
     return record["measured"]
 
 
-def evaluate(flow: Flow, images: Images, draws: int = 10) -> dict[str, float]:
+def evaluate(flow: Flow, images: Images, draws: int | None = None) -> dict[str, float]:
     """Bits/dim on images: mean, standard error over images, how many, and draws of the noise that each averages over.
 
     ``nats`` is the mean of log p(u), u in [0, 1), which papers on NICE quote.
+
+    Args:
+        draws: None: as few as :func:`draws_enough` finds enough.
     """
-    with random_state_kept(next(flow.parameters(), images.images).device):
-        torch.manual_seed(settings.seed(1))
-        log_p = log_likelihoods(flow, images.images.reshape(-1, *flow.shape), images.contexts, draws)
+    draws = draws_enough(flow, images) if draws is None else draws
+    log_p = _log_likelihoods(flow, images, draws)
     mean, error = mean_and_error(-log_p / (flow.dims * math.log(2)))
     nats = log_p.mean().item() + flow.dims * math.log(images.levels)
     return {"bits_per_dim": mean, "error": error, "images": len(log_p), "draws": draws, "nats": nats}
+
+
+def draws_enough(flow: Flow, images: Images, most: int = 10, part: int = 250) -> int:
+    """How many draws of the noise are enough: with more, the error of the mean would shrink by less than a hundredth.
+
+    That error, over images, has the variance of log p between images and, beside it, that between draws of one image
+    divided by the number of draws. Both are estimated from two draws for the first images.
+    """
+    first = images.select(torch.arange(min(part, len(images.images))))
+    pair = [_log_likelihoods(flow, first, 1, seed=settings.seed(i)) for i in (1, 2)]
+    between_draws = (pair[0] - pair[1]).var().item() / 2
+    between_images = torch.stack(pair).mean(0).var().item() - between_draws / 2
+    if not between_draws > 0:  # there is no noise, or no likelihood
+        return 1
+    needed = between_draws / (0.02 * between_images) if between_images > 0 else most
+    return math.ceil(min(needed, most))
+
+
+def difference(flow: Flow, other: Flow, images: Images) -> dict[str, float]:
+    """By how many bits/dim a flow is worse than another on images with the same noise: mean, error, how many images."""
+    log_p = _log_likelihoods(other, images, 1) - _log_likelihoods(flow, images, 1)
+    mean, error = mean_and_error(log_p / (flow.dims * math.log(2)))
+    return {"bits_per_dim": mean, "error": error, "images": len(log_p)}
+
+
+def _log_likelihoods(flow: Flow, images: Images, draws: int, seed: int | None = None) -> Tensor:
+    """log p of every image in nats, (N,), with noise that depends on the seed alone."""
+    with random_state_kept(next(flow.parameters(), images.images).device):
+        torch.manual_seed(settings.seed(1) if seed is None else seed)
+        return log_likelihoods(flow, images.images.reshape(-1, *flow.shape), images.contexts, draws)
 
 
 def in_one_bound(flow: Flow, images: Images, draws: int = 8) -> dict[str, Any]:
@@ -282,25 +325,22 @@ def in_one_bound(flow: Flow, images: Images, draws: int = 8) -> dict[str, Any]:
         ValueError: draws is below 1.
     """
     check_positive(draws=draws)
-    log_p = []
-    with random_state_kept(next(flow.parameters(), images.images).device):
-        for i in range(draws):
-            torch.manual_seed(settings.seed(100 + i))
-            log_p.append(log_likelihoods(flow, images.images.reshape(-1, *flow.shape), images.contexts))
+    log_p = [_log_likelihoods(flow, images, 1, seed=settings.seed(100 + i)) for i in range(draws)]
     mean, error = mean_and_error(-log_mean_exp(torch.stack(log_p)) / (flow.dims * math.log(2)))
     return {"draws_in_one_bound": draws, "bits_per_dim": mean, "error": error}
 
 
-def load_flow(name: str, source: Path | None = None) -> Flow:
-    """The trained flow of a run, on the CPU, in evaluation mode: from ``source``, else the one that is shipped.
+def load_flow(name: str, source: Path | None = None, device: torch.device = CPU) -> Flow:
+    """The trained flow of a run, in evaluation mode, on a device: from ``source``, else the one that is shipped.
 
-    A folder of a run that has not ended yet gives the model of its last checkpoint.
+    A folder of a run that has not ended yet gives the model of its last checkpoint. Whatever it was trained in, its
+    networks compute in what is fastest on the device: bfloat16 or float32.
 
     Raises:
         ValueError: an unknown run, or a file of another model.
         FileNotFoundError: the folder holds no model.
     """
-    flow = build(table.find(name))
+    flow = build(table.find(name), device)
     source = source or archive.folder(name)
     if (source / MODEL).exists():
         tensors, _ = checkpoint.load(source / MODEL)

@@ -150,7 +150,7 @@ def calibration(probabilities: Tensor, true: Tensor, bins: int = 10) -> tuple[li
         raise ValueError(f"probabilities: expected shape {tuple(true.shape)}, that of true, got {got}")
     if bins < 1:
         raise ValueError(f"bins: expected at least 1, got {bins}")
-    p, hit = probabilities.flatten().double(), true.flatten().double()
+    p, hit = probabilities.flatten().cpu().double(), true.flatten().cpu().double()  # mps has no float64
     if not ((p >= 0) & (p <= 1)).all():
         raise ValueError(f"probabilities: expected values in [0, 1], got some from {p.min():g} to {p.max():g}")
     which = (p * bins).long().clamp(max=bins - 1)

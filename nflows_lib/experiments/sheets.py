@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure
-from matplotlib.patches import Circle, Rectangle
 from PIL import Image
 from torch import Tensor
 
-from nflows_lib import plotting, settings
+from nflows_lib import settings
+from nflows_lib.data import tile
 from nflows_lib.distributions import random_state_kept
 from nflows_lib.flow import Flow
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STAGES = "stages.png"
 
@@ -40,9 +41,9 @@ def save_samples(
     with random_state_kept(next(flow.parameters()).device):
         torch.manual_seed(settings.seed(2))
         drawn = flow.sample(n, temperature, contexts).cpu()
-    picture = plotting.tile(drawn, columns=10, levels=flow.levels, shape=shape)
+    picture = (255 * tile(drawn, columns=10, levels=flow.levels, shape=shape)).round().astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    plt.imsave(path, picture.squeeze(), cmap="gray", vmin=0, vmax=1)
+    Image.fromarray(picture.squeeze()).convert("RGB").save(path)
 
 
 def save_stages(
@@ -80,6 +81,12 @@ def filmstrip(
     1, 2 and 3. In a cell tagged ``frames-4x3`` (columns x rows) the page turns the sheet into one frame with a slider.
     Returns the number of frames. The figure's size should be that of columns x rows squares.
     """
+    # Not at the top: a run that draws samples needs no matplotlib.
+    from matplotlib.collections import LineCollection
+    from matplotlib.patches import Circle, Rectangle
+
+    from nflows_lib import plotting
+
     mesh = plotting.mesh_lines(extent, 13, 80).to(points.device)
     hue, frames = points[:, 0].cpu(), [("data", points, mesh)]
     for i, layer in enumerate(flow.chain):

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from nflows_lib import settings
 from nflows_lib.distributions import random_state_kept
 from nflows_lib.evaluation import log_likelihoods, mean_and_error
-from nflows_lib.experiments import checkpoint, processes
+from nflows_lib.experiments import checkpoint, precision, processes
 from nflows_lib.flow import Flow, check_data
 from nflows_lib.training import (
     Augment,
@@ -35,7 +36,6 @@ from nflows_lib.training import (
     check_steps,
     is_due,
     keep_freed_memory,
-    progress_bar,
     rate_factor,
     show,
     take,
@@ -46,7 +46,8 @@ CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensor
 LOCK = ".training.lock"
 RANDOM_STATES = "random_states", "cuda_random_states"  # names in a checkpoint: of the CPU, of the GPU
 PROBE = 25  # steps of a run with a time budget that are timed before their number is fixed
-SLACK = 0.05  # share of the budget kept for evaluations and for writing checkpoints
+SLACK = 0.05  # share of the budget kept for pictures and for writing checkpoints
+TIMED = 100  # held-out examples that are evaluated to learn how long an evaluation takes
 
 
 class Interrupted(KeyboardInterrupt):
@@ -109,6 +110,7 @@ def train(
     evaluations: int = 1,
     draws: int = 1,
     on_evaluation: Callable[[Flow, History], None] | None = None,
+    afterwards: int = 0,
     save_every: float = 60.0,
     resume: bool = False,
 ) -> History:
@@ -129,13 +131,15 @@ def train(
             checksum.
         steps: number of updates.
         folder: where checkpoints go; made if it is missing.
-        budget: instead of steps, the seconds that the whole run may take; the first steps are timed, then the number
-            of steps is fixed. A run whose later steps are slower would overrun: an evaluation that sees this coming
-            makes the number smaller. A resumed run keeps the number unless it is given another budget: then the rest
-            of the schedule is fitted to the rest of the time.
+        budget: instead of steps, the seconds that the whole run may take, evaluations included; the first steps and
+            an evaluation are timed, then the number of steps is fixed. A run whose later steps are slower would
+            overrun: an evaluation that sees this coming makes the number smaller. A resumed run keeps the number unless
+            it is given another budget: then the rest of the schedule is fitted to the rest of the time.
         batch_size: examples for each update, those of all processes together.
         warmup: as of ``fit``; a budget that is shorter than the warm-up shortens it to half of the run.
         on_evaluation: called after each evaluation with the flow that was judged and the history so far, on rank 0.
+        afterwards: how many examples the caller will evaluate after the training. A budget with held-out data keeps the
+            time for them, at most half of itself.
         save_every: seconds between two checkpoints.
         resume: go on from the folder's checkpoint; without one, start.
 
@@ -164,7 +168,23 @@ def train(
     keep_freed_memory()
     with _locked(folder), _stop_requested() as stop:
         schedule = Schedule(warmup, cosine)
-        trainer = _Trainer(flow, data, context, augment, batch_size, optimizer, clip, ema, schedule, folder)
+        trainer = _Trainer(
+            flow,
+            data,
+            context,
+            augment,
+            batch_size,
+            optimizer,
+            clip,
+            ema,
+            schedule,
+            folder,
+            held_out,
+            held_out_context,
+            evaluations,
+            draws,
+            afterwards,
+        )
         latest = processes.broadcast(_latest(folder))
         if latest is None:
             trainer.start()
@@ -176,14 +196,14 @@ def train(
             )
         trainer.plan(steps, budget)
         saved = time.monotonic()
-        with progress_bar(trainer.schedule.total, batch_size, trainer.step, processes.rank() == 0) as bar:
+        with settings.progress_bar(trainer.schedule.total, batch_size, trainer.step, processes.rank() == 0) as bar:
             while trainer.step != trainer.schedule.total:
                 trainer.take_step()
                 if trainer.schedule.total is None and trainer.step == PROBE:
                     trainer.plan(steps, budget)
                 before, now = (trainer.schedule.progress(step) for step in (trainer.step - 1, trainer.step))
                 if held_out is not None and is_due(evaluations, before, now):
-                    trainer.evaluate(held_out, held_out_context, draws, on_evaluation)
+                    trainer.evaluate(on_evaluation)
                     if budget is not None:
                         trainer.hurry(budget)
                 bar.total = trainer.schedule.total
@@ -232,6 +252,11 @@ class _Trainer:
     ema: float | None
     schedule: Schedule
     folder: Path
+    held_out: Tensor | None
+    held_out_context: Tensor | None
+    evaluations: int
+    draws: int
+    afterwards: int  # examples that the caller evaluates after the training
 
     def __post_init__(self) -> None:
         self.device = next(self.flow.parameters()).device
@@ -244,6 +269,7 @@ class _Trainer:
         self.asked: dict[str, float | None] = {}  # steps or budget, as the caller gave them
         self.durations: list[float] = []  # of this process's first steps, in seconds
         self.planned = 0, 0.0  # steps and seconds of the run when it was planned last
+        self.seconds_each: float | None = None  # of evaluating one example, once it has been timed
         self.seconds = 0.0  # trained so far, before this process
         self.started = time.monotonic()
 
@@ -280,7 +306,11 @@ class _Trainer:
         else:
             timed = self.durations[5:] or self.durations  # the first steps are slow
             pace = statistics.median(timed) if timed else self._elapsed() / self.step
-            total = processes.broadcast(self.step + int((budget * (1 - SLACK) - self._elapsed()) / pace))
+            if self.seconds_each is None and self.held_out is not None and processes.rank() == 0:
+                self.seconds_each = self._time_evaluation()
+            during = 0 if self.held_out is None else self.evaluations * len(self.held_out) * self.draws
+            left = budget * (1 - SLACK) - self._elapsed() - self._kept(budget, during + self.afterwards)
+            total = processes.broadcast(self.step + int(left / pace))
         if self.schedule.total is not None and self.step == self.schedule.total:
             raise ValueError(f"resume: expected an unfinished run, got one that has taken its {self.step:,} steps")
         if total <= self.step:
@@ -292,9 +322,23 @@ class _Trainer:
         (step, seconds), total = self.planned, self.schedule.total
         if self.step not in (step, total):
             pace = (self._elapsed() - seconds) / (self.step - step)
-            fits = processes.broadcast(self.step + max(1, int((budget - self._elapsed()) / pace)))
+            left = budget - self._elapsed() - self._kept(budget, self.afterwards)
+            fits = processes.broadcast(self.step + max(1, int(left / pace)))
             if fits < total:
                 self._plan(fits)
+
+    def _kept(self, budget: float, examples: int) -> float:
+        """Seconds of the budget that evaluating so many examples takes; at most half of it."""
+        return min((self.seconds_each or 0.0) * examples, budget / 2)
+
+    def _time_evaluation(self) -> float:
+        """Seconds of evaluating one example: the second of two evaluations, since the first is slow."""
+        part = slice(TIMED)
+        for _ in range(2):
+            began = time.monotonic()
+            context = None if self.held_out_context is None else self.held_out_context[part]
+            log_likelihoods(self.judged(), self.held_out[part], context)
+        return (time.monotonic() - began) / len(self.held_out[part])
 
     def _plan(self, total: int) -> None:
         self.schedule.plan(self.step, total)
@@ -309,16 +353,13 @@ class _Trainer:
         if len(self.durations) < PROBE:
             self.durations.append(time.monotonic() - began)
 
-    def evaluate(
-        self,
-        held_out: Tensor,
-        context: Tensor | None,
-        draws: int,
-        on_evaluation: Callable[[Flow, History], None] | None,
-    ) -> None:
+    def evaluate(self, on_evaluation: Callable[[Flow, History], None] | None) -> None:
         """Judge the flow on held-out data, on rank 0, and let all ranks know the loss."""
-        judged, leads = self.judged(), processes.rank() == 0
-        found = mean_and_error(-log_likelihoods(judged, held_out, context, draws)) if leads else None
+        judged, leads, found = self.judged(), processes.rank() == 0, None
+        if leads:
+            began = time.monotonic()
+            found = mean_and_error(-log_likelihoods(judged, self.held_out, self.held_out_context, self.draws))
+            self.seconds_each = (time.monotonic() - began) / (len(self.held_out) * self.draws)
         self.history.held_out.append((self.step, *processes.broadcast(found)))
         if on_evaluation is not None and leads:
             training = judged.training
@@ -374,8 +415,9 @@ class _Trainer:
             raise
         # Names and shapes first: of another model's checkpoint the settings tell little.
         checkpoint.load_into(self.flow, _under("flow.", tensors), path.name)
-        # What checkpoints of earlier versions lack: one process trained, and nothing is known of its data.
-        theirs = {"processes": 1, "checksum": self.settings["checksum"]} | facts["settings"]
+        # What checkpoints of earlier versions lack: one process trained; nothing is known of data and precision.
+        unknown = {name: self.settings[name] for name in ("checksum", "precision")}
+        theirs = {"processes": 1, **unknown, **facts["settings"]}
         for name, ours in self.settings.items():
             if ours != theirs.get(name):
                 raise checkpoint.CheckpointError(
@@ -434,6 +476,7 @@ class _Trainer:
             "ema": self.ema,
             "optimizer": [type(self.optimizer).__name__, groups],
             "checksum": _checksum(self.data, self.context),
+            "precision": precision.name_of(self.flow),
         }
         return json.loads(json.dumps(found))
 

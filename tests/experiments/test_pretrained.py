@@ -38,9 +38,13 @@ def test_a_shipped_model_loads_and_samples(name):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_half_precision_costs_less_than_a_hundredth_of_a_bit(name):
+    """Records from before runs measured the difference have the figure of the stored model instead."""
     record = archive.load(name)
-    whole, half = record["figure"], record["figure_in_half_precision"]
-    assert abs(whole["bits_per_dim"] - half["bits_per_dim"]) < 0.01
+    if "half_precision_adds" in record:
+        added = record["half_precision_adds"]["bits_per_dim"]
+    else:
+        added = record["figure_in_half_precision"]["bits_per_dim"] - record["figure"]["bits_per_dim"]
+    assert abs(added) < 0.01
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in PRETRAINED.glob("*/run.json")))

@@ -10,6 +10,8 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,7 +83,10 @@ def test_the_figure_of_a_run_is_in_bits_and_in_nats(record):
     assert 0 < figure["error"] < 0.1
     assert 2 < figure["bits_per_dim"] < record["curve"]["training"][0]
     assert figure["nats"] == pytest.approx(64 * math.log(2) * (math.log2(17) - figure["bits_per_dim"]), abs=1e-3)
-    assert record["figure_in_half_precision"]["bits_per_dim"] == pytest.approx(figure["bits_per_dim"], abs=0.01)
+    adds = record["half_precision_adds"]
+    assert adds["images"] == figure["images"]  # all, as there are fewer than a thousand
+    assert abs(adds["bits_per_dim"]) < 0.01
+    assert 0 < adds["error"] < 0.001
 
 
 def test_the_curve_of_a_run_is_in_bits(record):
@@ -107,8 +112,11 @@ def test_a_run_leaves_a_model_and_samples(trained):
 def test_evaluate_gives_the_figure_of_the_record(trained, record, capsys):
     assert main(["evaluate", NAME, "--draws", "2", "--out", str(trained)]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith(shown(record["figure_in_half_precision"]))  # of the model as it is stored
+    own = runs.evaluate(runs.load_flow(NAME, trained), data.digits("test"), 2)  # of the model as it is stored
+    assert printed.startswith(shown(own))
     assert "2 draws of the noise" in printed
+    bits = record["figure"]["bits_per_dim"] + record["half_precision_adds"]["bits_per_dim"]
+    assert own["bits_per_dim"] == pytest.approx(bits, abs=1e-4)
 
 
 def test_a_run_without_model_is_evaluated_in_full_precision_from_its_checkpoint(trained, record, tmp_path, capsys):
@@ -150,28 +158,55 @@ def test_an_unknown_run_is_refused_with_the_names_there_are(command, capsys):
         runs.train("nice-letters")
 
 
-@pytest.mark.parametrize("arguments", [["--budget", "30"], ["--budget", "-5s"], ["--save-every", "1d"]])
-def test_a_time_that_is_none_is_refused(arguments, tmp_path, capsys):
-    option, text = arguments
-    try:
-        code = main(["train", NAME, f"{option}={text}", "--out", str(tmp_path)])
-    except SystemExit as exit:
-        code = exit.code
-    assert code not in (0, None)
-    assert f"expected a time such as 90s, 30m or 1.5h, got '{text}'" in capsys.readouterr().err
+TIME, COUNT = "expected a time above 0 such as 90s, 30m or 1.5h, got", "expected a whole number of at least 1, got"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "0"], "ValueError: steps: expected at least 1, got 0"),
-        (["--budget", "0s"], "ValueError: budget: expected seconds above 0, got 0.0"),
-        (["--steps", "100", "--budget", "1m"], "ValueError: steps, budget: expected one of them, got 100 and 60.0"),
+        (["--budget=30"], f"argument --budget: {TIME} '30'"),
+        (["--budget=-5s"], f"argument --budget: {TIME} '-5s'"),
+        (["--budget=0s"], f"argument --budget: {TIME} '0s'"),
+        (["--save-every=1d"], f"argument --save-every: {TIME} '1d'"),
+        (["--steps=0"], f"argument --steps: {COUNT} '0'"),
+        (["--draws=1.5"], f"argument --draws: {COUNT} '1.5'"),
+        (["--steps=100", "--budget=1m"], "argument --budget: not allowed with argument --steps"),
     ],
 )
-def test_a_length_that_makes_no_sense_is_refused(arguments, message, tmp_path, capsys):
-    assert main(["train", NAME, *arguments, "--out", str(tmp_path)]) == 1
+def test_an_argument_that_makes_no_sense_is_refused(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", NAME, *arguments, "--out", str(tmp_path)])
+    assert caught.value.code == 2
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "loads", "code"),
+    [
+        (["--help"], False, 0),
+        (["train", "--help"], False, 0),
+        (["runs"], False, 0),
+        (["train", "nice-letters"], False, 2),
+        (["train", NAME, "--steps", "0"], False, 2),
+        (["sample", NAME, "--n", "none"], False, 2),
+        (["sample", "nice-mnist-small", "--n", "2"], True, 0),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_command_imports_what_it_needs_and_no_more(arguments, loads, code, tmp_path):
+    """What answers without PyTorch does not wait for it; to draw samples needs neither scikit-learn nor matplotlib."""
+    ask = f"""
+import sys
+from nflows_lib.__main__ import main
+try:
+    code = main({arguments!r})
+except SystemExit as stopped:
+    code = stopped.code or 0
+print([name for name in ("torch", "sklearn", "matplotlib", "torchvision") if name in sys.modules], code)
+"""
+    found = subprocess.run([sys.executable, "-c", ask], cwd=tmp_path, capture_output=True, text=True)
+    assert found.stdout.splitlines()[-1] == f"{['torch'] if loads else []} {code}", found.stderr
 
 
 def test_a_folder_with_a_run_in_it_is_not_overwritten(trained, capsys):
@@ -276,6 +311,62 @@ def test_draws_in_one_bound_by_hand(trained, draws):
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "draws", "passes"), [(NAME, None, 2), (NAME, 5, 5), ("glow-mnist", None, 2 + 8), ("glow-mnist", 1, 1 + 8)]
+)
+def test_a_budget_knows_what_is_evaluated_after_the_training(monkeypatch, tmp_path, name, draws, passes):
+    """The test images for each draw and each pass of the metrics, and a thousand of them twice."""
+    asked = {}
+
+    def train(flow, images, steps, **options):
+        asked.update(options)
+        raise trainer.Interrupted
+
+    monkeypatch.setattr(trainer, "train", train)
+    monkeypatch.setattr(runs, "images_of", lambda run, part, folder: data.digits(part))
+    monkeypatch.setattr(runs, "build", lambda run, device, kept: Flow([], StandardNormal(), (1, 8, 8)))
+    monkeypatch.setattr(runs, "optimizer_of", lambda run, flow: None)
+    with pytest.raises(trainer.Interrupted):
+        runs.train(name, tmp_path, draws=draws)
+    assert asked["afterwards"] == passes * 299 + 2 * 1000
+    assert asked["budget"] == table.find(name).budget
+
+
+class Noisy(Flow):
+    """A flow whose log p differs between images by about 1 and between draws of one image by about ``noise``."""
+
+    def __init__(self, noise: float) -> None:
+        super().__init__([], StandardNormal(), (1, 1, 4))
+        self.noise, self.levels = noise, 256
+
+    def forward(self, x, context=None, validate=True):
+        return x.flatten(1).float().sum(1) / 147.8 + self.noise * torch.randn(len(x))  # 4 levels' sum has sd 147.8
+
+
+@pytest.mark.parametrize(("noise", "enough"), [(0.0, {1}), (0.1, {1}), (0.3, {4, 5, 6}), (2.0, {10})])
+def test_draws_are_as_few_as_leave_the_printed_error_what_it_is(noise, enough):
+    """With d draws the variance of a mean is 1 + noise^2 / d, which should be at most 1.02."""
+    generator = torch.Generator().manual_seed(0)
+    images = Images(torch.randint(256, (2000, 1, 1, 4), generator=generator).byte(), torch.zeros(2000), 256)
+    flow = Noisy(noise)
+    assert runs.draws_enough(flow, images, part=2000) in enough
+    found = runs.evaluate(flow, images)
+    assert found["draws"] == runs.draws_enough(flow, images)
+    assert found == runs.evaluate(flow, images, found["draws"])
+    with pytest.raises(ValueError, match="draws: expected at least 1, got 0"):
+        runs.evaluate(flow, images, 0)
+
+
+def test_a_flow_is_worse_than_another_by_the_difference_of_their_figures():
+    images = Images(torch.randint(2, (50, 1, 1, 2)), torch.zeros(50), levels=2)
+    flow, other = (Flow([UniformDequantize(2), Rescale(scale)], StandardNormal(), (1, 1, 2)) for scale in (1.5, 1.0))
+    found = runs.difference(flow, other, images)
+    bits = [runs.evaluate(one, images, 1)["bits_per_dim"] for one in (flow, other)]
+    assert found["bits_per_dim"] == pytest.approx(bits[0] - bits[1], abs=1e-5)
+    assert found["images"] == 50
+    assert runs.difference(flow, flow, images)["bits_per_dim"] == 0
+
+
 def test_no_draws_in_one_bound_are_refused(trained):
     with pytest.raises(ValueError, match=r"^draws: expected at least 1, got 0$"):
         runs.in_one_bound(runs.load_flow(NAME, trained), data.digits("test"), 0)
@@ -313,8 +404,9 @@ def test_draws_in_one_bound_leave_the_random_state_alone_and_do_not_depend_on_it
 
 def test_the_run_on_mnist_measures_its_draws_in_one_bound(trained):
     flow, images = runs.load_flow(NAME, trained), data.digits("test")
-    measure = runs.METRICS[table.find("glow-mnist").metrics]
+    measure, passes = runs.METRICS[table.find("glow-mnist").metrics]
     assert measure(flow, images) == runs.in_one_bound(flow, images)
+    assert passes == 8
 
 
 # --- a conditional run ------------------------------------------------------------------------------------------------
@@ -347,7 +439,7 @@ def halves(tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(table.RUNS, HALVES, run)
         patch.setitem(runs.DATA, "halves", lambda part, folder, size: data.digit_halves(part))
-        patch.setitem(runs.METRICS, "count", measure)
+        patch.setitem(runs.METRICS, "count", (measure, 1))
         out = tmp_path_factory.mktemp("runs") / "halves"
         assert main(["train", HALVES, "--steps", "40", "--draws", "2", "--out", str(out)]) == 0
         yield out
@@ -374,7 +466,8 @@ def test_a_conditional_run_is_evaluated_given_its_contexts(halves, capsys):
     record, images = json.loads((halves / "run.json").read_text()), data.digit_halves("test")
     flow = runs.load_flow(HALVES, halves)
     own = runs.evaluate(flow, images, 2)
-    assert own == record["figure_in_half_precision"]
+    bits = record["figure"]["bits_per_dim"] + record["half_precision_adds"]["bits_per_dim"]
+    assert own["bits_per_dim"] == pytest.approx(bits, abs=1e-3)
     others = Images(images.images, images.labels, images.levels, images.contexts.roll(1, 0))
     assert runs.evaluate(flow, others, 2)["bits_per_dim"] != own["bits_per_dim"]
     with pytest.raises(ValueError, match=r"context: expected shape \(B, 1, 4, 8\), got None"):
@@ -394,26 +487,23 @@ def test_draws_in_one_bound_are_given_their_contexts(halves):
 
 
 def test_results_can_be_taken_again(halves, tmp_path, monkeypatch, capsys):
-    """Of the model in the folder; the rest of the record stays, with the whole model's result if the images do."""
+    """Of the model in the folder; the rest of the record stays, the figure too where the images are as many."""
     out = tmp_path / "copy"
     shutil.copytree(halves, out)
     before = json.loads((out / "run.json").read_text())
     monkeypatch.setattr(archive, "commit", lambda: "later")
-    monkeypatch.setitem(runs.METRICS, "count", lambda flow, images: {"bits": runs.evaluate(flow, images, 1)})
+    bits = lambda flow, images: {"bits": runs.evaluate(flow, images, 1)}  # noqa: E731
+    monkeypatch.setitem(runs.METRICS, "count", (bits, 1))
     assert main(["evaluate", HALVES, "--draws", "1", "--out", str(out), "--record"]) == 0
     after = json.loads((out / "run.json").read_text())
     own = runs.evaluate(runs.load_flow(HALVES, out), data.digit_halves("test"), 1)
-    result = runs.evaluate(runs.load_flow(HALVES, out), data.digit_halves("test"), before["figure"]["draws"])
-    assert result == before["figure_in_half_precision"]
-    assert result != before["figure"]
-    taken = {"figure_in_half_precision": result, "measured": {"bits": own}, "measured_at": "later"}
-    assert after == before | taken
+    assert after == before | {"measured": {"bits": own}, "measured_at": "later"}
     assert json.dumps(after["measured"], indent=1) in capsys.readouterr().out
     few = data.digit_halves("test").select(torch.arange(20))
     monkeypatch.setitem(runs.DATA, "halves", lambda part, folder, size: few)
     runs.measure_again(HALVES, out)
     after = json.loads((out / "run.json").read_text())
-    assert after["figure"] == after["figure_in_half_precision"]
+    assert after["figure"] == runs.evaluate(runs.load_flow(HALVES, out), few, before["figure"]["draws"])
     assert after["figure"]["images"] == 20
 
 
@@ -453,7 +543,7 @@ def test_every_image_of_a_conditional_run_keeps_its_context(monkeypatch, tmp_pat
         rates={"lr": 1e-9},
         training={"batch_size": 32},
     )
-    model = lambda shape, context_shape: PixelClassifier(Copies(), shape, 2)  # noqa: E731
+    model = lambda shape, context_shape, precision: PixelClassifier(Copies(), shape, 2)  # noqa: E731
     monkeypatch.setitem(runs.MODELS, "copies", (model, runs.adam))
     monkeypatch.setitem(runs.DATA, "copies", lambda part, folder, size: copies(part))
     monkeypatch.setitem(table.RUNS, "copies", run)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from nflows_lib import plotting
+from nflows_lib import data
 from nflows_lib.dequantization import Rescale
 from nflows_lib.distributions import StandardNormal
 from nflows_lib.experiments import sheets
@@ -46,7 +46,7 @@ def test_all_samples_of_a_row_have_one_context(tmp_path, n, given):
     contexts = (torch.rand(given, 1, 3, 5) > 0.5).float()
     sheets.save_samples(PixelClassifier(Shows(), (1, 3, 5), 2), (1, 3, 5), tmp_path / "a.png", n, contexts=contexts)
     drawn = torch.stack([contexts[i // 10 % given] for i in range(n)]).long()
-    expected = plotting.tile(drawn, columns=10, levels=2, shape=(1, 3, 5)).squeeze()
+    expected = data.tile(drawn, columns=10, levels=2, shape=(1, 3, 5)).squeeze()
     assert np.allclose(plt.imread(tmp_path / "a.png")[..., 0], expected, atol=0.01)
 
 
@@ -63,7 +63,7 @@ def draw_sheets(folder: Path, steps: list[int], shape: tuple[int, int, int], lev
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         images = torch.randint(levels, (12, *shape), generator=generator)
-        picture = plotting.tile(images, columns=10, levels=levels, shape=shape)
+        picture = data.tile(images, columns=10, levels=levels, shape=shape)
         plt.imsave(folder / f"samples-{step:07d}.png", picture.squeeze(), cmap="gray", vmin=0, vmax=1)
 
 
@@ -116,7 +116,7 @@ def test_an_area_of_one_colour_stays_one_in_the_stages(tmp_path):
     """Colours are not mixed from dots, where there are more than 256."""
     images = torch.randint(256, (10, 3, 8, 8), generator=torch.Generator().manual_seed(0))
     images = images.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    picture = plotting.tile(images, columns=10, levels=256, shape=(3, 32, 32))
+    picture = data.tile(images, columns=10, levels=256, shape=(3, 32, 32))
     plt.imsave(tmp_path / "samples-0000001.png", picture)
     sheets.save_stages(tmp_path, (3, 32, 32))
     before, after = (pixels(tmp_path / name)[:33].reshape(-1, 3) for name in ("samples-0000001.png", "stages.png"))

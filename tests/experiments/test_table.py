@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from nflows_lib import data, models
 from nflows_lib.data import Images
-from nflows_lib.experiments import runs, segmentation, table, trainer
+from nflows_lib.experiments import precision, runs, segmentation, table, trainer
 from nflows_lib.experiments.pixelwise import PixelClassifier
 from nflows_lib.experiments.table import Run
 from nflows_lib.flow import Flow
@@ -173,7 +173,7 @@ def test_a_run_builds_the_model_that_it_says(built):
     assert flow.shape == ((math.prod(run.shape),) if run.model == "nice" else run.shape)
     assert sum(parameter.numel() for parameter in flow.parameters()) == COUNTED[run.model](run)
     precisions = {module.precision for module in flow.modules() if hasattr(module, "precision")}
-    assert precisions == (set() if run.model == "nice" else {torch.bfloat16})
+    assert precisions == (set() if run.model == "nice" else {precision.fastest(torch.device("cpu"))})
 
 
 def test_a_run_s_optimizer_has_each_parameter_once_and_the_run_s_rates(built):

@@ -574,29 +574,37 @@ class Clock:
 
 
 class Slow(Recorder):
-    """Each training step takes a second, then two."""
+    """Each training step takes a second, then two; to evaluate an example takes ``judging`` seconds."""
 
-    def __init__(self, clock: Clock, interrupt_at: int | None = None, slower_from: int = 10**9) -> None:
+    def __init__(
+        self, clock: Clock, interrupt_at: int | None = None, slower_from: int = 10**9, judging: float = 0.0
+    ) -> None:
         super().__init__()
-        self.clock, self.interrupt_at, self.slower_from = clock, interrupt_at, slower_from
+        self.clock, self.interrupt_at, self.slower_from, self.judging = clock, interrupt_at, slower_from, judging
 
     def forward(self, x, context=None):
         if torch.is_grad_enabled():
             self.clock.now += 1 if len(self.seen) < self.slower_from else 2
             if len(self.seen) + 1 == self.interrupt_at:
                 interrupt()
+        else:
+            self.clock.now += self.judging * len(x)
         return super().forward(x, context)
+
+    def __deepcopy__(self, memo: dict) -> Slow:
+        """The average of a flow that is slow is slow by the same clock."""
+        return Slow(self.clock, None, self.slower_from, self.judging)
 
 
 @pytest.fixture
 def timed_run(tmp_path, monkeypatch):
     """Runs in one folder, each under a clock of its own, as in a process of its own."""
 
-    def run(interrupt_at=None, slower_from=10**9, folder=tmp_path, **options):
+    def run(interrupt_at=None, slower_from=10**9, judging=0.0, folder=tmp_path, **options):
         torch.manual_seed(0)
         clock = Clock()
         monkeypatch.setattr(trainer, "time", clock)
-        slow = Slow(clock, interrupt_at, slower_from)
+        slow = Slow(clock, interrupt_at, slower_from, judging)
         flow = scaling(1, slow)
         options = {"batch_size": 2, "cosine": True, "ema": 0.5, "resume": True, **options}
         try:
@@ -630,6 +638,31 @@ def test_a_run_that_gets_slower_ends_within_its_budget(timed_run, slower_from):
     assert 95 <= seconds <= 102
     assert steps == len(history.loss) == history.held_out[-1][0]
     assert len(history.held_out) == 20
+
+
+@pytest.mark.parametrize(("afterwards", "steps"), [(0, 72), (30, 57)])
+def test_a_budget_keeps_time_for_evaluations_during_and_after_the_training(timed_run, afterwards, steps):
+    """At step 25, 28 seconds are over (the first batch is seen once more, and two evaluations are timed); of the other
+    67 that are to be planned, 20 are kept for 20 evaluations of 2 examples, and half a second for each one afterwards.
+    """
+    options = {"held_out": torch.zeros(2, 1), "evaluations": 20, "afterwards": afterwards}
+    taken, history, _ = timed_run(budget=100, judging=0.5, **options)
+    assert taken == len(history.loss) == steps == 25 + 95 - 28 - 20 - afterwards // 2
+    assert len(history.held_out) == 20
+    assert trainer.time.now - 1000 == steps + 3 + 20
+
+
+def test_a_budget_keeps_at_most_half_of_itself_for_evaluations(timed_run):
+    options = {"held_out": torch.zeros(2, 1), "evaluations": 20, "afterwards": 10**6}
+    timed_run(budget=100, judging=0.5, **options)
+    assert 45 <= trainer.time.now - 1000 <= 60
+
+
+def test_a_run_whose_evaluations_get_slower_still_keeps_time_for_those_after_it(timed_run):
+    """The flow takes twice as long from step 30 on; what the evaluations took last counts for those to come."""
+    options = {"held_out": torch.zeros(2, 1), "evaluations": 20, "afterwards": 30}
+    timed_run(budget=100, judging=0.5, slower_from=30, **options)
+    assert 95 - 15 <= trainer.time.now - 1000 + 2 <= 102 - 15 + 2
 
 
 def test_the_whole_step_is_timed(timed_run, monkeypatch):
