@@ -262,7 +262,8 @@ def measure_again(name: str, out: Path, data_folder: Path | None = None) -> dict
     if run.metrics is None:
         raise ValueError(f"run: expected one with further metrics, got {name}")
     record = json.loads((out / RECORD).read_text())
-    flow, test = load_flow(name, out), images_of(run, "test", data_folder)
+    flow = load_flow(name, out, settings.device(prefer_gpu=True))
+    test = images_of(run, "test", data_folder)
     if record["figure"]["images"] != len(test.images):
         record["figure"] = evaluate(flow, test, record["figure"]["draws"])
     measure, _ = METRICS[run.metrics]
