@@ -59,7 +59,7 @@ def nice_shared_noise(shared: str | None, seed: int, steps: int = 300) -> dict[s
     first = whole.chain[0] if shared is None else SharedNoise(17, 64, fixed=shared == "run")
     flow = Flow([first, *whole.chain[1:]], whole.base, (64,))
     optimizer = nice_optimizer(flow, lr=1e-2, weight_decay=0.0)
-    optimizer.param_groups[1]["lr"] = 3e-2
+    optimizer.param_groups[1]["lr"] = 6e-2  # of the log-scales
     loss = torch.tensor(fit(flow, train, steps, optimizer=optimizer, batch_size=128, cosine=True).loss)
     honest = Flow([whole.chain[0], *flow.chain[1:]], flow.base, (64,))
     bits = 1 / (64 * math.log(2))
