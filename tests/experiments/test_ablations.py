@@ -67,6 +67,53 @@ def test_the_tables_of_chapter_3_follow_from_the_files(name):
         assert f"{arm:>{width}}  {statistics.mean(bits):.3f} ± {statistics.stdev(bits):.3f} bits/dim\n" in page
 
 
+def test_the_table_of_f5_on_the_page_follows_from_the_file():
+    record = json.loads((archive.ROOT / "data" / "ablations" / "nice-initialisation.json").read_text())
+    page = printed("01_nice.ipynb")
+    for arm, results in record["results"].items():
+        columns = [[result["first"] for result in results], [result["loss"][9] for result in results]]
+        if len(results[0]["loss"]) == 25:
+            columns.append([result["loss"][24] for result in results])
+        row = [f"{statistics.mean(column):6.1f} ± {statistics.stdev(column):3.1f}" for column in columns]
+        assert "   ".join([f"{arm:18}", *row]) + "\n" in page
+
+
+def test_the_table_of_f8_on_the_page_follows_from_the_file():
+    record = json.loads((archive.ROOT / "data" / "ablations" / "nice-shared-noise.json").read_text())
+    page = printed("02_dequantization.ipynb")
+    for arm, results in record["results"].items():
+        columns = [[result[measure] for result in results] for measure in ("training", "test")]
+        row = [f"{statistics.mean(column):.2f} ± {statistics.stdev(column):.2f}" for column in columns]
+        assert "   ".join([f"{arm:9}", *row]) + "\n" in page
+
+
+def test_log_scales_start_where_the_arm_says():
+    """At 0 the first loss hardly depends on the seed; at random it does, and the arm repeats."""
+    zeros, other = (ablations.nice.nice_initialisation(False, 0.01, 2, seed)["first"] for seed in (0, 1))
+    assert zeros == pytest.approx(other, abs=0.5)
+    first, again, other = (ablations.nice.nice_initialisation(True, 0.01, 2, seed) for seed in (0, 0, 1))
+    assert first == again
+    assert first["first"] != pytest.approx(zeros, abs=0.5)
+    assert first["first"] != pytest.approx(other["first"], abs=0.5)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_shared_noise_is_one_vector_for_a_batch_or_for_the_run(fixed):
+    torch.manual_seed(0)
+    layer, images = ablations.nice.SharedNoise(4, 8, fixed), torch.randint(4, (5, 8))
+    first, again = (layer(images)[0] - images for _ in range(2))
+    torch.testing.assert_close(first, first[:1].expand(5, 8))
+    assert torch.allclose(first, again) == fixed
+    assert torch.equal(layer.inverse(layer(images)[0]), images)
+
+
+def test_an_arm_of_shared_noise_repeats_and_differs_from_the_others():
+    ways = (None, "batch", "run", "run")
+    fresh, batch, run, again = (ablations.nice.nice_shared_noise(shared, 0, steps=2) for shared in ways)
+    assert run == again
+    assert len({result["test"] for result in (fresh, batch, run)}) == 3
+
+
 def test_weights_lose_their_norm_and_nothing_else():
     torch.manual_seed(0)
     network, x = ablations.realnvp.resnet(), torch.randn(2, 1, 8, 8)
