@@ -19,6 +19,7 @@ from nflows_lib.experiments import ablations, archive
 from nflows_lib.flow import Flow
 from nflows_lib.models import glow
 from nflows_lib.multiscale import FactorOut
+from nflows_lib.networks import MLP
 from nflows_lib.normalization import ActNorm
 
 CHAPTERS = archive.ROOT / "chapters"
@@ -111,7 +112,8 @@ def test_the_source_s_first_network_and_each_step_from_it(steps):
 
 def test_an_unbounded_coupling_is_the_affine_one_without_its_tanh():
     torch.manual_seed(0)
-    network = nn.Linear(2, 4)
+    network = MLP(2, 4, hidden=8, depth=1)
+    nn.init.normal_(network.layers[-1].weight)
     bounded, unbounded = (
         kind(torch.tensor([True, False]), network) for kind in (AffineCoupling, ablations.realnvp.Unbounded)
     )
