@@ -27,7 +27,7 @@ def path(name: str) -> Path:
 def run(name: str) -> None:
     """Run every arm with every seed, and store what came out."""
     ablation, made = find(name), archive.origin()
-    start = time.process_time()  # other programs on the machine do not lengthen it
+    start = time.process_time()  # of this process alone, whatever else the machine does
     results = {arm: [measure(seed) for seed in ablation.seeds] for arm, measure in ablation.arms.items()}
     record = {
         "ablation": name,
