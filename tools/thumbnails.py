@@ -39,7 +39,7 @@ SOURCES: dict[str, tuple[str, str, tuple[float, float, float, float]]] = {
     "f19": ("04_multiscale", "fig-pieces", (0, 0, 1, 1)),
     "f20": ("05_glow", "fig-first-batch", (0, 0, 1, 1)),
     "f21": ("05_glow", "fig-first-steps", (0, 0, 1, 1)),
-    "f22": ("05_glow", "fig-ablations", (0, 0, 0.345, 1)),
+    "f22": ("05_glow", "fig-ablations", (0, 0, 1, 1)),
     "f23": ("05_glow", "fig-glow-jacobian", (0, 0, 1, 1)),
     "f24": ("06_cglow", "fig-dead", (0, 0, 1, 1)),
     "f25": ("06_cglow", "fig-margins", (0, 0, 0.555, 1)),

@@ -379,6 +379,40 @@ def test_the_grid_of_an_arm_is_that_of_its_finite_samples():
     assert grid == pytest.approx(ablations.glow.grid_texture(kept.floor().clamp(0, 255)), rel=1e-3)
 
 
+def test_the_variants_of_the_first_updates_are_what_their_names_say(monkeypatch):
+    """Each variant's flow and first batch as they are when training begins; then one that stops being finite."""
+    seen = {}
+
+    def fit(flow, train, steps, **options):
+        seen.update(flow=flow, initialized=flow.chain[3].log_scale.detach().clone())
+        raise ablations.glow.NonFiniteLoss(type("History", (), {"loss": [math.nan], "grad_norm": [0.0]})())
+
+    monkeypatch.setattr(ablations.glow, "fit", fit)
+    scales = {}
+    for name, arm in ablations.find("glow-first-updates").arms.items():
+        assert arm(0, hidden=2) | {"start": 0.0} == {"start": 0.0, "test": math.inf, "updates": 1}
+        couplings = [layer for layer in seen["flow"].modules() if isinstance(layer, GlowCoupling)]
+        masked = [layer for layer in seen["flow"].modules() if isinstance(layer, AffineCoupling)]
+        assert (len(couplings), len(masked)) == ((0, 8) if name in ("checkerboard", "channel mask") else (8, 0))
+        assert all((layer.network.layers[-1].weight == 0).all() != ("no zeros" in name) for layer in couplings)
+        assert all((layer.scale is torch.exp) == ("exp(h)" in name) for layer in couplings)
+        if masked:  # two in a row swap what passes; a channel mask is the same at every position
+            first, second = (layer.mask.squeeze() for layer in masked[:2])
+            assert (first != second).all()
+            assert ((first == first[..., :1, :1]).all() == (name == "channel mask")).all()
+        scales[name] = seen["initialized"]
+    assert (scales["exp(h)"] == scales["as it is"]).all()  # the others draw other numbers before their photographs
+    assert (scales["from noise"] - math.log(math.sqrt(12))).abs().max() < 0.05  # uniform noise
+    assert (scales["as it is"] - math.log(math.sqrt(12))).abs().max() > 0.05
+
+
+def test_the_first_updates_repeat_and_learn():
+    first, again, other = (ablations.glow.first_updates(seed, hidden=2, steps=3) for seed in (0, 0, 1))
+    assert first == again != other
+    assert first["updates"] == 3
+    assert first["test"] < first["start"]
+
+
 def test_the_arms_of_the_questions_about_glow_are_what_their_names_say():
     mixing, depth = ablations.find("glow-mixing"), ablations.find("glow-depth")
     assert list(mixing.arms) == list(ablations.glow.MIXERS)

@@ -1,4 +1,4 @@
-"""Glow: what mixes the channels, how deep the flow is, and the grid in its samples."""
+"""Glow: its first updates, what mixes the channels, how deep the flow is, and the grid in its samples."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from nflows_lib import data
 from nflows_lib.bijection import Bijection
 from nflows_lib.convolution import ChannelPermutation, Invertible1x1Conv
+from nflows_lib.coupling import AffineCoupling, GlowCoupling, channel_mask, checkerboard_mask
 from nflows_lib.evaluation import log_likelihoods
 from nflows_lib.experiments.ablations.experiment import Ablation
 from nflows_lib.flow import Flow
 from nflows_lib.models import glow
-from nflows_lib.training import fit
+from nflows_lib.networks import GlowNet
+from nflows_lib.training import NonFiniteLoss, fit
 
 MIXERS: dict[str, Callable[[int], Bijection]] = {
     "1x1, LU": Invertible1x1Conv,
@@ -93,7 +95,80 @@ def glow_patches(
     }
 
 
+def masked(flow: Flow, mask: Callable[[tuple[int, int, int], int], Tensor], hidden: int) -> None:
+    """Replace the couplings of a Glow for 16x16 patches by affine ones under masks that alternate."""
+    parity = 0
+
+    def coupling(layer: GlowCoupling) -> AffineCoupling:
+        nonlocal parity
+        parity, size = 1 - parity, 8 if layer.channels == 12 else 4
+        network = GlowNet(layer.channels, 2 * layer.channels, hidden)
+        return AffineCoupling(mask((layer.channels, size, size), parity), network)
+
+    replace(flow, GlowCoupling, coupling)
+
+
+def first_updates(
+    seed: int,
+    *,
+    noise: bool = False,
+    zeros: bool = True,
+    exponential: bool = False,
+    mask: Callable[[tuple[int, int, int], int], Tensor] | None = None,
+    hidden: int = 32,
+    steps: int = 40,
+) -> dict[str, Any]:
+    """Glow with two scales of four steps on 16x16 colour patches, for some dozen updates of 32.
+
+    Args:
+        noise: whether the first batch, which sets the ActNorms, is noise instead of photographs.
+        zeros: whether the networks' last convolutions start at zero; if not, their weights start from N(0, 0.05^2).
+        exponential: whether the couplings multiply by exp(h) instead of sigmoid(h + 2).
+        mask: affine couplings under such masks instead of Glow's.
+
+    Returns:
+        ``start`` and ``test``: bits/dim on the test patches before and after the updates, infinity if these did not
+        stay finite; ``updates``: how many losses there were, the last of which is then not finite.
+    """
+    torch.manual_seed(40 + seed)
+    train, test = (data.patches(part).images for part in ("train", "test"))
+    flow = glow((3, 16, 16), scales=2, steps=4, hidden=hidden)
+    for module in flow.modules():
+        if isinstance(module, GlowNet) and not zeros:
+            nn.init.normal_(module.layers[-1].weight, std=0.05)
+        if isinstance(module, GlowCoupling) and exponential:
+            module.scale = torch.exp
+    if mask is not None:
+        masked(flow, mask, hidden)
+    photographs = train[torch.randperm(len(train))[:64]]
+    flow.initialize(torch.randint_like(photographs, 256) if noise else photographs)
+
+    def score() -> float:
+        value = -log_likelihoods(flow, test).mean().item() / (flow.dims * math.log(2))
+        return value if math.isfinite(value) else math.inf
+
+    start = score()
+    try:
+        history = fit(flow, train, steps, batch_size=32, lr=3e-3, clip=100.0, cosine=True)
+    except NonFiniteLoss as error:
+        return {"start": start, "test": math.inf, "updates": len(error.history.loss)}
+    return {"start": start, "test": score(), "updates": len(history.loss)}
+
+
 ABLATIONS = {
+    "glow-first-updates": Ablation(
+        "F20, F21, F23: what do a first batch of noise, a network without zeros at its end and other masks cost?",
+        (0, 1, 2),
+        {
+            "as it is": first_updates,
+            "from noise": partial(first_updates, noise=True),
+            "no zeros": partial(first_updates, zeros=False),
+            "exp(h)": partial(first_updates, exponential=True),
+            "exp(h), no zeros": partial(first_updates, exponential=True, zeros=False),
+            "checkerboard": partial(first_updates, mask=checkerboard_mask),
+            "channel mask": partial(first_updates, mask=channel_mask),
+        },
+    ),
     "glow-mixing": Ablation(
         "F22: what should stand between Glow's couplings: a learned 1x1 convolution, a shuffle, a reversal, nothing?",
         (0, 1, 2),
