@@ -9,7 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +46,54 @@ def book(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
             built = subprocess.run([*command, "--path-output", str(out)], cwd=ROOT, capture_output=True, text=True)
             assert built.returncode == 0, f"the book does not build:\n{built.stdout[-3000:]}\n{built.stderr[-3000:]}"
     return out / "_build" / "html"
+
+
+class Server(SimpleHTTPRequestHandler):
+    """Serves the book, and lets the browser keep what it has: the scripts of a page are most of its loading."""
+
+    protocol_version = "HTTP/1.1"
+
+    def end_headers(self) -> None:
+        self.send_header("Cache-Control", "max-age=3600")
+        super().end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+class WithoutMathematics(Server):
+    """Serves an empty script instead of MathJax, which takes long."""
+
+    def do_GET(self) -> None:
+        if "/tex-chtml.js" not in self.path:
+            super().do_GET()
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/javascript")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+@contextmanager
+def served(book: Path, kind: type[Server]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(kind, directory=book))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def site(book: Path) -> Iterator[str]:
+    """The address of the built book, served on this machine alone."""
+    with served(book, Server) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def plain_site(book: Path) -> Iterator[str]:
+    """The same, but formulas stay as they are written."""
+    with served(book, WithoutMathematics) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

@@ -239,18 +239,16 @@ def test_the_flows_are_light() -> None:
 
 
 @pytest.fixture(scope="module")
-def page(book: Path, browser: Browser) -> Iterator[Page]:
-    """The playground's page, from its file. Whatever it complains about, or asks of another machine, is an error."""
+def page(plain_site: str, browser: Browser) -> Iterator[Page]:
+    """The playground's page. Whatever it complains about, or asks of another machine, is an error."""
     context = browser.new_context(viewport={"width": 1200, "height": 1000})
     page = context.new_page()
     trouble: list[str] = []
     page.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: trouble.append(str(error)))
-    page.on(
-        "request", lambda request: None if request.url.startswith(("file:", "data:")) else trouble.append(request.url)
-    )
-    page.route("**/tex-chtml.js*", lambda route: route.fulfill(body="", content_type="text/javascript"))  # slow
-    page.goto((book / "chapters" / "playground.html").as_uri())
+    here = (f"{plain_site}/", "data:")
+    page.on("request", lambda request: None if request.url.startswith(here) else trouble.append(request.url))
+    page.goto(f"{plain_site}/chapters/playground.html")
     yield page
     context.close()
     assert not trouble
