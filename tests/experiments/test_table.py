@@ -293,15 +293,17 @@ def test_images_are_looked_for_where_the_environment_says(sets, monkeypatch):
 # What makes a run's model small enough to be trained for two steps.
 SMALL: dict[str, dict[str, int]] = {
     "nice": {"couplings": 2, "hidden": 4, "depth": 1},
-    "realnvp": {"couplings": 2, "hidden": 2, "blocks": 1},
+    "realnvp": {"scales": 2, "couplings": 2, "hidden": 2, "blocks": 1},
     "glow": {"steps": 1, "hidden": 2},
     "cglow": {"steps": 1, "hidden": 4, "conditioning": 4},
     "unet": {"hidden": 2},
 }
-FIRST = {run.data: name for name, run in reversed(table.RUNS.items()) if run.data in SETS}
+# A data set's name: the first of its runs with the smallest images.
+BY_SIZE = sorted(reversed(table.RUNS.items()), key=lambda item: -math.prod(item[1].shape))
+SMALLEST = {run.data: name for name, run in BY_SIZE if run.data in SETS}
 
 
-@pytest.mark.parametrize("name", sorted({*FIRST.values(), "nice-svhn", "realnvp-celeba"}))
+@pytest.mark.parametrize("name", sorted({*SMALLEST.values(), "nice-svhn", "realnvp-celeba"}))
 def test_a_run_of_every_data_set_is_trained_from_its_files(name, sets, tmp_path, monkeypatch):
     """Two steps, from files in the real formats to a record; the model is small, the rest is the table's."""
     run = table.find(name)
@@ -371,7 +373,7 @@ def test_shuffled_images_keep_their_contexts():
 
 @pytest.mark.parametrize(("name", "read"), [("flowers102", data.flowers102), ("horses", segmentation.horses)])
 def test_sets_that_lie_sorted_come_shuffled(name, read, sets):
-    run = table.find(FIRST[name])
+    run = table.find(SMALLEST[name])
     expected = runs.shuffled(read("train", sets, size=run.shape[1]))
     found = runs.images_of(run, "train", sets)
     assert torch.equal(found.images, expected.images)
