@@ -30,6 +30,22 @@ PRETENDED = None if torch.cuda.is_available() else pretended_gpu.install()
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
+# The longest files of tests come first, after the chapters. The first one builds the book; those that need it as well
+# come later: another worker would wait for it.
+LONGEST = [
+    "test_book.py",
+    "test_clinic.py",
+    "test_processes.py",
+    "test_trainer.py",
+    "test_runs.py",
+    "test_playground.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: -1 if item.path.suffix == ".ipynb" else places.get(item.path.name, len(LONGEST)))
+
 
 @pytest.fixture(scope="session")
 def book(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
