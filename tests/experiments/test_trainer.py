@@ -775,7 +775,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(tmp_path):
     for goal in sorted(moments.sample(range(1, 100), 5)):
         process = start(command_line(killed, 110), said)
         while process.is_alive() and not reached(killed, goal):
-            time.sleep(0.002)
+            time.sleep(0.02)
         time.sleep(moments.uniform(0, 0.05))  # anywhere in a step or in the writing of a checkpoint
         process.kill()
         process.join()
