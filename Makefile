@@ -35,13 +35,13 @@ book: $(READY)  ## build the book from the committed outputs, warnings as errors
 	$(BIN)/jupyter-book build . -W -n --keep-going
 	@echo "The book is built. Open $(CURDIR)/_build/html/index.html"
 
-# The chapters take longest, so they come first and the two workers end together.
+# The chapters take longest, so they come first and the two workers end together; tests/conftest.py orders the rest.
 test: $(READY)  ## lint, spelling, the house's plan, unit and property tests, every chapter compared with its stored outputs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell .
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder $(NBVAL) chapters tests/book/test_book.py tests nflows_lib
+	$(BIN)/pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder $(NBVAL) chapters tests nflows_lib
 
 seeds: $(READY)  ## the chapters under ten seeds (NFLOWS_SEED 0 to 9): checks, texts, and how safely each check holds
 	$(BIN)/python tests/seeds.py --jobs $(JOBS) --seeds $(SEEDS) -- $(CHAPTER)

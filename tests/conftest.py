@@ -9,7 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +29,22 @@ PRETENDED = None if torch.cuda.is_available() else pretended_gpu.install()
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+# The longest files of tests come first, after the chapters. The first one builds the book; those that need it as well
+# come later: another worker would wait for it.
+LONGEST = [
+    "test_book.py",
+    "test_clinic.py",
+    "test_processes.py",
+    "test_trainer.py",
+    "test_runs.py",
+    "test_playground.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: -1 if item.path.suffix == ".ipynb" else places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +62,54 @@ def book(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
             built = subprocess.run([*command, "--path-output", str(out)], cwd=ROOT, capture_output=True, text=True)
             assert built.returncode == 0, f"the book does not build:\n{built.stdout[-3000:]}\n{built.stderr[-3000:]}"
     return out / "_build" / "html"
+
+
+class Server(SimpleHTTPRequestHandler):
+    """Serves the book, and lets the browser keep what it has: the scripts of a page are most of its loading."""
+
+    protocol_version = "HTTP/1.1"
+
+    def end_headers(self) -> None:
+        self.send_header("Cache-Control", "max-age=3600")
+        super().end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+class WithoutMathematics(Server):
+    """Serves an empty script instead of MathJax, which takes long."""
+
+    def do_GET(self) -> None:
+        if "/tex-chtml.js" not in self.path:
+            super().do_GET()
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/javascript")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+@contextmanager
+def served(book: Path, kind: type[Server]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(kind, directory=book))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def site(book: Path) -> Iterator[str]:
+    """The address of the built book, served on this machine alone."""
+    with served(book, Server) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def plain_site(book: Path) -> Iterator[str]:
+    """The same, but formulas stay as they are written."""
+    with served(book, WithoutMathematics) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

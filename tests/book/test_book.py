@@ -1,17 +1,14 @@
 """The built book: it builds without a warning, works without a network, and leads nowhere that does not exist."""
 
 import re
-import threading
 from collections.abc import Iterator
-from functools import partial
 from html.parser import HTMLParser
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, BrowserContext
 from playwright.sync_api import Page as BrowserPage
 
 ROOT = Path(__file__).parents[2]
@@ -150,17 +147,11 @@ def test_pages_are_light(pages: list[Page]) -> None:
 
 
 @pytest.fixture(scope="module")
-def site(book: Path) -> Iterator[str]:
-    """The address of the built book, served on this machine alone."""
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=book))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """One reader, whose browser keeps the scripts that it has loaded once."""
+    context = browser.new_context(viewport={"width": 1200, "height": 900})
+    yield context
+    context.close()
 
 
 def listen(page: BrowserPage) -> tuple[list[str], list[str]]:
@@ -186,21 +177,22 @@ def violations(page: BrowserPage, contrast: bool = True) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def read_pages(site: str, browser: Browser) -> dict[str, dict[str, list[str]]]:
+def read_pages(plain_site: str, context: BrowserContext) -> dict[str, dict[str, list[str]]]:
     """Every page, opened: its errors, what it asked for, and what axe-core found in it.
 
     What takes long is left to a few pages, below: thousands of coloured words of code, mathematics, and contrast.
     """
     entries = re.findall(r"(?:root|file): (\S+)", (ROOT / "_toc.yml").read_text(encoding="utf-8"))
     found = {}
+    page = context.new_page()
+    errors, requests = listen(page)
     for entry in [*entries, "search", "genindex"]:
-        page = browser.new_page(viewport={"width": 1200, "height": 900})
-        errors, requests = listen(page)
-        page.route("**/tex-chtml.js*", lambda route: route.fulfill(body="", content_type="text/javascript"))
-        page.goto(f"{site}/{entry}.html")
+        errors.clear()
+        requests.clear()
+        page.goto(f"{plain_site}/{entry}.html")
         page.evaluate("for (const code of document.querySelectorAll('pre, .sig')) code.textContent = code.textContent")
-        found[entry] = {"errors": errors, "requests": requests, "violations": violations(page, contrast=False)}
-        page.close()
+        found[entry] = {"violations": violations(page, contrast=False), "errors": [*errors], "requests": [*requests]}
+    page.close()
     return found
 
 
@@ -208,10 +200,10 @@ def test_no_page_has_a_console_error(read_pages: dict[str, dict[str, list[str]]]
     assert not {entry: found["errors"] for entry, found in read_pages.items() if found["errors"]}
 
 
-def test_no_request_leaves_the_machine(read_pages: dict[str, dict[str, list[str]]], site: str) -> None:
+def test_no_request_leaves_the_machine(read_pages: dict[str, dict[str, list[str]]], plain_site: str) -> None:
     requests = {url for found in read_pages.values() for url in found["requests"]}
     assert len(requests) > len(read_pages)
-    assert not [url for url in requests if not url.startswith((f"{site}/", "data:", "blob:"))]
+    assert not [url for url in requests if not url.startswith((f"{plain_site}/", "data:", "blob:"))]
 
 
 def test_axe_finds_no_serious_violation(read_pages: dict[str, dict[str, list[str]]]) -> None:
@@ -221,9 +213,10 @@ def test_axe_finds_no_serious_violation(read_pages: dict[str, dict[str, list[str
 @pytest.mark.parametrize(
     ("entry", "theme"), [("01_nice", "light"), ("clinic", "dark"), ("playground", "light"), ("playground", "dark")]
 )
-def test_axe_finds_nothing_in_a_whole_page(site: str, browser: Browser, entry: str, theme: str) -> None:
+def test_axe_finds_nothing_in_a_whole_page(site: str, context: BrowserContext, entry: str, theme: str) -> None:
     """With its code, its mathematics and all colours; nor does the page complain of anything."""
-    page = browser.new_page(color_scheme=theme)
+    page = context.new_page()
+    page.emulate_media(color_scheme=theme)
     errors, _ = listen(page)
     page.goto(f"{site}/chapters/{entry}.html")
     page.locator("mjx-container").first.wait_for()
@@ -232,9 +225,9 @@ def test_axe_finds_nothing_in_a_whole_page(site: str, browser: Browser, entry: s
     page.close()
 
 
-def test_search_finds_dequantization(site: str, browser: Browser) -> None:
+def test_search_finds_dequantization(site: str, context: BrowserContext) -> None:
     """As a reader does it: Ctrl-K on any page, the word, Enter, and the first result."""
-    page = browser.new_page()
+    page = context.new_page()
     page.goto(f"{site}/chapters/01_nice.html")
     page.keyboard.press("Control+k")
     page.locator("input[type=search]:visible").fill("dequantization")
@@ -247,9 +240,9 @@ def test_search_finds_dequantization(site: str, browser: Browser) -> None:
     page.close()
 
 
-def test_solutions_unfold(site: str, browser: Browser) -> None:
+def test_solutions_unfold(site: str, context: BrowserContext) -> None:
     """Each is closed until it is asked for, by keyboard too."""
-    page = browser.new_page()
+    page = context.new_page()
     page.goto(f"{site}/chapters/02_dequantization.html")
     buttons = page.locator("div.solution button.toggle-button")
     assert buttons.count() >= 3

@@ -50,6 +50,13 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def nbval_flags() -> str:
+    """The flags with which ``make`` has pytest compare a chapter with its stored outputs."""
+    flags = re.search(r"^NBVAL := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert flags
+    return flags[1]
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
     """Whether each case passed, from one nbval run with the flags of ``make test``."""
@@ -61,9 +68,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
     # A kernel that does not exist: what the notebook names must not matter.
     kernel = {"kernelspec": {"name": "someone-elses", "display_name": "", "language": "python"}}
     nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), folder / "cases.ipynb")
-    flags = re.search(r"^NBVAL := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    assert flags
-    flags = flags[1].replace("tests/sanitize.cfg", str(ROOT / "tests" / "sanitize.cfg")).split()
+    flags = nbval_flags().replace("tests/sanitize.cfg", str(ROOT / "tests" / "sanitize.cfg")).split()
     pytest_here = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--rootdir=."]
     done = run([*pytest_here, *flags, "cases.ipynb"], folder)
     found = re.findall(r"::Cell (\d+) (PASSED|FAILED)", done.stdout)
@@ -78,13 +83,16 @@ def test_comparison(outcomes: dict[str, bool], case: str) -> None:
 
 @pytest.mark.skipif(not (ROOT / ".venv" / ".ready").exists(), reason="make would set up .venv first")
 def test_make_seeds_runs_each_seed(tmp_path: Path) -> None:
-    """A chapter that prints its seed, stored under 3, must fail under 2."""
-    outputs = [v4.new_output("stream", text="3\n")]
-    cell = v4.new_code_cell("import os\nprint(os.environ['NFLOWS_SEED'])", outputs=outputs, execution_count=1)
-    nbformat.write(v4.new_notebook(cells=[cell]), tmp_path / "seed.ipynb")
-    done = run(["make", "seeds", "SEEDS=2 3", f"CHAPTER={tmp_path / 'seed.ipynb'}"], ROOT)
-    reports = dict(re.findall(r"^NFLOWS_SEED=(\d)\n(?:.*\n)*?(1 passed|1 failed)", done.stdout, re.MULTILINE))
-    assert reports == {"2": "1 failed", "3": "1 passed"}, done.stdout + done.stderr
+    """Instead of pytest it starts a program that prints how it was started, and fails under seed 2."""
+    program = tmp_path / "pytest"
+    program.write_text(
+        '#!/bin/sh\necho "$NFLOWS_SEED $NFLOWS_PRESET $*"\n[ "$NFLOWS_SEED" = 3 ] || { echo no >&2; exit 1; }\n'
+    )
+    program.chmod(0o755)
+    done = run(["make", "seeds", "SEEDS=2 3", f"BIN={tmp_path}", "CHAPTER=chapters/a.ipynb"], ROOT)
+    started = f"-q -p no:cacheprovider {nbval_flags()} chapters/a.ipynb"
+    reports = done.stdout.split("NFLOWS_SEED=")
+    assert sorted(reports[1:]) == [f"2\n2 quick {started}\nno\n", f"3\n3 quick {started}\n"], done.stdout + done.stderr
     assert done.returncode != 0
 
 

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -29,22 +31,68 @@ from nflows_lib.normalization import DiagonalScaling, mean_over_processes
 # --standalone: on a port that is free. Two processes on the CPU, whatever the machine has.
 ON_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+STEPS = 100  # of the run that is stopped
+
+
+class Stopped(NamedTuple):
+    """A run on the command line that Ctrl-C has stopped: its folder, its exit status and what it said."""
+
+    out: Path
+    status: int
+    said: str
+
+    @property
+    def again(self) -> list[str]:
+        """The words of the command that goes on."""
+        (words,) = re.findall(r"To go on: (.*)", self.said)
+        return shlex.split(words)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> list[dict]:
-    """What each of two processes has found."""
-    folder = tmp_path_factory.mktemp("two")
-    done = subprocess.run(
-        [*TORCHRUN, two_processes.__file__, folder],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=ON_CPU,
+def stopped(tmp_path_factory) -> Stopped:
+    """Under torchrun, in a group of its own, so that all its processes can be sent what a terminal sends."""
+    out = tmp_path_factory.mktemp("stopped") / "a folder"
+    words = [*shlex.split(f"-m nflows_lib train nice-digits --steps {STEPS} --save-every 0s --out"), str(out)]
+    process = subprocess.Popen(
+        [*TORCHRUN, *words], stderr=subprocess.PIPE, text=True, start_new_session=True, env=ON_CPU
     )
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"{rank}.pt") | {"folder": folder} for rank in (0, 1)]
+    try:
+        while process.poll() is None and not (out / PREVIOUS).exists():
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return Stopped(out, process.returncode, said)
+
+
+class Job(NamedTuple):
+    """What two processes have done, one after the other: see two_processes.py."""
+
+    folder: Path
+    status: int
+    said: str
+
+    def found(self, name: str) -> list[dict]:
+        """What each process has found."""
+        files = [self.folder / f"{name}{rank}.pt" for rank in (0, 1)]
+        assert all(file.exists() for file in files), self.said
+        return [torch.load(file) for file in files]
+
+
+@pytest.fixture(scope="module")
+def job(stopped, tmp_path_factory) -> Job:
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, two_processes.__file__, folder, *stopped.again[6:]]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240, env=ON_CPU)
+    return Job(folder, done.returncode, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def found(job) -> list[dict]:
+    """What each of two processes has found."""
+    return job.found("")
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
@@ -119,9 +167,9 @@ def test_where_one_is_stopped_all_are_and_go_on_to_the_same_parameters(found):
         assert_equal(process["resumed"]["state"], process["images"]["state"])
 
 
-def test_a_run_of_two_does_not_go_on_with_one(found):
+def test_a_run_of_two_does_not_go_on_with_one(found, job):
     with pytest.raises(CheckpointError, match=f"^{CHECKPOINT}: another run's: expected processes 1, got 2$"):
-        two_processes.images(found[0]["folder"] / "run", resume=True)
+        two_processes.images(job.folder / "run", resume=True)
 
 
 def test_what_one_meets_all_raise(found):
@@ -156,14 +204,12 @@ def test_one_process_gives_back_what_it_gets():
         assert processes.world_size() == 1
 
 
-def test_what_one_alone_meets_ends_all(tmp_path):
+def test_what_one_alone_meets_ends_all(found, job):
     """A full disk, a failing callback: only rank 0 has it, and torchrun must see it."""
-    done = subprocess.run(
-        [*TORCHRUN, two_processes.__file__, tmp_path, "fail"], capture_output=True, text=True, timeout=100, env=ON_CPU
-    )
-    assert done.returncode != 0
-    assert "OSError: no space left" in done.stderr
-    assert not list(tmp_path.glob("*.safetensors"))
+    assert job.status != 0
+    assert "OSError: no space left" in job.said
+    assert (job.folder / "fail").exists()
+    assert not list((job.folder / "fail").glob("*.safetensors"))
 
 
 def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
@@ -252,48 +298,29 @@ def test_one_process_draws_the_shuffle_the_noise_of_the_first_batch_and_that_of_
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
-    """Under torchrun, in a group of its own, so that all its processes can be sent what a terminal sends."""
-    return subprocess.Popen(
-        [*TORCHRUN, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=ON_CPU,
-    )
+def test_ctrl_c_under_torchrun_saves_and_says_how_to_go_on(stopped):
+    assert stopped.status != 0
+    assert re.findall(rf"stopped after step \d+ of {STEPS}, and saved", stopped.said)
+    assert stopped.again[:5] == ["torchrun", "--standalone", "--nproc-per-node", "2", "-m"]
+    assert stopped.again[5:7] == ["nflows_lib", "train"]
+    assert "--resume" in stopped.again
 
 
-def test_ctrl_c_under_torchrun_saves_and_says_how_to_go_on_and_that_goes_on(tmp_path, capsys):
-    out = tmp_path / "a folder"
-    process = start(
-        [*shlex.split("-m nflows_lib train nice-digits --steps 600 --draws 1 --save-every 0s --out"), str(out)]
-    )
-    try:
-        while process.poll() is None and not (out / PREVIOUS).exists():
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=120)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode != 0
-    (stopped,) = re.findall(r"stopped after step ([\d,]+) of 600, and saved", said)
-    (again,) = re.findall(r"To go on: (.*)", said)
-    again = shlex.split(again)
-    assert again[:5] == ["torchrun", "--standalone", "--nproc-per-node", "2", "-m"]
-    assert "--resume" in again
-
-    assert main(again[6:]) == 1  # alone
-    assert "expected processes 1, got 2" in capsys.readouterr().err
-
-    process = start(again[4:])
-    printed, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    assert printed.count("600 steps in") == 1  # one of them speaks
-    record = json.loads((out / "run.json").read_text())
-    assert int(stopped.replace(",", "")) < record["steps"] == 600
-    assert record["command"] == "torchrun --standalone --nproc-per-node 2 -m nflows_lib train nice-digits --steps 600"
+def test_the_command_that_it_says_goes_on(stopped, job):
+    ours, others = job.found("command-")
+    assert ours["status"] == others["status"] == 0
+    assert f"{STEPS} steps in" in ours["printed"]
+    assert others["printed"] == ""  # one of them speaks
+    record = json.loads((stopped.out / "run.json").read_text())
+    (step,) = re.findall(r"stopped after step (\d+)", stopped.said)
+    assert int(step) < record["steps"] == STEPS
+    launcher = "torchrun --standalone --nproc-per-node 2"
+    assert record["command"] == f"{launcher} -m nflows_lib train nice-digits --steps {STEPS}"
     assert record["settings"]["processes"] == 2
     assert record["hardware"].startswith("2 × ")
-    assert record["figure"]["bits_per_dim"] < 4  # 6 at first
+    assert record["figure"]["bits_per_dim"] < record["curve"]["held_out"][0][1] - 0.2
+
+
+def test_one_process_does_not_go_on_with_what_two_have_begun(stopped, capsys):
+    assert main(stopped.again[6:]) == 1
+    assert "expected processes 1, got 2" in capsys.readouterr().err

@@ -21,12 +21,14 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import command_process
 import pytest
 import torch
 from bijections import randomize
 from test_training import ZEROS, Recorder, log_scale, noisy_nice, scaling, sgd
 from torch import Tensor
 
+from nflows_lib.__main__ import main
 from nflows_lib.data import digit_halves, digits, random_flip
 from nflows_lib.distributions import StandardNormal
 from nflows_lib.experiments import checkpoint, trainer
@@ -776,16 +778,14 @@ def test_a_finished_run_resumed_gives_its_averaged_flow_and_takes_no_step(timed_
 
 
 def command_line(out: Path, steps: int) -> list[str]:
-    return f"train nice-digits --steps {steps} --save-every 0s --draws 1 --resume --out {shlex.quote(str(out))}".split()
+    return [*f"train nice-digits --steps {steps} --save-every 0s --draws 1 --resume --out".split(), str(out)]
 
 
-def start(out: Path, steps: int) -> multiprocessing.Process:
+def start(words: list[str], said: Path) -> multiprocessing.Process:
     """A process of its own that runs the command line, forked from one that has imported torch already."""
-    from nflows_lib.__main__ import main
-
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nflows_lib.__main__", "torch._dynamo"])  # optimizers import it late
-    process = context.Process(target=main, args=(command_line(out, steps),))
+    context.set_forkserver_preload(["nflows_lib.experiments.command", "torch._dynamo"])  # optimizers import it late
+    process = context.Process(target=command_process.run, args=(words, said))
     process.start()
     return process
 
@@ -802,12 +802,13 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(tmp_path):
     print(f"the moments of the kills come from random.Random({seed})")
     moments = random.Random(seed)
     never, killed = tmp_path / "never", tmp_path / "killed"
-    reference = start(never, 150)
+    said = tmp_path / "said"
+    reference = start(command_line(never, 110), said)
     amid = []
-    for goal in sorted(moments.sample(range(1, 140), 5)):
-        process = start(killed, 150)
+    for goal in sorted(moments.sample(range(1, 100), 5)):
+        process = start(command_line(killed, 110), said)
         while process.is_alive() and not reached(killed, goal):
-            time.sleep(0.002)
+            time.sleep(0.02)
         time.sleep(moments.uniform(0, 0.05))  # anywhere in a step or in the writing of a checkpoint
         process.kill()
         process.join()
@@ -815,7 +816,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(tmp_path):
             amid.append(step_of(killed))
     print(f"killed after the steps {amid}")
     assert len(amid) >= 3  # the others came after its end
-    last = start(killed, 150)
+    last = start(command_line(killed, 110), said)
     last.join()
     reference.join()
     assert last.exitcode == reference.exitcode == 0
@@ -824,35 +825,33 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(tmp_path):
         found, _ = checkpoint.load(killed / name)
         assert found.keys() == expected.keys()
         assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
-    assert step_of(killed) == 150
+    assert step_of(killed) == 110
     assert not list(killed.glob("*.partial"))
 
 
 def test_ctrl_c_says_how_to_go_on_and_that_goes_on(tmp_path, capsys):
-    from nflows_lib.__main__ import main
-
     out = tmp_path / "a folder"
-    arguments = ["train", "nice-digits", "--steps", "300", "--draws", "1", "--save-every", "0s", "--out", str(out)]
-    process = subprocess.Popen([sys.executable, "-m", "nflows_lib", *arguments], stderr=subprocess.PIPE, text=True)
+    process = start(command_line(out, 120), tmp_path / "said")
     try:
-        while process.poll() is None and not (out / PREVIOUS).exists():
+        while process.is_alive() and not (out / PREVIOUS).exists():
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
     finally:
         process.kill()
-    assert process.returncode == 130
-    stopped = int(re.search(r"stopped after step ([\d,]+) of 300, and saved", said)[1].replace(",", ""))
-    assert stopped == step_of(out) < 300
+    assert process.exitcode == 130
+    said = (tmp_path / "said").read_text(encoding="utf-8")
+    stopped = int(re.search(r"stopped after step (\d+) of 120, and saved", said)[1])
+    assert stopped == step_of(out) < 120
     again = shlex.split(re.search(r"To go on: (.*)", said)[1])
     assert again[:3] == ["python", "-m", "nflows_lib"]
     assert "--resume" in again
     assert main(again[3:]) == 0
-    assert "300 steps in" in capsys.readouterr().out
-    assert step_of(out) == 300
+    assert "120 steps in" in capsys.readouterr().out
+    assert step_of(out) == 120
     record = json.loads((out / "run.json").read_text())
-    assert record["steps"] == 300
-    assert "--steps 300" in record["command"]  # the command that gives this figure
+    assert record["steps"] == 120
+    assert "--steps 120" in record["command"]  # the command that gives this figure
 
 
 def test_the_average_of_a_checkpoint_has_the_buffers_of_its_step(tmp_path):

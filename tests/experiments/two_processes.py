@@ -1,26 +1,34 @@
-"""What test_processes.py has two processes do: ``torchrun --nproc-per-node 2 two_processes.py FOLDER``.
+"""What test_processes.py has two processes do: ``python two_processes.py FOLDER COMMAND...``.
 
 Each leaves what it found in FOLDER, in a file of its own. The same functions, called in one process, say what is
-expected.
+expected. COMMAND holds the words of a command line of the library, which the two processes run as well.
+
+The two processes are started by torchrun's own agent, but forked from this one: each start of torchrun itself would
+have three processes import PyTorch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch._dynamo  # optimizers import it late: here, it is imported once for all processes
 from torch import Tensor
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from nflows_lib.bijection import Layer
 from nflows_lib.coupling import AffineCoupling, alternating_mask
 from nflows_lib.dequantization import Rescale, UniformDequantize
 from nflows_lib.distributions import StandardNormal
-from nflows_lib.experiments import processes
+from nflows_lib.experiments import command, processes
 from nflows_lib.experiments.trainer import Interrupted, train
 from nflows_lib.flow import Flow
 from nflows_lib.models import glow
@@ -173,10 +181,26 @@ def fail(folder: Path) -> None:
 
     flow, data = Flow([ActNorm(2)], StandardNormal(), (2,)), torch.randn(64, 2)
     with processes.process_group():
-        train(flow, data, folder=folder, held_out=data, evaluations=3, on_evaluation=full, save_every=1e9, **OPTIONS)
+        train(
+            flow,
+            data,
+            folder=folder / "fail",
+            held_out=data,
+            evaluations=3,
+            on_evaluation=full,
+            save_every=1e9,
+            **OPTIONS,
+        )
 
 
-def main(folder: Path) -> None:
+def command_line(folder: Path, words: list[str]) -> None:
+    """Run a command line of the library, and keep its exit status and what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        status = command.main(words)
+    torch.save({"status": status, "printed": printed.getvalue()}, folder / f"command-{processes.rank()}.pt")
+
+
+def findings(folder: Path) -> None:
     with processes.process_group() as device:
         assert device.type == "cuda" or not torch.cuda.is_available()
         found = {
@@ -198,8 +222,13 @@ def main(folder: Path) -> None:
     torch.save(found, folder / f"{processes.rank()}.pt")
 
 
+def launch(function: Callable[..., None], *arguments: object) -> None:
+    """Run a function in two processes, as ``torchrun --standalone --nproc-per-node 2`` starts them, but forked."""
+    there = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "two"}  # --standalone
+    elastic_launch(LaunchConfig(1, 1, 2, max_restarts=0, start_method="fork", **there), function)(*arguments)
+
+
 if __name__ == "__main__":
-    if "fail" in sys.argv:
-        fail(Path(sys.argv[1]))
-    else:
-        main(Path(sys.argv[1]))
+    launch(command_line, Path(sys.argv[1]), sys.argv[2:])
+    launch(findings, Path(sys.argv[1]))
+    launch(fail, Path(sys.argv[1]))  # the last: what one process raises ends this one, too
