@@ -50,13 +50,6 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def nbval_flags() -> str:
-    """The flags with which ``make`` has pytest compare a chapter with its stored outputs."""
-    flags = re.search(r"^NBVAL := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    assert flags
-    return flags[1]
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
     """Whether each case passed, from one nbval run with the flags of ``make test``."""
@@ -68,7 +61,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
     # A kernel that does not exist: what the notebook names must not matter.
     kernel = {"kernelspec": {"name": "someone-elses", "display_name": "", "language": "python"}}
     nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), folder / "cases.ipynb")
-    flags = nbval_flags().replace("tests/sanitize.cfg", str(ROOT / "tests" / "sanitize.cfg")).split()
+    flags = re.search(r"^NBVAL := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert flags
+    flags = flags[1].replace("tests/sanitize.cfg", str(ROOT / "tests" / "sanitize.cfg")).split()
     pytest_here = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--rootdir=."]
     done = run([*pytest_here, *flags, "cases.ipynb"], folder)
     found = re.findall(r"::Cell (\d+) (PASSED|FAILED)", done.stdout)
@@ -82,17 +77,13 @@ def test_comparison(outcomes: dict[str, bool], case: str) -> None:
 
 
 @pytest.mark.skipif(not (ROOT / ".venv" / ".ready").exists(), reason="make would set up .venv first")
-def test_make_seeds_runs_each_seed(tmp_path: Path) -> None:
-    """Instead of pytest it starts a program that prints how it was started, and fails under seed 2."""
-    program = tmp_path / "pytest"
-    program.write_text(
-        '#!/bin/sh\necho "$NFLOWS_SEED $NFLOWS_PRESET $*"\n[ "$NFLOWS_SEED" = 3 ] || { echo no >&2; exit 1; }\n'
-    )
+def test_make_seeds_runs_the_tool_that_runs_each_seed(tmp_path: Path) -> None:
+    """Instead of Python it starts a program that prints how it was started, and fails."""
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\necho "$OMP_NUM_THREADS $NFLOWS_PRESET $NFLOWS_PROGRESS $NFLOWS_DEVICE $*"\nexit 1\n')
     program.chmod(0o755)
-    done = run(["make", "seeds", "SEEDS=2 3", f"BIN={tmp_path}", "CHAPTER=chapters/a.ipynb"], ROOT)
-    started = f"-q -p no:cacheprovider {nbval_flags()} chapters/a.ipynb"
-    reports = done.stdout.split("NFLOWS_SEED=")
-    assert sorted(reports[1:]) == [f"2\n2 quick {started}\nno\n", f"3\n3 quick {started}\n"], done.stdout + done.stderr
+    done = run(["make", "seeds", "SEEDS=2 3", "JOBS=4", f"BIN={tmp_path}", "CHAPTER=chapters/a.ipynb"], ROOT)
+    assert "\n1 quick 0 cpu tests/seeds.py --jobs 4 --seeds 2 3 -- chapters/a.ipynb\n" in done.stdout, done.stderr
     assert done.returncode != 0
 
 
