@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from nflows_lib.experiments import archive
-from nflows_lib.experiments.ablations import glow, nice, realnvp
+from nflows_lib.experiments.ablations import cglow, glow, nice, realnvp
 from nflows_lib.experiments.ablations.experiment import Ablation
 
-ABLATIONS: dict[str, Ablation] = nice.ABLATIONS | realnvp.ABLATIONS | glow.ABLATIONS
+ABLATIONS: dict[str, Ablation] = nice.ABLATIONS | realnvp.ABLATIONS | glow.ABLATIONS | cglow.ABLATIONS
 
 
 def path(name: str) -> Path:
