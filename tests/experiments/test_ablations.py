@@ -10,15 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nflows_lib import data
 from nflows_lib.bijection import Bijection
+from nflows_lib.conditional import ConditionalNet, ConditioningNetwork
 from nflows_lib.convolution import ChannelPermutation, Invertible1x1Conv
 from nflows_lib.coupling import AffineCoupling, BoundedGlowCoupling, GlowCoupling
 from nflows_lib.dequantization import UniformDequantize
 from nflows_lib.distributions import StandardNormal
 from nflows_lib.experiments import ablations, archive
 from nflows_lib.flow import Flow
-from nflows_lib.models import glow
-from nflows_lib.multiscale import FactorOut
+from nflows_lib.models import cglow, glow
+from nflows_lib.multiscale import FactorOut, Squeeze
 from nflows_lib.networks import MLP
 from nflows_lib.normalization import ActNorm
 
@@ -179,6 +181,32 @@ def test_an_arm_on_points_repeats_and_its_seed_matters():
         first, again, other = (arm(seed, **options) for seed in (0, 0, 1))
         assert first == again
         assert first != other
+
+
+def test_the_tables_of_chapter_4_follow_from_the_files():
+    page = printed("04_multiscale.ipynb")
+    for name in ("multiscale-squeeze", "multiscale-scales"):
+        record = json.loads((archive.ROOT / "data" / "ablations" / f"{name}.json").read_text())
+        for arm, results in record["results"].items():
+            bits = [result["test"] for result in results]
+            assert len(bits) == 3
+            assert f"{arm:>12}  {statistics.mean(bits):.3f} ± {statistics.stdev(bits):.3f} bits/dim\n" in page
+
+
+def test_the_tables_of_chapter_6_follow_from_the_file():
+    results = json.loads((archive.ROOT / "data" / "ablations" / "cglow-conditioning.json").read_text())["results"]
+    page = printed("06_cglow.ipynb")
+    nats = {arm: [run["test"] * 32 * math.log(2) for run in runs] for arm, runs in results.items()}
+    for arm in ("all three", "couplings only", "ActNorm and W only"):
+        gains = [none - some for none, some in zip(nats["none"], nats[arm], strict=True)]
+        line = f"{arm:>18}: {statistics.mean(gains):+.1f} ± {statistics.stdev(gains):.1f} nats over the blind model\n"
+        assert line in page
+    for row, measure in (("bits/dim", "test"), ("neighbours", "neighbours"), ("ink in the middle 80 %", "ink_covered")):
+        cells = ""
+        for arm in ("all three", "independent pixels"):
+            values = [run[measure] for run in results[arm]]
+            cells += f"{statistics.mean(values):7.3f} ± {statistics.stdev(values):.3f}"
+        assert f"{row:27}{cells}\n" in page
 
 
 def test_the_long_run_of_f6_on_the_page_is_that_of_the_file():
@@ -425,6 +453,96 @@ def test_the_arms_of_the_questions_about_glow_are_what_their_names_say():
         assert arm.keywords.get("bounded", False) == (kind == "bounded")
         assert ("hidden" in arm.keywords) == (kind == "wide")
         assert "steps" not in arm.keywords or kind == f"{arm.keywords['steps']} updates"
+
+
+# --- the layers that see the context, and the scales ------------------------------------------------------------------
+
+
+def test_dead_networks_are_those_that_it_names():
+    """What is silenced is zero throughout, and the rest keeps its random weights."""
+    seen = {}
+    for kinds in ((), ("couplings",), ("ActNorm and W",), ("ActNorm and W", "couplings")):
+        flow = ablations.cglow.dead(cglow((1, 4, 4), (1, 4, 4), scales=1, steps=2, hidden=4, conditioning=4), *kinds)
+        generators = [m for m in flow.modules() if isinstance(m, ConditioningNetwork)]
+        features = [m.features for m in flow.modules() if isinstance(m, ConditionalNet)]
+        assert (len(generators), len(features)) == (4, 2)
+        for networks, kind in ((generators, "ActNorm and W"), (features, "couplings")):
+            silent = [not any(parameter.any() for parameter in network.parameters()) for network in networks]
+            assert silent == [kind in kinds] * len(networks)
+        seen[kinds] = sum(parameter.numel() for parameter in flow.parameters())
+    assert len(set(seen.values())) == 1
+
+
+def test_the_label_is_ten_more_channels():
+    images = data.digit_halves("test")
+    assert ablations.cglow.contexts_of(images, False) is images.contexts
+    told = ablations.cglow.contexts_of(images, True)
+    assert told.shape == (299, 11, 4, 8)
+    assert torch.equal(told[:, :1], images.contexts)
+    assert torch.equal(told[:, 1:].argmax(1), images.labels[:, None, None].expand(-1, 4, 8))
+    assert torch.equal(told[:, 1:].sum(1), torch.ones(299, 4, 8))
+
+
+def test_neighbours_by_hand():
+    """Rows that are constant correlate wholly, alternating ones to the contrary, once the mean is off."""
+    mean = torch.arange(32.0).reshape(1, 1, 4, 8).expand(5, -1, -1, -1)
+    rows = torch.randn(5, 1, 4, 1).expand(-1, -1, -1, 8)
+    signs = torch.tensor([1.0, -1.0]).repeat(4)
+    assert ablations.cglow.neighbours(mean + rows, mean) == pytest.approx(1, abs=1e-4)
+    assert ablations.cglow.neighbours(mean + signs, mean) == pytest.approx(-1, abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"label": True}, {"independent": True}], ids=str)
+def test_an_arm_of_cglow_repeats_and_its_seed_matters(options):
+    short = {"steps": 30, "draws": 10} | options
+    first, again, other = (ablations.cglow.halves(seed, **short) for seed in (0, 0, 1))
+    assert first == again
+    assert first["test"] != other["test"]
+    assert 2 < first["test"] < 4.1
+    assert list(first["rms"]) == ["1", "10"]
+    assert first["rms"]["10"] < first["rms"]["1"]
+    assert (first["test_closer"] == first["test"]) == ("independent" in options)
+
+
+def test_the_arms_of_cglow_are_what_their_names_say():
+    arms = ablations.find("cglow-conditioning").arms
+    said = {name: getattr(arm, "keywords", {}) for name, arm in arms.items()}
+    assert said["all three"] == {}
+    assert said["couplings only"] == {"without": ("ActNorm and W",)}
+    assert said["ActNorm and W only"] == {"without": ("couplings",)}
+    assert said["none"] == {"without": ("ActNorm and W", "couplings")}
+    assert said["all three, and the label"] == {"label": True}
+    assert said["independent pixels"] == {"independent": True}
+
+
+def test_the_bare_reshape_is_invertible_and_no_squeeze():
+    layer, x = ablations.multiscale.BareReshape(), torch.randn(2, 3, 4, 6)
+    z, log_det = layer(x)
+    assert torch.equal(layer.inverse(z), x)
+    assert torch.equal(log_det, torch.zeros(2))
+    assert z.shape == Squeeze()(x)[0].shape
+    assert not torch.equal(z, Squeeze()(x)[0])
+    assert torch.equal(z[:, 0].flatten(1), x[:, 0, 0].flatten(1)[:, :6])
+
+
+def test_an_arm_of_multiscale_repeats_and_its_layer_matters():
+    one_squeeze = ablations.multiscale.one_squeeze
+    first, again, other = (one_squeeze(seed, steps=3) for seed in (0, 0, 1))
+    assert first == again
+    assert first["test"] != other["test"]
+    torn = ablations.find("multiscale-squeeze").arms["bare reshape"](0, steps=3)
+    assert torn["parameters"] == first["parameters"]
+    assert torn["test"] != first["test"]
+
+
+def test_the_arms_of_scales_are_what_their_names_say():
+    arms = ablations.find("multiscale-scales").arms
+    assert {name: (arm.keywords["scales"], arm.keywords["couplings"]) for name, arm in arms.items()} == {
+        "1": (1, 8),
+        "2": (2, 2),
+        "3": (3, 2),
+    }
+    assert math.isfinite(arms["3"](0, steps=2)["test"])
 
 
 # --- running them -----------------------------------------------------------------------------------------------------

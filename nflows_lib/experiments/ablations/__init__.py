@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from nflows_lib.experiments import archive
-from nflows_lib.experiments.ablations import glow, nice, realnvp
+from nflows_lib.experiments.ablations import cglow, glow, multiscale, nice, realnvp
 from nflows_lib.experiments.ablations.experiment import Ablation
 
-ABLATIONS: dict[str, Ablation] = nice.ABLATIONS | realnvp.ABLATIONS | glow.ABLATIONS
+MODELS = (nice, realnvp, multiscale, glow, cglow)
+ABLATIONS: dict[str, Ablation] = {name: entry for model in MODELS for name, entry in model.ABLATIONS.items()}
 
 
 def path(name: str) -> Path:
