@@ -55,7 +55,7 @@ notebooks: $(READY)  ## format and run the chapters in place, cut the clinic's p
 ablations: export OMP_NUM_THREADS := 1
 ablations: export NFLOWS_PROGRESS := 0
 ablations: $(READY)  ## run the open questions' experiments again and store their results
-	$(BIN)/python -m nflows_lib.ablations
+	$(BIN)/python -m nflows_lib.ablations --jobs $(JOBS)
 
 full-scale: $(READY)  ## write the page on the long runs, and their tables, from the records
 	$(BIN)/python tools/full_scale.py

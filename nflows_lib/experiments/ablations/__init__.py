@@ -6,9 +6,12 @@ is one entry in the ``ABLATIONS`` of its model's file.
 
 from __future__ import annotations
 
+import argparse
 import json
+import multiprocessing
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,9 @@ def path(name: str) -> Path:
     return archive.ROOT / "data" / "ablations" / f"{name}.json"
 
 
-def run(name: str) -> None:
-    """Run every arm with every seed, and store what came out."""
-    ablation, made = find(name), archive.origin()
+def run(name: str, made: dict[str, Any]) -> None:
+    """Run every arm with every seed, and store what came out and ``made``, the :func:`archive.origin`."""
+    ablation = find(name)
     start = time.process_time()  # of this process alone, whatever else the machine does
     results = {arm: [measure(seed) for seed in ablation.seeds] for arm, measure in ablation.arms.items()}
     record = {
@@ -66,8 +69,17 @@ def mean_and_spread(record: dict[str, Any], measure: str) -> dict[str, tuple[flo
     return {arm: (statistics.mean(values), statistics.stdev(values)) for arm, values in columns.items()}
 
 
-def main(names: list[str]) -> None:
-    """Run the ablations of these names, or all of them, and print each one's question first."""
-    for name in names or ABLATIONS:
-        print(f"{name}: {find(name).question}", flush=True)
-        run(name)
+def main(arguments: list[str] | None = None) -> None:
+    """Run the ablations of these names, or all of them, several at a time, each in a process of its own."""
+    parser = argparse.ArgumentParser(prog="python -m nflows_lib.ablations", description="Run the stored experiments.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(ABLATIONS)} (default: all)")
+    parser.add_argument("--jobs", type=int, default=1, help="how many run at a time (1)")
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.names if name not in ABLATIONS]:
+        parser.error(f"NAME: expected some of {', '.join(ABLATIONS)}, got {', '.join(unknown)}")
+    made = archive.origin()  # now: with the first record that is stored, the checkout is no longer clean
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        done = {pool.submit(run, name, made): name for name in options.names or ABLATIONS}
+        for future in as_completed(done):
+            future.result()
+            print(f"stored: {path(done[future])}", flush=True)
