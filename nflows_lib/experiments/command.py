@@ -5,7 +5,6 @@ What a command needs is imported when it runs, so that help, the list of runs an
 
 import argparse
 import json
-import math
 import re
 import shlex
 import sys
@@ -15,11 +14,18 @@ from nflows_lib.experiments import archive, table
 
 
 def seconds(text: str) -> float:
-    """A time above 0 such as 90s, 30m or 1.5h, in seconds."""
+    """A time such as 90s, 30m or 1.5h, in seconds."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
-    if match is None or not 0 < float(match[1]) < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a time above 0 such as 90s, 30m or 1.5h, got {text!r}")
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected a time such as 90s, 30m or 1.5h, got {text!r}")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def length(text: str) -> float:
+    """A time above 0, in seconds."""
+    if not seconds(text) > 0:
+        raise argparse.ArgumentTypeError(f"expected a time above 0, got {text!r}")
+    return seconds(text)
 
 
 def count(text: str) -> int:
@@ -124,14 +130,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a run, or go on with one")
-    length = train.add_mutually_exclusive_group()
-    length.add_argument(
+    either = train.add_mutually_exclusive_group()
+    either.add_argument(
         "--budget",
-        type=seconds,
+        type=length,
         metavar="TIME",
         help="time for the whole run, evaluation included, as 90s, 30m, 1.5h (default: the table's)",
     )
-    length.add_argument("--steps", type=count, help="number of updates, instead of a budget")
+    either.add_argument("--steps", type=count, help="number of updates, instead of a budget")
     train.add_argument("--save-every", type=seconds, default=60.0, metavar="TIME", help="between checkpoints (60s)")
     train.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, if there is one")
     train.add_argument("--compile", action="store_true", help="with torch.compile: a slow start, then faster steps")

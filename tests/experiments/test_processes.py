@@ -19,7 +19,7 @@ import two_processes
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nflows_lib import training
+from nflows_lib import settings, training
 from nflows_lib.__main__ import main
 from nflows_lib.distributions import StandardNormal
 from nflows_lib.experiments import processes, runs, trainer
@@ -259,8 +259,8 @@ def test_rank_0_alone_shows_a_bar(monkeypatch, tmp_path, rank):
         shown.append(not options["disable"])
         return tqdm(**options | {"disable": True})
 
-    monkeypatch.setattr(training, "tqdm", bar)
-    monkeypatch.setattr(training.settings, "progress", lambda: True)
+    monkeypatch.setattr("tqdm.auto.tqdm", bar)
+    monkeypatch.setattr(settings, "progress", lambda: True)
     monkeypatch.setattr(processes, "rank", lambda: rank)
     flow = Flow([DiagonalScaling(2)], StandardNormal(), (2,))
     trainer.train(flow, torch.randn(16, 2), 2, folder=tmp_path, batch_size=8)

@@ -784,7 +784,7 @@ def command_line(out: Path, steps: int) -> list[str]:
 def start(words: list[str], said: Path) -> multiprocessing.Process:
     """A process of its own that runs the command line, forked from one that has imported torch already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nflows_lib.experiments.command", "torch._dynamo"])  # optimizers import it late
+    context.set_forkserver_preload(["nflows_lib.experiments.runs", "torch._dynamo"])  # optimizers import it late
     process = context.Process(target=command_process.run, args=(words, said))
     process.start()
     return process
