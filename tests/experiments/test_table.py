@@ -311,7 +311,7 @@ def test_a_run_of_every_data_set_is_trained_from_its_files(name, sets, tmp_path,
     training = dict(run.training) | {"batch_size": 2, "warmup": 0}
     small = replace(run, size=dict(run.size) | SMALL[run.model], held_out=2, training=training)
     monkeypatch.setitem(table.RUNS, name, small)
-    monkeypatch.setitem(runs.METRICS, "segmentation", partial(segmentation.metrics, samples=2, most=4))
+    monkeypatch.setitem(runs.METRICS, "segmentation", (partial(segmentation.metrics, samples=2, most=4), 10))
     flow = runs.train(name, tmp_path, data_folder=sets, steps=2, draws=1)
     record = json.loads((tmp_path / "run.json").read_text())
     assert (record["run"], record["steps"]) == (name, 2)
