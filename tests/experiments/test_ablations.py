@@ -166,7 +166,7 @@ def test_an_unbounded_coupling_is_the_affine_one_without_its_tanh():
     network = MLP(2, 4, hidden=8, depth=1)
     nn.init.normal_(network.layers[-1].weight)
     bounded, unbounded = (
-        kind(torch.tensor([True, False]), network) for kind in (AffineCoupling, ablations.realnvp.Unbounded)
+        kind(torch.tensor([True, False]), network) for kind in (AffineCoupling, ablations.realnvp._Unbounded)
     )
     x = torch.randn(50, 2)
     (z, log_det), (_, raw) = bounded(x), unbounded(x)
@@ -177,7 +177,7 @@ def test_an_unbounded_coupling_is_the_affine_one_without_its_tanh():
 
 def test_an_arm_on_points_repeats_and_its_seed_matters():
     for arm, options in (
-        (ablations.realnvp.sine_samples, {"coupling": ablations.realnvp.Unbounded, "steps": 3, "draws": 100}),
+        (ablations.realnvp.sine_samples, {"coupling": ablations.realnvp._Unbounded, "steps": 3, "draws": 100}),
         (ablations.realnvp.moons_gap, {"steps": 3}),
     ):
         first, again, other = (arm(seed, **options) for seed in (0, 0, 1))
@@ -518,7 +518,7 @@ def test_the_arms_of_cglow_are_what_their_names_say():
 
 
 def test_the_bare_reshape_is_invertible_and_no_squeeze():
-    layer, x = ablations.multiscale.BareReshape(), torch.randn(2, 3, 4, 6)
+    layer, x = ablations.multiscale._BareReshape(), torch.randn(2, 3, 4, 6)
     z, log_det = layer(x)
     assert torch.equal(layer.inverse(z), x)
     assert torch.equal(log_det, torch.zeros(2))

@@ -24,7 +24,7 @@ from nflows_lib.normalization import FlowBatchNorm
 from nflows_lib.training import fit
 
 
-class BareReshape(Squeeze):
+class _BareReshape(Squeeze):
     """A squeeze by reshape alone: as invertible, and it tears neighbours apart (F17)."""
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ ABLATIONS = {
     "multiscale-squeeze": Ablation(
         "F17: what does a squeeze by reshape cost?",
         (0, 1, 2),
-        {"bare reshape": partial(one_squeeze, squeeze=BareReshape), "squeeze": one_squeeze},
+        {"bare reshape": partial(one_squeeze, squeeze=_BareReshape), "squeeze": one_squeeze},
     ),
     "multiscale-scales": Ablation(
         "How much better are two scales than one, and three than two, after as many patches?",

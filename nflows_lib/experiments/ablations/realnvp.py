@@ -25,7 +25,7 @@ from nflows_lib.normalization import FlowBatchNorm
 from nflows_lib.training import fit
 
 
-class Unbounded(AffineCoupling):
+class _Unbounded(AffineCoupling):
     """The affine coupling without the tanh around its log-scale."""
 
     def _log_scale_and_shift(self, name: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -207,7 +207,7 @@ ABLATIONS = {
         "F12: how far do samples fly without the tanh around the log-scale?",
         (0, 1, 2),
         {
-            "no tanh": partial(sine_samples, coupling=Unbounded),
+            "no tanh": partial(sine_samples, coupling=_Unbounded),
             "gain * tanh": partial(sine_samples, coupling=AffineCoupling),
         },
     ),
