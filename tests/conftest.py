@@ -39,6 +39,13 @@ LONGEST = [
     "test_trainer.py",
     "test_runs.py",
     "test_playground.py",
+    "test_device.py",
+    "test_glow.py",
+    "test_table.py",
+    "test_ablations.py",
+    "test_bijections.py",
+    "test_models.py",
+    "test_house.py",
 ]
 
 
