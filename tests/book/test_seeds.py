@@ -20,10 +20,10 @@ CELLS = {
     "sound": (f"{CHECK}\n\ncheck('two is two', 1 + 1 == 2)", "✓ two is two\n"),
     "seeded": (
         "import os\nseed = int(os.environ['NFLOWS_SEED'])\nprint(f'≈ {seed}')\n"
-        "check('it is below ten', all(i + seed < 10 for i in (0, 1)))",
-        "≈ 5\n✓ it is below ten\n",
+        "check('seed plus one is below ten', all(i + seed < 10 for i in (0, 1)))",
+        "≈ 5\n✓ seed plus one is below ten\n",
     ),
-    "both sides": ("check('it lies between', -1 < seed <= 4)", "✓ it lies between\n"),
+    "both sides": ("check('the seed lies between', -1 < seed <= 4)", "✓ the seed lies between\n"),
     "no check": ("print(seed < 3)", "True\n"),
     "raises": ("raise ValueError('as it should')", ""),
 }
@@ -60,8 +60,8 @@ def test_a_text_that_changed_is_named(report):
 def test_checks_that_fail_are_named_and_the_chapter_goes_on(report):
     said = report.stdout.split("chapter, seed 12")[1]
     assert said.splitlines()[0].endswith("; 3 cells wrong")
-    assert "cell 2: AssertionError: ✗ it is below ten" in said
-    assert "cell 3: AssertionError: ✗ it lies between" in said
+    assert "cell 2: AssertionError: ✗ seed plus one is below ten" in said
+    assert "cell 3: AssertionError: ✗ the seed lies between" in said
     assert "cell 5:" not in said
 
 
