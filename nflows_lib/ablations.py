@@ -1,8 +1,6 @@
 """``python -m nflows_lib.ablations [NAME ...]``: see :mod:`nflows_lib.experiments.ablations`."""
 
-import sys
-
 from nflows_lib.experiments.ablations import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

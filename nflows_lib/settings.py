@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tqdm.auto import tqdm
+
 if TYPE_CHECKING:
     import torch
-    from tqdm import tqdm
 
 
 def preset() -> str:
@@ -68,8 +69,6 @@ def progress_bar(total: int | None, unit: int, initial: int = 0, shown: bool = T
 
     In a log file it writes a line every half minute. Nothing is shown of what ends within ``delay`` seconds.
     """
-    from tqdm.auto import tqdm
-
     return tqdm(
         total=total,
         initial=initial,

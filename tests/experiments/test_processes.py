@@ -259,7 +259,7 @@ def test_rank_0_alone_shows_a_bar(monkeypatch, tmp_path, rank):
         shown.append(not options["disable"])
         return tqdm(**options | {"disable": True})
 
-    monkeypatch.setattr("tqdm.auto.tqdm", bar)
+    monkeypatch.setattr(settings, "tqdm", bar)
     monkeypatch.setattr(settings, "progress", lambda: True)
     monkeypatch.setattr(processes, "rank", lambda: rank)
     flow = Flow([DiagonalScaling(2)], StandardNormal(), (2,))
