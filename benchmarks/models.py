@@ -5,8 +5,6 @@ description: where both can hold the same function, they give the same log-proba
 
 What differs in the number of parameters, and nothing else does, is counted as ``extra`` and asserted:
 
-- nflows_lib's masked couplings give their networks the whole vector with zeros in it, and drop half of what comes out.
-  The peers cut the vector in two. The same function, with more columns and rows in our first and last matrices.
 - normflows' 1x1 convolution keeps L and U as two full matrices, and the diagonal a third time.
 - nflows' 1x1 convolution adds a bias. It has no diagonal scaling without one either: there its ActNorm takes the place.
 
@@ -34,7 +32,7 @@ from nflows_lib.distributions import StandardNormal
 from nflows_lib.flow import Flow
 from nflows_lib.models import nice, realnvp_points
 from nflows_lib.multiscale import FactorOut, Squeeze
-from nflows_lib.networks import MLP, ActNormConv, GlowNet
+from nflows_lib.networks import ActNormConv, GlowNet
 from nflows_lib.normalization import ActNorm
 
 OURS = "nflows_lib"
@@ -74,7 +72,6 @@ class Model:
     build: ours, from the sizes.
     parameters: how many every library has, from the sizes.
     couplings: how many, from the sizes.
-    extra: ours beyond that, from the sizes.
     peers: {library: made from ours and the sizes}.
     batch: examples at a time.
     """
@@ -85,12 +82,10 @@ class Model:
     build: Callable[..., Flow]
     parameters: Callable[..., int]
     couplings: Callable[..., int]
-    extra: Callable[..., int]
     peers: dict[str, Callable[..., Built]] = field(default_factory=dict)
 
     def ours(self, **sizes: Any) -> Built:
-        sizes = self.sizes | sizes
-        return _ours(self.build(**sizes), self.extra(**_plain(sizes)))
+        return _ours(self.build(**self.sizes | sizes))
 
     def libraries(self) -> list[str]:
         """Ours and those of the others that are installed."""
@@ -100,7 +95,7 @@ class Model:
         """The flow in that library, with the flow's parameters: a copy also for ours."""
         sizes = _plain(self.sizes | sizes)
         if library == OURS:
-            return _ours(copy.deepcopy(flow), self.extra(**sizes))
+            return _ours(copy.deepcopy(flow))
         return self.peers[library](flow, **sizes)
 
 
@@ -135,8 +130,8 @@ def check(model: Model, flow: Flow, built: Built, x: Tensor, **sizes: Any) -> No
             torch.testing.assert_close(log_p, flow.log_prob(x), rtol=1e-4, atol=1e-3)
 
 
-def _ours(flow: Flow, extra: int) -> Built:
-    return Built(flow, flow.log_prob, flow.sample, lambda x: [flow.encode(x)], lambda z: flow.decode(z[0]), extra)
+def _ours(flow: Flow) -> Built:
+    return Built(flow, flow.log_prob, flow.sample, lambda x: [flow.encode(x)], lambda z: flow.decode(z[0]), extra=0)
 
 
 def _plain(sizes: dict[str, Any]) -> dict[str, Any]:
@@ -283,19 +278,6 @@ def _nflows_glow(flow: Flow, shape: Shape, scales: int, steps: int, hidden: int)
 # --- on vectors -------------------------------------------------------------------------------------------------------
 
 
-def halved(network: MLP, inputs: Tensor, outputs: Tensor) -> MLP:
-    """The same function of these inputs alone, the others being zero, with these outputs: what a mask leaves of it."""
-    linear = [layer for layer in network.layers if isinstance(layer, nn.Linear)]
-    hidden, depth = linear[0].out_features, len(linear) - 1
-    half = MLP(len(inputs), len(outputs), hidden, depth, type(network.layers[1]))
-    tensors = dict(network.state_dict())
-    first, last = "layers.0.weight", f"layers.{2 * depth}."
-    tensors[first] = tensors[first][:, inputs]
-    tensors |= {last + name: tensors[last + name][outputs] for name in ("weight", "bias")}
-    half.load_state_dict(tensors)
-    return half
-
-
 class Bounded(nn.Module):
     """A network of (shift, s) for each dimension, s as g tanh(s): what our AffineCoupling does itself."""
 
@@ -309,23 +291,20 @@ class Bounded(nn.Module):
 
 
 def _network_of(coupling: AffineCoupling | AdditiveCoupling) -> nn.Module:
-    """The network, halved, of one of our couplings on vectors."""
-    passes, changes = coupling.mask.nonzero().flatten(), (~coupling.mask).nonzero().flatten()
+    """A copy of the network of one of our couplings on vectors, with its outputs in the peers' order."""
+    network = copy.deepcopy(coupling.network)
     if isinstance(coupling, AdditiveCoupling):
-        return halved(coupling.network, passes, changes)
+        return network
     # Ours gives s, then the shift; both libraries want the shift first.
-    outputs = torch.cat([len(coupling.mask) + changes, changes])
-    return Bounded(halved(coupling.network, passes, outputs), coupling.gain)
+    last = network.layers[-1]
+    _set(weight=(last.weight, last.weight.roll(last.out_features // 2, 0)))
+    _set(bias=(last.bias, last.bias.roll(last.out_features // 2, 0)))
+    return Bounded(network, coupling.gain)
 
 
 def _halved_mlp(dims: int, hidden: int, depth: int, outputs: int) -> int:
     """Parameters of an MLP from half of the dimensions, to ``outputs`` for each dimension of the other half."""
     return (dims // 2 + 1) * hidden + (depth - 1) * (hidden + 1) * hidden + (hidden + 1) * outputs * (dims // 2)
-
-
-def _masked(dims: int, hidden: int, outputs: int) -> int:
-    """Parameters that a mask leaves without effect in one network: columns of its first matrix, rows of its last."""
-    return dims // 2 * hidden + outputs * (dims // 2) * (hidden + 1)
 
 
 def _normflows(model: nn.Module, extra: int, order: Tensor | None = None) -> Built:
@@ -426,7 +405,6 @@ MODELS: dict[str, Model] = {
         build=glow,
         parameters=_glow_parameters,
         couplings=lambda shape, scales, steps, hidden: scales * steps,
-        extra=lambda **sizes: 0,
         peers={
             "normflows": lambda flow, **sizes: _normflows_glow(flow, **sizes, own=True),
             "normflows, our networks": lambda flow, **sizes: _normflows_glow(flow, **sizes, own=False),
@@ -440,7 +418,6 @@ MODELS: dict[str, Model] = {
         build=realnvp_points,
         parameters=lambda dims, couplings, hidden, depth: couplings * (_halved_mlp(dims, hidden, depth, 2) + 1),
         couplings=lambda dims, couplings, hidden, depth: couplings,
-        extra=lambda dims, couplings, hidden, depth: couplings * _masked(dims, hidden, 2),
         peers={"normflows": _normflows_points, "nflows": _nflows_points},
     ),
     # Neither peer has a logistic prior: a normal one for all, so that log-probabilities can be compared.
@@ -451,7 +428,6 @@ MODELS: dict[str, Model] = {
         build=lambda **sizes: nice(**sizes, base=StandardNormal()),
         parameters=lambda dims, couplings, hidden, depth: couplings * _halved_mlp(dims, hidden, depth, 1) + dims,
         couplings=lambda dims, couplings, hidden, depth: couplings,
-        extra=lambda dims, couplings, hidden, depth: couplings * _masked(dims, hidden, 1),
         peers={"normflows": _normflows_nice, "nflows": _nflows_nice},
     ),
 }

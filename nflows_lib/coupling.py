@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -59,23 +61,43 @@ def channel_mask(shape: Shape, parity: int) -> Tensor:
 
 
 class _Coupling(Bijection):
-    """The mask b and the network, and that the network sees b x alone, which both directions have."""
+    """The mask b and the network, and what the network sees, which both directions have.
+
+    A vector is cut in two: the network gets the passing half, in order, and its output is for the other half. An image
+    keeps its shape, so that a convolution can read it: the network gets b x, and its output is masked.
+    """
 
     def __init__(self, mask: Tensor, network: nn.Module) -> None:
         super().__init__()
         check_mask(mask)
         self.register_buffer("mask", mask)
         self.network = network
+        self._find_halves()
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        initialize_network(self.network, x * self.mask, context)
+        initialize_network(self.network, self._seen("x", x), context)
 
-    def _network_output(self, name: str, x: Tensor, context: Tensor | None, outputs: int) -> Tensor:
-        """network(b x, context), with ``outputs`` channels for each channel of x; an error calls x by the name."""
+    def _seen(self, name: str, x: Tensor) -> Tensor:
+        """What the network gets of x, which an error calls by the name."""
         check_shape(name, x, self.mask.shape)
-        output = self.network(x * self.mask, context)
-        check_shape("network's output", output, (outputs * self.mask.shape[0], *self.mask.shape[1:]))
-        return output
+        return x.index_select(1, self.passing) if x.dim() == 2 else x * self.mask
+
+    def _network_output(self, seen: Tensor, context: Tensor | None, outputs: int) -> list[Tensor]:
+        """That many tensors from the network: each has one number for each that the layer may change."""
+        output = self.network(seen, context)
+        size, *rest = self.changing.shape if seen.dim() == 2 else self.mask.shape
+        check_shape("network's output", output, (outputs * size, *rest))
+        parts = output.chunk(outputs, dim=1)
+        return list(parts) if seen.dim() == 2 else [part * ~self.mask for part in parts]
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)
+        self._find_halves()  # the mask may be another one
+
+    def _find_halves(self) -> None:
+        """Store where the halves of a vector are. To look for them in each step would make a CPU wait for its GPU."""
+        for name, half in (("passing", self.mask), ("changing", ~self.mask)):
+            self.register_buffer(name, half.nonzero().flatten() if half.dim() == 1 else None, persistent=False)
 
     def output_shape(self, shape: Shape) -> Shape:
         if tuple(shape) != tuple(self.mask.shape):
@@ -87,31 +109,35 @@ class _Coupling(Bijection):
 
 
 class AdditiveCoupling(_Coupling):
-    """z = x + (1 - b) t(b x): shift one half by a function of the other (Dinh et al. 2014, section 3.2).
+    """z1 = x1, z2 = x2 + t(x1): shift one half by a function of the other (Dinh et al. 2014, section 3.2).
 
     The Jacobian is triangular with ones on its diagonal, so the log-determinant is 0 whatever the network does, and
     the inverse subtracts the same shift: the network itself is never inverted.
 
     Args:
         mask: b, boolean, of the shape of one example; True passes unchanged.
-        network: t, called as ``network(x, context)``; maps ``(B, *shape)`` to ``(B, *shape)``.
+        network: t, called as ``network(x1, context)``. On vectors it maps (B, P) to (B, D - P), where the mask passes P
+            of D numbers; on images (B, C, H, W), with zeros where the mask is False, to (B, C, H, W).
 
     Raises:
         ValueError: the mask is not boolean, or passes everything or nothing.
     """
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return x + self._shift("x", x, context), x.new_zeros(len(x))
+        return self._shifted("x", x, context, 1), x.new_zeros(len(x))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        return z - self._shift("z", z, context)
+        return self._shifted("z", z, context, -1)
 
-    def _shift(self, name: str, x: Tensor, context: Tensor | None) -> Tensor:
-        return self._network_output(name, x, context, outputs=1) * ~self.mask
+    def _shifted(self, name: str, x: Tensor, context: Tensor | None, sign: int) -> Tensor:
+        (shift,) = self._network_output(self._seen(name, x), context, outputs=1)
+        return x.index_add(1, self.changing, shift, alpha=sign) if x.dim() == 2 else x + sign * shift
 
 
 class AffineCoupling(_Coupling):
-    """z = b x + (1 - b) (x exp(s) + t), where s and t are functions of b x (Dinh et al. 2016, eq. 9).
+    """z1 = x1, z2 = x2 exp(s) + t, where s and t are functions of x1 (Dinh et al. 2016, section 3.2).
+
+    On images that is z = b x + (1 - b) (x exp(s) + t), with s and t functions of b x (eq. 9).
 
     The log-determinant is the sum of s over what is changed. The network gives t as it is, and s as g tanh(.) with one
     learned gain g for the layer, which starts at 1: s stays within [-g, g] whatever the network does, and g is free to
@@ -119,7 +145,8 @@ class AffineCoupling(_Coupling):
 
     Args:
         mask: b, boolean, of the shape of one example, (D,) or (C, H, W); True passes unchanged.
-        network: called as ``network(x, context)``; maps (B, C, ...) to (B, 2 C, ...), first what becomes s, then t.
+        network: called as ``network(x1, context)``; as that of :class:`AdditiveCoupling`, with twice as many numbers:
+            (B, 2 (D - P)) or (B, 2 C, H, W), first what becomes s, then t.
 
     Raises:
         ValueError: the mask is not boolean, or passes everything or nothing.
@@ -130,16 +157,24 @@ class AffineCoupling(_Coupling):
         self.gain = nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        log_scale, shift = self._log_scale_and_shift("x", x, context)
-        return x * log_scale.exp() + shift, sum_per_example(log_scale)
+        log_scale, shift = self._log_scale_and_shift(self._seen("x", x), context)
+        changed = self._half(x) * log_scale.exp() + shift
+        return self._joined(x, changed), sum_per_example(log_scale)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        log_scale, shift = self._log_scale_and_shift("z", z, context)
-        return (z - shift) * (-log_scale).exp()
+        log_scale, shift = self._log_scale_and_shift(self._seen("z", z), context)
+        return self._joined(z, (self._half(z) - shift) * (-log_scale).exp())
 
-    def _log_scale_and_shift(self, name: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        raw, shift = self._network_output(name, x, context, outputs=2).chunk(2, dim=1)
-        return self.gain * raw.tanh() * ~self.mask, shift * ~self.mask
+    def _log_scale_and_shift(self, x1: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        raw, shift = self._network_output(x1, context, outputs=2)
+        return self.gain * raw.tanh(), shift
+
+    def _half(self, x: Tensor) -> Tensor:
+        """What scale and shift act on: the half of a vector that changes, or a whole image."""
+        return x.index_select(1, self.changing) if x.dim() == 2 else x
+
+    def _joined(self, x: Tensor, changed: Tensor) -> Tensor:
+        return x.index_copy(1, self.changing, changed) if x.dim() == 2 else changed
 
 
 class GlowCoupling(ChannelBijection):

@@ -60,7 +60,9 @@ def nice(
     _check_couplings(couplings)
     layers: list[Layer] = [] if levels is None else [UniformDequantize(levels), Rescale(1 / levels)]
     for i in range(couplings):
-        layers.append(AdditiveCoupling(alternating_mask(dims, i % 2), MLP(dims, dims, hidden, depth, activation)))
+        mask = alternating_mask(dims, i % 2)
+        passes = int(mask.sum())
+        layers.append(AdditiveCoupling(mask, MLP(passes, dims - passes, hidden, depth, activation)))
     layers.append(DiagonalScaling(dims))
     return Flow(layers, base or StandardLogistic(), (dims,))
 
@@ -83,10 +85,11 @@ def realnvp_points(
         activation: builds the networks' nonlinearity.
     """
     _check_couplings(couplings)
-    layers = [
-        AffineCoupling(alternating_mask(dims, i % 2), MLP(dims, 2 * dims, hidden, depth, activation))
-        for i in range(couplings)
-    ]
+    layers: list[Layer] = []
+    for i in range(couplings):
+        mask = alternating_mask(dims, i % 2)
+        passes = int(mask.sum())
+        layers.append(AffineCoupling(mask, MLP(passes, 2 * (dims - passes), hidden, depth, activation)))
     return Flow(layers, StandardNormal(), (dims,))
 
 
