@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +72,26 @@ class ChannelBijection(Bijection):
         return shape
 
 
+class AffineBijection(ChannelBijection):
+    """Base of the bijections z = A x + b of the channels, alike at every pixel, that say what A and b are.
+
+    A :class:`Chain` makes one product of those that stand side by side: W (S x + b) = (W S) x + W b. A subclass that
+    has a ``forward`` of its own and no ``as_affine`` is called as any other layer.
+    """
+
+    def as_affine(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """A, b and log|det A|, for all examples or for each: (C, C) or (B, C, C), (C,) or (B, C), () or (B,)."""
+        raise NotImplementedError
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "forward" in vars(cls) and "as_affine" not in vars(cls):
+            cls.as_affine = None
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return forward_as_one([self], x, context)
+
+
 class Chain(Layer):
     """Layers applied one after the other; their contributions add up.
 
@@ -107,10 +129,17 @@ class Chain(Layer):
         return Chain([*others, *self])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = torch.zeros(len(x), device=x.device)
-        for layer in self.layers:
-            x, contribution = layer(x, context)
-            total = total + contribution
+        total, affine = torch.zeros(len(x), device=x.device), []
+        for layer in [*self.layers, None]:
+            if _may_merge(layer):
+                affine.append(layer)
+                continue
+            if affine:
+                x, contribution = forward_as_one(affine, x, context)
+                total, affine = total + contribution, []
+            if layer is not None:
+                x, contribution = layer(x, context)
+                total = total + contribution
         return x, total
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
@@ -129,9 +158,43 @@ class Chain(Layer):
         return shape
 
 
+def forward_as_one(layers: list[AffineBijection], x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the layers, one after the other, make of x, and what they contribute, by one product."""
+    for layer in layers:
+        layer.check_channels("x", x)
+    matrix, bias, log_det = layers[0].as_affine(context)
+    for layer in layers[1:]:
+        weight, shift, contribution = layer.as_affine(context)
+        matrix, bias = weight @ matrix, (weight @ bias[..., None]).squeeze(-1) + shift
+        log_det = log_det + contribution
+    return mix(matrix, x, bias), (math.prod(x.shape[2:]) * log_det).expand(len(x))
+
+
+def mix(matrix: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A x + b over the channels at every pixel: A is (C, C), or (B, C, C) with one for each example; b likewise.
+
+    One matrix for all is one product for the whole batch, if the channels come first in memory; so they do in what
+    comes out. On a CPU it is several times as fast as a convolution.
+    """
+    bias = matrix.new_zeros(matrix.shape[-1]) if bias is None else bias
+    if matrix.dim() == 3:
+        pixels = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
+        return torch.baddbmm(bias[..., None].expand(len(x), -1, 1), matrix, pixels).view(x.shape)
+    channels_first = x.transpose(0, 1)
+    mixed = torch.addmm(bias[:, None], matrix, channels_first.flatten(1))
+    return mixed.view(channels_first.shape).transpose(0, 1)
+
+
+def _may_merge(layer: Layer | None) -> bool:
+    """Whether the layer is an affine map, and nobody waits to see it called."""
+    if getattr(layer, "as_affine", None) is None or "forward" in vars(layer):
+        return False
+    return not layer._forward_hooks and not layer._forward_pre_hooks
+
+
 def sum_per_example(values: Tensor) -> Tensor:
     """Sum over every dimension but the batch: (B, ...) to (B,)."""
-    return values.flatten(1).sum(1)
+    return values.sum(dim=tuple(range(1, values.dim())))
 
 
 def initialize_network(network: nn.Module | None, x: Tensor, context: Tensor | None) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from nflows_lib.bijection import ChannelBijection
+from nflows_lib.bijection import AffineBijection, ChannelBijection, mix
 
 
 class ChannelPermutation(ChannelBijection):
@@ -37,7 +35,7 @@ class ChannelPermutation(ChannelBijection):
         return z[:, self.order.argsort()]
 
 
-class Invertible1x1Conv(ChannelBijection):
+class Invertible1x1Conv(AffineBijection):
     """z = W x at every pixel, W a learned C x C matrix (Kingma and Dhariwal 2018, section 3.2).
 
     The log-determinant is H W log|det W|; H W is 1 for vectors. W starts as a random orthogonal matrix.
@@ -63,43 +61,30 @@ class Invertible1x1Conv(ChannelBijection):
         else:
             self.weight = nn.Parameter(weight)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.check_channels("x", x)
-        if self.lu:
-            factors = self.lu_factors(context)
-            lower, upper = self._lower_and_upper(factors)
-            weight, log_det = self.permutation @ lower @ upper, factors.diagonal(dim1=-2, dim2=-1).sum(-1)
-        else:
-            weight, log_det = self.weight, torch.linalg.slogdet(self.weight).logabsdet
-        return _mix(weight, x), (math.prod(x.shape[2:]) * log_det).expand(len(x))
+    def as_affine(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.lu:
+            return self.weight, self.weight.new_zeros(self.channels), torch.linalg.slogdet(self.weight).logabsdet
+        factors = self.lu_factors(context)
+        log_scale = factors.diagonal(dim1=-2, dim2=-1)
+        # P L (U + diag(s)), the strict triangles and the diagonals one by one
+        lower = self.permutation @ factors.tril(-1) + self.permutation
+        weight = lower @ factors.triu(1) + lower * (self.sign * log_scale.exp())[..., None, :]
+        return weight, factors.new_zeros(self.channels), log_scale.sum(-1)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         self.check_channels("z", z)
-        if self.lu:
-            lower, upper = self._lower_and_upper(self.lu_factors(context))
-            solved = torch.linalg.solve_triangular(lower, self.permutation.T, upper=False, unitriangular=True)
-            return _mix(torch.linalg.solve_triangular(upper, solved, upper=True), z)
-        return _mix(torch.linalg.inv(self.weight), z)
+        if not self.lu:
+            return mix(torch.linalg.inv(self.weight), z)
+        factors = self.lu_factors(context)
+        scale = self.sign * factors.diagonal(dim1=-2, dim2=-1).exp()
+        # solve_triangular reads one triangle alone, and with unitriangular no diagonal.
+        solved = torch.linalg.solve_triangular(factors, self.permutation.T, upper=False, unitriangular=True)
+        upper = factors.triu(1) + scale.diag_embed()
+        return mix(torch.linalg.solve_triangular(upper, solved, upper=True), z)
 
     def lu_factors(self, context: Tensor | None) -> Tensor:
         """L below the diagonal, U above it, log|s| on it: (C, C), the same for all examples; or (B, C, C)."""
         return self.factors
 
-    def _lower_and_upper(self, factors: Tensor) -> tuple[Tensor, Tensor]:
-        scale = self.sign * factors.diagonal(dim1=-2, dim2=-1).exp()
-        return factors.tril(-1) + torch.ones_like(self.sign).diag(), factors.triu(1) + scale.diag_embed()
-
     def extra_repr(self) -> str:
         return "LU" if self.lu else "plain"
-
-
-def _mix(weight: Tensor, x: Tensor) -> Tensor:
-    """W, (C, C) or one for each example, times the C channels at every pixel.
-
-    On a CPU matrix products are several times as fast as a convolution.
-    """
-    channels, pixels = x.shape[1], math.prod(x.shape[2:])
-    # One product an example; its gradient has a C x C matrix for each, which must be no burden.
-    if weight.dim() == 3 or pixels >= channels:
-        return torch.bmm(weight.expand(len(x), -1, -1), x.reshape(len(x), channels, pixels)).view(x.shape)
-    return (weight @ x.transpose(0, 1).reshape(channels, -1)).view(channels, len(x), *x.shape[2:]).transpose(0, 1)

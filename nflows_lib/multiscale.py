@@ -114,8 +114,8 @@ class FactorOut(Bijection):
 
     def _prior(self, x1: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.prior is None:
-            zeros = torch.zeros_like(x1)
-            return zeros, zeros
+            zero = x1.new_zeros(1, 1, 1, 1)
+            return zero, zero
         output = self.prior(x1, context)
         check_shape("prior's output", output, self.shape)
         return output.chunk(2, dim=1)

@@ -254,7 +254,9 @@ def channels_last(images: Tensor) -> Tensor:
 
 
 def finished(output: Tensor, x: Tensor) -> Tensor:
-    """Back in the type of x, and in the ordinary layout: arithmetic on half of the channels is several times faster."""
+    """In the type and the layout of x, examples or channels first: arithmetic on both is then several times faster."""
+    if x.dim() == 4 and x.stride(1) > x.stride(0):
+        return output.to(x.dtype).transpose(0, 1).contiguous().transpose(0, 1)
     return output.to(x.dtype, memory_format=torch.contiguous_format)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from nflows_lib.bijection import Bijection, ChannelBijection, Shape, check_positive, check_shape
+from nflows_lib.bijection import AffineBijection, Bijection, ChannelBijection, Shape, check_positive, check_shape
 
 
 class DiagonalScaling(Bijection):
@@ -83,7 +83,7 @@ class FlowBatchNorm(ChannelBijection):
         return z * _per_channel((self.running_variance + self.eps).sqrt(), z) + _per_channel(self.running_mean, z)
 
 
-class ActNorm(ChannelBijection):
+class ActNorm(AffineBijection):
     """z = exp(s) x + b, with one learned log-scale s and shift b a channel (Kingma and Dhariwal 2018, section 3.1).
 
     The log-determinant is H W sum_c s_c; H W is 1 for vectors. :meth:`initialize` sets s and b so that a first batch
@@ -106,13 +106,20 @@ class ActNorm(ChannelBijection):
         self._ready = False  # the buffer's value, cached: to read the buffer would make the CPU wait for the GPU
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self._check("x", x)
+        self.check_channels("x", x)
+        self._check_ready()
         log_scale, bias = self.log_scale_and_bias(context)
         log_det = math.prod(x.shape[2:]) * log_scale.sum(-1)
         return x * _per_channel(log_scale.exp(), x) + _per_channel(bias, x), log_det.expand(len(x))
 
+    def as_affine(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        self._check_ready()
+        log_scale, bias = self.log_scale_and_bias(context)
+        return log_scale.exp().diag_embed(), bias, log_scale.sum(-1)
+
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        self._check("z", z)
+        self.check_channels("z", z)
+        self._check_ready()
         log_scale, bias = self.log_scale_and_bias(context)
         return (z - _per_channel(bias, z)) * _per_channel((-log_scale).exp(), z)
 
@@ -131,8 +138,7 @@ class ActNorm(ChannelBijection):
         super()._load_from_state_dict(*args, **options)
         self._ready = False  # what was loaded may be the state of a layer that was never initialised
 
-    def _check(self, name: str, x: Tensor) -> None:
-        self.check_channels(name, x)
+    def _check_ready(self) -> None:
         if torch.compiler.is_compiling() or self._ready:
             return
         self._ready = bool(self.initialized)
