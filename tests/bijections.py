@@ -59,9 +59,13 @@ class Fixed(nn.Module):
         return self.output.to(x.dtype).expand(len(x), -1)
 
 
-def mlp(shape: Shape, depth: int, context: int = 0, outputs: int = 1) -> MLP:
-    """Tanh rather than ReLU: smooth for finite differences, and never dead for a whole example."""
-    return MLP(shape[0], outputs * shape[0], hidden=8, depth=depth, activation=nn.Tanh, context=context)
+def mlp(shape: Shape, depth: int, context: int = 0, outputs: int = 1, parity: int = 0) -> MLP:
+    """From what an alternating mask passes to that many outputs for each number that it does not pass.
+
+    Tanh rather than ReLU: smooth for finite differences, and never dead for a whole example.
+    """
+    passes = (shape[0] + 1 - parity) // 2
+    return MLP(passes, outputs * (shape[0] - passes), hidden=8, depth=depth, activation=nn.Tanh, context=context)
 
 
 def used_batch_norm(shape: Shape) -> FlowBatchNorm:
@@ -154,7 +158,7 @@ BIJECTIONS: dict[str, Example] = {
         lambda shape: AdditiveCoupling(alternating_mask(*shape, 0), mlp(shape, depth=2)), VECTORS
     ),
     "additive_coupling_odd": Example(
-        lambda shape: AdditiveCoupling(alternating_mask(*shape, 1), mlp(shape, depth=1)), VECTORS
+        lambda shape: AdditiveCoupling(alternating_mask(*shape, 1), mlp(shape, depth=1, parity=1)), VECTORS
     ),
     "additive_coupling_image": Example(
         lambda shape: AdditiveCoupling(checkerboard_mask(shape, 0), ConvNet(shape[0], shape[0])), IMAGES
@@ -168,7 +172,7 @@ BIJECTIONS: dict[str, Example] = {
         lambda shape: AffineCoupling(alternating_mask(*shape, 0), mlp(shape, depth=2, outputs=2)), VECTORS
     ),
     "affine_coupling_odd": Example(
-        lambda shape: AffineCoupling(alternating_mask(*shape, 1), mlp(shape, depth=1, outputs=2)), VECTORS
+        lambda shape: AffineCoupling(alternating_mask(*shape, 1), mlp(shape, depth=1, outputs=2, parity=1)), VECTORS
     ),
     "affine_coupling_image_even": Example(
         lambda shape: AffineCoupling(checkerboard_mask(shape, 0), ConvNet(shape[0], 2 * shape[0])), RECTANGLES

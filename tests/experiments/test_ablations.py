@@ -163,7 +163,7 @@ def test_the_source_s_first_network_and_each_step_from_it(steps):
 
 def test_an_unbounded_coupling_is_the_affine_one_without_its_tanh():
     torch.manual_seed(0)
-    network = MLP(2, 4, hidden=8, depth=1)
+    network = MLP(1, 2, hidden=8, depth=1)
     nn.init.normal_(network.layers[-1].weight)
     bounded, unbounded = (
         kind(torch.tensor([True, False]), network) for kind in (AffineCoupling, ablations.realnvp._Unbounded)

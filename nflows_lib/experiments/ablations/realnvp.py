@@ -28,9 +28,9 @@ from nflows_lib.training import fit
 class _Unbounded(AffineCoupling):
     """The affine coupling without the tanh around its log-scale."""
 
-    def _log_scale_and_shift(self, name: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        raw, shift = self._network_output(name, x, context, outputs=2).chunk(2, dim=1)
-        return raw * ~self.mask, shift * ~self.mask
+    def _log_scale_and_shift(self, x1: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        raw, shift = self._network_output(x1, context, outputs=2)
+        return raw, shift
 
 
 def sine_samples(seed: int, *, coupling: type[AffineCoupling], steps: int = 300, draws: int = 20_000) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def sine_samples(seed: int, *, coupling: type[AffineCoupling], steps: int = 300,
     x = torch.randn(10_000, 1)
     layers = []
     for i in range(4):
-        network = MLP(2, 4, hidden=64, depth=2)
+        network = MLP(1, 2, hidden=64, depth=2)
         network.layers[-1].reset_parameters()
         layers.append(coupling(alternating_mask(2, i % 2), network))
     flow = Flow(layers, StandardNormal(), (2,))
