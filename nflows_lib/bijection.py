@@ -88,9 +88,6 @@ class AffineBijection(ChannelBijection):
         if "forward" in vars(cls) and "as_affine" not in vars(cls):
             cls.as_affine = None
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return forward_as_one([self], x, context)
-
 
 class Chain(Layer):
     """Layers applied one after the other; their contributions add up.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nflows_lib.bijection import AffineBijection, ChannelBijection, mix
+from nflows_lib.bijection import AffineBijection, ChannelBijection, forward_as_one, mix
 
 
 class ChannelPermutation(ChannelBijection):
@@ -60,6 +60,9 @@ class Invertible1x1Conv(AffineBijection):
             self.factors = nn.Parameter(lower.tril(-1) + upper.triu(1) + scale.abs().log().diag())
         else:
             self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return forward_as_one([self], x, context)
 
     def as_affine(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if not self.lu:

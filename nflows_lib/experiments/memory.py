@@ -1,0 +1,115 @@
+"""Training in less memory: a flow is invertible, so that what its layers saw need not be stored.
+
+Autograd stores what every operation of the forward pass saw, for the backward pass. Both functions here return a flow
+with the same layers and parameters that stores less, and computes it again when it is needed. As of a slice of a flow,
+no checkpoint is written from it: write checkpoints from the flow that it was made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nflows_lib.bijection import Bijection, Chain, Layer
+from nflows_lib.flow import Flow
+from nflows_lib.multiscale import FactorOut
+from nflows_lib.normalization import FlowBatchNorm
+
+
+def reversible(flow: Flow) -> Flow:
+    """The flow, with a backward pass that goes back through the layers' inverses: memory does not grow with depth.
+
+    Only what leaves the chain is stored. The backward pass recomputes each layer's input from its output by the
+    layer's inverse, runs the layer once more, and differentiates it alone. A step costs about one forward and one
+    inverse pass more; the layers before a :class:`FactorOut` pay once, those inside it twice, and so on. A noise layer
+    at the first position is evaluated as always. The idea is that of Gomez et al. 2017, for networks.
+
+    The recomputed inputs are as exact as the round trip. If the scales are extreme, so that the round trip does not
+    close in float32, then the gradients are wrong: :func:`checkpointed` has no such limit. Networks must be
+    deterministic: with dropout, the layer that is run again is another one.
+
+    Raises:
+        ValueError: a layer is no exact bijection of each example, so that no inverse gives its input back.
+    """
+    for name, layer in flow.chain.layers.named_modules():
+        exact = isinstance(layer, Bijection | Chain) and not isinstance(layer, FlowBatchNorm)
+        if isinstance(layer, Layer) and not exact and name.partition(".")[0] != "0":
+            raise ValueError(f"flow: expected exact bijections, got {type(layer).__name__} at position {name}")
+    noise = [] if isinstance(flow.chain[0], Bijection) else [flow.chain[0]]
+
+    def rebuilt(layers: list[Layer]) -> list[Layer]:
+        return [_Reversible(_with_inner(layers, rebuilt))]
+
+    return Flow([*noise, *rebuilt([*flow.chain][len(noise) :])], flow.base, flow.shape).train(flow.training)
+
+
+def checkpointed(flow: Flow) -> Flow:
+    """The flow, with layers that store their input alone, if they have a network, and run again in the backward pass.
+
+    This is ``torch.utils.checkpoint`` around each coupling. The gradients are those of the flow, whatever its scales
+    are. Memory still grows with depth, by the inputs of the layers instead of all that their networks compute.
+    """
+
+    def rebuilt(layers: list[Layer]) -> list[Layer]:
+        wrapped = [_Checkpointed([layer]) if hasattr(layer, "network") else layer for layer in layers]
+        return _with_inner(wrapped, rebuilt)
+
+    return Flow(rebuilt([*flow.chain]), flow.base, flow.shape).train(flow.training)
+
+
+def _with_inner(layers: list[Layer], rebuilt: Callable[[list[Layer]], list[Layer]]) -> list[Layer]:
+    """The layers, with those inside a FactorOut, which comes last, rebuilt as well."""
+    if not layers or not isinstance(layers[-1], FactorOut):
+        return layers
+    *others, last = layers
+    return [*others, FactorOut(last.shape, rebuilt([*last.inner]), last.prior)]
+
+
+class _Checkpointed(Chain):
+    """A chain of which autograd stores the input alone."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return checkpoint(super().forward, x, context, use_reentrant=False)
+
+
+class _Reversible(Chain):
+    """A chain of exact bijections of which autograd stores what comes out alone."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not torch.is_grad_enabled():
+            return super().forward(x, context)
+        return _BackThroughInverses.apply(self, x, context, *self.parameters())
+
+
+class _BackThroughInverses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, chain: _Reversible, x: Tensor, context: Tensor | None, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        z, log_det = chain(x, context)  # autograd is off here, so that nothing is stored
+        ctx.chain = chain
+        ctx.save_for_backward(z, context)
+        return z, log_det
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, gradient_of_log_det: Tensor) -> tuple[Tensor | None, ...]:
+        z, context = ctx.saved_tensors
+        contexts = [context] if ctx.needs_input_grad[2] else []
+        found: dict[Tensor, Tensor] = {}
+        for layer in reversed(ctx.chain.layers):
+            x = layer.inverse(z, context).requires_grad_()
+            with torch.enable_grad():
+                out, log_det = layer(x, context)
+                total = (out * gradient).sum() + (log_det * gradient_of_log_det).sum()
+            own = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+            gradient, *others = torch.autograd.grad(total, [x, *own, *contexts], allow_unused=True)
+            for tensor, part in zip([*own, *contexts], others, strict=True):
+                if part is not None:  # a parameter may be shared by layers, the context is
+                    found[tensor] = part if tensor not in found else found[tensor] + part
+            z = x.detach()
+        of_parameters = [found.get(parameter) for parameter in ctx.chain.parameters()]
+        return None, gradient, found.get(context) if contexts else None, *of_parameters
