@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from numbers import Integral
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,11 +82,6 @@ class AffineBijection(ChannelBijection):
         """A, b and log|det A|, for all examples or for each: (C, C) or (B, C, C), (C,) or (B, C), () or (B,)."""
         raise NotImplementedError
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if "forward" in vars(cls) and "as_affine" not in vars(cls):
-            cls.as_affine = None
-
 
 class Chain(Layer):
     """Layers applied one after the other; their contributions add up.
@@ -126,17 +120,10 @@ class Chain(Layer):
         return Chain([*others, *self])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total, affine = torch.zeros(len(x), device=x.device), []
-        for layer in [*self.layers, None]:
-            if _may_merge(layer):
-                affine.append(layer)
-                continue
-            if affine:
-                x, contribution = forward_as_one(affine, x, context)
-                total, affine = total + contribution, []
-            if layer is not None:
-                x, contribution = layer(x, context)
-                total = total + contribution
+        total = torch.zeros(len(x), device=x.device)
+        for layers in _grouped(self.layers):
+            x, contribution = forward_as_one(layers, x, context) if len(layers) > 1 else layers[0](x, context)
+            total = total + contribution
         return x, total
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
@@ -182,11 +169,22 @@ def mix(matrix: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     return mixed.view(channels_first.shape).transpose(0, 1)
 
 
-def _may_merge(layer: Layer | None) -> bool:
-    """Whether the layer is an affine map, and nobody waits to see it called."""
-    if getattr(layer, "as_affine", None) is None or "forward" in vars(layer):
-        return False
-    return not layer._forward_hooks and not layer._forward_pre_hooks
+def _grouped(layers: Iterable[Layer]) -> list[list[Layer]]:
+    """The layers in their order: affine maps that stand side by side in one list, every other layer in its own."""
+    groups: list[list[Layer]] = []
+    for layer in layers:
+        if groups and _may_merge(groups[-1][-1]) and _may_merge(layer):
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+    return groups
+
+
+def _may_merge(layer: Layer) -> bool:
+    """Whether as_affine says what the layer's forward does, and nobody waits to see that called."""
+    watched = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
+    definer = next(kind for kind in type(layer).__mro__ if "forward" in vars(kind))
+    return "as_affine" in vars(definer) and not watched
 
 
 def sum_per_example(values: Tensor) -> Tensor:

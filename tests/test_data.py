@@ -25,6 +25,7 @@ from sets import (
 )
 
 from nflows_lib import data
+from nflows_lib.experiments import image_sets
 
 MIXTURES = pytest.mark.parametrize("mixture", [data.two_gaussians(), data.four_gaussians()], ids=["two", "four"])
 
@@ -272,27 +273,27 @@ def test_svhn_reads_its_files(folder):
     for seed, part in enumerate(("train", "test")):
         images = noise(3, (3, 32, 32), seed)
         write_svhn(folder, part, images, [1, 0, 9])
-        found = data.svhn(part, folder)
+        found = image_sets.svhn(part, folder)
         assert_images(found, (3, 32, 32), [1, 0, 9])
         assert np.array_equal(found.images, images)
 
 
 def test_celeba_reads_its_parts(folder):
     write_celeba(folder, [0, 50, 100, 150, 200], [0, 2, 1, 0, 2])
-    train = data.celeba("train", folder, size=8)
+    train = image_sets.celeba("train", folder, size=8)
     assert_images(train, (3, 8, 8), [0, 0])
     assert train.images[:, 0, 0, 0].tolist() == [0, 150]
-    assert data.celeba("test", folder).images.unique().tolist() == [50, 200]
+    assert image_sets.celeba("test", folder).images.unique().tolist() == [50, 200]
 
 
 def test_flowers102_reads_its_parts(folder):
     write_flowers102(folder, [60, 120, 180, 240], [102, 7, 7, 1], trnid=[1, 2], valid=[4, 3], tstid=[3, 1])
-    train = data.flowers102("train", folder, size=8)
+    train = image_sets.flowers102("train", folder, size=8)
     assert_images(train, (3, 8, 8), [0, 6, 6, 101])
     assert train.images[:, 0, 0, 0].tolist() == [240, 180, 180, 60]
-    assert_images(data.flowers102("test", folder), (3, 64, 64), [101, 6])
+    assert_images(image_sets.flowers102("test", folder), (3, 64, 64), [101, 6])
     with pytest.raises(ValueError, match="size: expected at least 1, got 0"):
-        data.flowers102("test", folder, size=0)
+        image_sets.flowers102("test", folder, size=0)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def test_flowers102_reads_its_parts(folder):
     ],
 )
 def test_a_missing_set_says_where_and_how(tmp_path, name, place, size):
-    read = getattr(data, name)
+    read = getattr(data if name == "cifar10" else image_sets, name)
     with pytest.raises(FileNotFoundError) as caught:
         read("test", tmp_path)
     for part in (f'{name}("test", download=True)', f" {tmp_path / place},", size, "NFLOWS_DATA"):
@@ -332,7 +333,7 @@ def test_image_folder_numbers_its_classes_and_sorts(tmp_path):
         save_picture(tmp_path / name, plain(40 * grey))
     (tmp_path / "a" / "notes.txt").write_text("no image")
     (tmp_path / "0").mkdir()  # holds none, so it is no class
-    found = data.image_folder(tmp_path, 8, "all")
+    found = image_sets.image_folder(tmp_path, 8, "all")
     assert_images(found, (3, 8, 8), [0, 0, 1, 1, 2, 2])
     assert found.images[:, 0, 0, 0].tolist() == [120, 80, 40, 0, 200, 160]
 
@@ -340,9 +341,9 @@ def test_image_folder_numbers_its_classes_and_sorts(tmp_path):
 def test_image_folder_without_classes(tmp_path):
     for i in range(13):
         save_picture(tmp_path / f"{i:02d}.png", plain(i))
-    assert_images(data.image_folder(str(tmp_path), 4, "all"), (3, 4, 4), [0] * 13)
-    assert data.image_folder(tmp_path, 4, "test").images[:, 0, 0, 0].tolist() == [5, 11]
-    assert data.image_folder(tmp_path, 4).images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 12]
+    assert_images(image_sets.image_folder(str(tmp_path), 4, "all"), (3, 4, 4), [0] * 13)
+    assert image_sets.image_folder(tmp_path, 4, "test").images[:, 0, 0, 0].tolist() == [5, 11]
+    assert image_sets.image_folder(tmp_path, 4).images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 12]
 
 
 @pytest.mark.parametrize("upright", [True, False])
@@ -350,14 +351,14 @@ def test_images_keep_their_middle(tmp_path, upright):
     """A ramp of 100 columns and 40 rows: of 30 columns to the left and to the right nothing is left."""
     ramp = np.tile(np.arange(100, dtype=np.uint8), (40, 1))
     save_picture(tmp_path / "1.png", ramp.T if upright else ramp)
-    image = data.image_folder(tmp_path, 4, "all").images[0].float()
+    image = image_sets.image_folder(tmp_path, 4, "all").images[0].float()
     image = image.mT if upright else image
     assert (image - (34.5 + 10 * torch.arange(4))).abs().max() <= 0.5
 
 
 def test_images_are_averaged_as_they_shrink(tmp_path):
     save_picture(tmp_path / "1.png", np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255)  # a fine chequerboard
-    image = data.image_folder(tmp_path, 8, "all").images.int()
+    image = image_sets.image_folder(tmp_path, 8, "all").images.int()
     assert ((image - 127).abs() < 10).all()
 
 
@@ -367,14 +368,14 @@ def test_images_of_a_turned_camera_stand_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise: left becomes above
     Image.fromarray(pixels).save(tmp_path / "1.png", exif=exif)
-    image = data.image_folder(tmp_path, 8, "all").images[0]
+    image = image_sets.image_folder(tmp_path, 8, "all").images[0]
     assert image[:, :4].eq(255).all() and image[:, 4:].eq(0).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
 def test_images_of_any_mode_become_rgb(tmp_path, mode):
     Image.fromarray(plain(255)).convert(mode).save(tmp_path / ("1.jpg" if mode == "CMYK" else "1.png"))
-    found = data.image_folder(tmp_path, 4, "all")
+    found = image_sets.image_folder(tmp_path, 4, "all")
     assert_images(found, (3, 4, 4), [0])
     assert (found.images > 250).all()
 
@@ -383,14 +384,14 @@ def test_image_folder_errors(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"folder: expected one with images \(.jpg, .*nowhere, which is no folder"
     ):
-        data.image_folder(tmp_path / "nowhere")
+        image_sets.image_folder(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=f"got {tmp_path}, which holds none"):
-        data.image_folder(tmp_path)
+        image_sets.image_folder(tmp_path)
     save_picture(tmp_path / "1.png", plain(0))
     with pytest.raises(ValueError, match="size: expected at least 1, got 0"):
-        data.image_folder(tmp_path, 0)
+        image_sets.image_folder(tmp_path, 0)
     with pytest.raises(ValueError, match='part: expected "train", "test" or "all", got \'validation\''):
-        data.image_folder(tmp_path, 8, "validation")
+        image_sets.image_folder(tmp_path, 8, "validation")
 
 
 @pytest.mark.parametrize("broken", ["empty", "truncated", "garbled"])
@@ -402,7 +403,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, broken):
     garbled = whole.replace(b"IDAT", b"\0\0\0\0")
     path.write_bytes({"empty": b"", "truncated": whole[:2000], "garbled": garbled}[broken])
     with pytest.raises(ValueError, match=f"folder: expected images that can be read, got {path}: "):
-        data.image_folder(tmp_path, 8, "all")
+        image_sets.image_folder(tmp_path, 8, "all")
 
 
 # --- augmentation -----------------------------------------------------------------------------------------------------
@@ -413,16 +414,16 @@ def test_random_flip_mirrors_half_of_the_images(dtype):
     torch.manual_seed(0)
     x = torch.randint(256, (1000, 3, 2, 5)).to(dtype)
     before = x.clone()
-    flipped = data.random_flip(x)
+    flipped = image_sets.random_flip(x)
     assert flipped.dtype == dtype
     assert torch.equal(x, before)
     same = (flipped == x).flatten(1).all(1)
     mirrored = (flipped == x.flip(3)).flatten(1).all(1)
     assert (same ^ mirrored).all()
     assert binomtest(int(mirrored.sum()), 1000).pvalue > FIVE_SIGMA
-    assert not torch.equal(data.random_flip(x), flipped)
+    assert not torch.equal(image_sets.random_flip(x), flipped)
 
 
 def test_random_flip_shape_error():
     with pytest.raises(ValueError, match=r"x: expected shape \(B, C, H, W\), got \(2, 784\)"):
-        data.random_flip(torch.zeros(2, 784))
+        image_sets.random_flip(torch.zeros(2, 784))

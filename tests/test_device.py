@@ -27,7 +27,7 @@ from nflows_lib.data import Images
 from nflows_lib.dequantization import Rescale
 from nflows_lib.distributions import StandardLogistic, StandardNormal
 from nflows_lib.evaluation import log_likelihoods
-from nflows_lib.experiments import archive, checkpoint, runs, segmentation, sheets
+from nflows_lib.experiments import archive, checkpoint, image_sets, runs, segmentation, sheets
 from nflows_lib.experiments.pixelwise import PixelClassifier, UNet
 from nflows_lib.experiments.trainer import Interrupted, train
 from nflows_lib.flow import Flow
@@ -282,7 +282,7 @@ def test_evaluations_leave_the_random_state_of_the_device_alone(device):
 def test_augmentation_stays_on_its_device(device):
     images = torch.randint(2, (6, 1, 8, 8), device=device)
     photographs = torch.rand(6, 3, 8, 8, device=device)
-    assert data.random_flip(images).device == device
+    assert image_sets.random_flip(images).device == device
     masks, seen = segmentation.random_view(images, photographs)
     assert masks.device == seen.device == device
     assert masks.dtype == images.dtype

@@ -18,7 +18,17 @@ from nflows_lib.bijection import check_positive
 from nflows_lib.data import Images
 from nflows_lib.distributions import random_state_kept
 from nflows_lib.evaluation import log_likelihoods, log_mean_exp, mean_and_error
-from nflows_lib.experiments import archive, checkpoint, precision, processes, segmentation, sheets, table, trainer
+from nflows_lib.experiments import (
+    archive,
+    checkpoint,
+    image_sets,
+    precision,
+    processes,
+    segmentation,
+    sheets,
+    table,
+    trainer,
+)
 from nflows_lib.experiments.archive import MODEL, RECORD, SAMPLES
 from nflows_lib.experiments.pixelwise import PixelClassifier, UNet
 from nflows_lib.experiments.table import Run
@@ -83,16 +93,16 @@ DATA: dict[str, Callable[[str, Path | None, int], Images]] = {
     "digits": lambda part, folder, size: data.digits(part),
     "mnist": lambda part, folder, size: data.mnist(part, folder),
     "cifar10": lambda part, folder, size: data.cifar10(part, folder),
-    "svhn": lambda part, folder, size: data.svhn(part, folder),
-    "celeba": lambda part, folder, size: data.celeba(part, folder, size=size),
-    "flowers102": lambda part, folder, size: shuffled(data.flowers102(part, folder, size=size)),
+    "svhn": lambda part, folder, size: image_sets.svhn(part, folder),
+    "celeba": lambda part, folder, size: image_sets.celeba(part, folder, size=size),
+    "flowers102": lambda part, folder, size: shuffled(image_sets.flowers102(part, folder, size=size)),
     "flowers5": lambda part, folder, size: shuffled(
-        data.image_folder((folder or settings.data_folder()) / "flowers5", size, part)
+        image_sets.image_folder((folder or settings.data_folder()) / "flowers5", size, part)
     ),
     "horses": lambda part, folder, size: shuffled(segmentation.horses(part, folder, size=size)),
 }
 
-AUGMENTATIONS = {augment.__name__: augment for augment in (data.random_flip, segmentation.random_view)}
+AUGMENTATIONS = {augment.__name__: augment for augment in (image_sets.random_flip, segmentation.random_view)}
 
 # A metric's name: what measures it, and how often that passes the images through the flow (a budget keeps the time).
 METRICS: dict[str, tuple[Callable[[Flow, Images], dict[str, Any]], int]] = {

@@ -18,6 +18,7 @@ from nflows_lib.bijection import check_positive
 from nflows_lib.data import Images
 from nflows_lib.distributions import random_state_kept
 from nflows_lib.evaluation import log_likelihoods, log_mean_exp, mean_and_error
+from nflows_lib.experiments import image_sets
 from nflows_lib.experiments.pixelwise import PixelClassifier
 from nflows_lib.flow import Flow
 
@@ -42,10 +43,10 @@ def horses(part: str = "train", folder: Path | str | None = None, *, size: int =
         FileNotFoundError: there is no such folder, or no photograph in it.
     """
     home = Path(folder or settings.data_folder()) / "weizmann_horse_db"
-    photographs = sorted(path for path in home.glob("horse/*") if path.suffix.lower() in data.SUFFIXES)
+    photographs = sorted(path for path in home.glob("horse/*") if path.suffix.lower() in image_sets.SUFFIXES)
     if not photographs:
         raise FileNotFoundError(f"no photographs in {home}/horse: put the folders horse and mask there")
-    masks = {path.stem: path for path in home.glob("mask/*") if path.suffix.lower() in data.SUFFIXES}
+    masks = {path.stem: path for path in home.glob("mask/*") if path.suffix.lower() in image_sets.SUFFIXES}
     lonely = [path.name for path in photographs if path.stem not in masks]
     if lonely:
         raise ValueError(f"folder: expected a mask for every photograph, got none for {', '.join(lonely[:5])}")

@@ -25,9 +25,9 @@ from test_conditional import parameters_of_cglow
 from test_pixelwise import parameters_of_unet
 from torch.optim import Optimizer
 
-from nflows_lib import data, models
+from nflows_lib import models
 from nflows_lib.data import Images
-from nflows_lib.experiments import precision, runs, segmentation, table, trainer
+from nflows_lib.experiments import image_sets, precision, runs, segmentation, table, trainer
 from nflows_lib.experiments.pixelwise import PixelClassifier
 from nflows_lib.experiments.table import Run
 from nflows_lib.flow import Flow
@@ -373,7 +373,7 @@ def test_shuffled_images_keep_their_contexts():
     assert runs.shuffled(numbered(50, 5)).contexts is None
 
 
-@pytest.mark.parametrize(("name", "read"), [("flowers102", data.flowers102), ("horses", segmentation.horses)])
+@pytest.mark.parametrize(("name", "read"), [("flowers102", image_sets.flowers102), ("horses", segmentation.horses)])
 def test_sets_that_lie_sorted_come_shuffled(name, read, sets):
     run = table.find(SMALLEST[name])
     expected = runs.shuffled(read("train", sets, size=run.shape[1]))

@@ -29,10 +29,11 @@ from test_training import ZEROS, Recorder, log_scale, noisy_nice, scaling, sgd
 from torch import Tensor
 
 from nflows_lib.__main__ import main
-from nflows_lib.data import digit_halves, digits, random_flip
+from nflows_lib.data import digit_halves, digits
 from nflows_lib.distributions import StandardNormal
 from nflows_lib.experiments import checkpoint, trainer
 from nflows_lib.experiments.checkpoint import CheckpointError
+from nflows_lib.experiments.image_sets import random_flip
 from nflows_lib.experiments.segmentation import random_view
 from nflows_lib.experiments.trainer import CHECKPOINT, LOCK, PREVIOUS, Interrupted, Schedule, train
 from nflows_lib.flow import Flow
