@@ -223,8 +223,8 @@ the number of processes must divide it, and a run goes on with as many processes
 whole first batch and gives its parameters to the others, so that all start alike (in other code each replica was seen to set its own from its own
 share); batch norms take the statistics of the whole batch; gradients are averaged; each process draws its own noise. The suite
 runs two processes on the CPU and compares: for a small conditional flow without noise, losses and parameters are those of one process on the
-joint batch; and a Glow that was stopped goes on to the same parameters as one that was not. Nobody has tried it on several GPUs yet, nor with `--compile`,
-which it refuses.
+joint batch; and a Glow that was stopped goes on to the same parameters as one that was not. Nobody has tried it on several GPUs yet, nor with
+`torch.compile`: under `torchrun` no run is compiled, and `--compile` is refused.
 
 When a run ends, its folder holds the record, the model, samples, and the sheet of samples through training that you see above.
 `data/pretrained/README.md` says what to do to ship it.

@@ -65,7 +65,6 @@ def _train(options: argparse.Namespace) -> int:
         again = ["-m", "nflows_lib", "train", options.run, "--resume"]
         for name in ("data", "out"):
             again += [f"--{name}", str(getattr(options, name))] if getattr(options, name) else []
-        again += ["--compile"] if options.compile else []
         if processes.rank() == 0:
             print(f"\n{stopped}, and saved.\nTo go on: {processes.launcher()} {shlex.join(again)}", file=sys.stderr)
         return 130
@@ -140,7 +139,12 @@ def _parser() -> argparse.ArgumentParser:
     either.add_argument("--steps", type=count, help="number of updates, instead of a budget")
     train.add_argument("--save-every", type=seconds, default=60.0, metavar="TIME", help="between checkpoints (60s)")
     train.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, if there is one")
-    train.add_argument("--compile", action="store_true", help="with torch.compile: a slow start, then faster steps")
+    train.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="with or without torch.compile, which has a slow start, then faster steps (default: with it, if the time "
+        "for the run is longer than ten minutes and there is a compiler; a resumed run keeps to what it did)",
+    )
     train.set_defaults(command=_train)
     evaluate = commands.add_parser("evaluate", help="bits/dim on the test images")
     evaluate.add_argument("--record", action="store_true", help="measure again what the run measures, into run.json")

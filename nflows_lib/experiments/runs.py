@@ -21,6 +21,7 @@ from nflows_lib.evaluation import log_likelihoods, log_mean_exp, mean_and_error
 from nflows_lib.experiments import (
     archive,
     checkpoint,
+    compiling,
     image_sets,
     precision,
     processes,
@@ -147,7 +148,7 @@ def train(
     draws: int | None = None,
     save_every: float = 60.0,
     resume: bool = False,
-    compiled: bool = False,
+    compiled: bool | None = None,
 ) -> Flow:
     """Train a named run on the GPU, if there is one, and return the flow, on its device. Several processes share it.
 
@@ -164,7 +165,10 @@ def train(
         draws: draws of the noise that the final result averages over; None: as few as :func:`evaluate` finds enough.
         save_every: seconds between checkpoints.
         resume: go on from the folder's checkpoint, if there is one.
-        compiled: let torch.compile make one graph of the flow: about a minute at first, then faster steps.
+        compiled: let torch.compile make one graph of the flow: a minute or more at first, then faster steps. None: a
+            resumed run keeps to what it did, and a new one is compiled if its budget, given or the table's, is longer
+            than ten minutes, unless it has a number of ``steps``, there is no compiler, torchrun started it, or it is
+            on mps.
 
     Raises:
         ValueError: an unknown run, a folder with a checkpoint and no resume, draws below 1, compiled under torchrun
@@ -172,8 +176,6 @@ def train(
     """
     run = table.find(name)
     check_positive(draws=1 if draws is None else draws)
-    if compiled and processes.torchrun():
-        raise ValueError("compiled: expected False under torchrun, where it is untried, got True")
     out = out or archive.work_folder(name)
     made = archive.origin()
     earlier = trainer.read_checkpoint(out) if resume else None
@@ -195,8 +197,8 @@ def train(
         sheets.save_samples(judged, run.shape, out / f"samples-{step:07d}.png", contexts=contexts)
 
     with processes.process_group() as device:
-        if compiled and device.type == "mps":
-            raise ValueError("compiled: expected False on mps, where it is untried, got True")
+        before = earlier["settings"].get("compiled", False) if earlier else None
+        chosen = compiling.choose(compiled, before, budget, device)
         flow = build(run, device, kept)
         images, test = (images_of(run, part, data_folder) for part in ("train", "test"))
         examples = images.images.reshape(-1, *flow.shape).to(device)  # drawn, flipped and dequantized there
@@ -204,8 +206,6 @@ def train(
         passes = (draws or 2) + (METRICS[run.metrics][1] if run.metrics else 0)
         options = dict(run.training)
         augment = options.pop("augment", None)
-        if compiled:
-            flow.compile()  # in place: names of parameters stay as they are
         history = trainer.train(
             flow,
             examples[run.held_out :],
@@ -222,6 +222,7 @@ def train(
             afterwards=len(test.images) * passes + 2 * ROUNDED,
             save_every=save_every,
             resume=resume,
+            compiled=chosen,
             **options,
         )
     if processes.rank() > 0:
@@ -237,7 +238,7 @@ def train(
         # What decides the result, not where its files lay.
         "command": f"{processes.launcher()} -m nflows_lib train {name} "
         + (f"--steps {steps}" if steps else f"--budget {budget:g}s")
-        + (" --compile" if compiled else ""),
+        + (" --compile" if facts["settings"]["compiled"] else " --no-compile" if compiling.is_long(budget) else ""),
         "hardware": (f"{count} × " if count > 1 else "") + made["hardware"],
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
         "steps": len(history.grad_norm),

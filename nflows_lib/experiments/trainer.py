@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from nflows_lib import settings
 from nflows_lib.distributions import random_state_kept
 from nflows_lib.evaluation import log_likelihoods, mean_and_error
-from nflows_lib.experiments import checkpoint, precision, processes
+from nflows_lib.experiments import checkpoint, compiling, precision, processes
 from nflows_lib.flow import Flow, check_data
 from nflows_lib.training import (
     Augment,
@@ -113,6 +113,7 @@ def train(
     afterwards: int = 0,
     save_every: float = 60.0,
     resume: bool = False,
+    compiled: bool = False,
 ) -> History:
     """Train a flow as :func:`nflows_lib.training.fit` does, with checkpoints in a folder.
 
@@ -142,6 +143,9 @@ def train(
             time for them, at most half of itself.
         save_every: seconds between two checkpoints.
         resume: go on from the folder's checkpoint; without one, start.
+        compiled: let torch.compile make one graph of the training step's forward and backward pass. It takes a minute
+            or more, which counts in the budget. If it fails, the run says so and goes on without it. The checkpoint's
+            settings say whether the steps are compiled; a resumed run may change that.
 
     Raises:
         ValueError: an argument is out of its range, data are not the flow's, the folder cannot be written to, another
@@ -195,6 +199,8 @@ def train(
                 f"folder: expected one without a checkpoint, or resume=True, got {folder}, which holds one"
             )
         trainer.plan(steps, budget)
+        if compiled:
+            trainer.compile()
         saved = time.monotonic()
         with settings.progress_bar(trainer.schedule.total, batch_size, trainer.step, processes.rank() == 0) as bar:
             while trainer.step != trainer.schedule.total:
@@ -261,6 +267,7 @@ class _Trainer:
     def __post_init__(self) -> None:
         self.device = next(self.flow.parameters()).device
         self.replica: nn.Module = self.flow  # what an update calls: with several processes it averages their gradients
+        self.compiled = False
         self.shuffle = Shuffle(self.batch_size, self._permutation)
         self.history = History()
         self.average: Average | None = None
@@ -291,6 +298,13 @@ class _Trainer:
             torch.manual_seed(torch.initial_seed() + 1_000_003 * processes.rank())
         if processes.world_size() > 1:
             self.first = self._batch(index)
+
+    def compile(self) -> None:
+        """Let updates call a compiled graph of the flow, if compiling works. Evaluations call the flow itself."""
+        with random_state_kept(self.device):
+            batch = self._batch(torch.arange(self.batch_size, device=self.data.device))
+        plain, self.replica = self.replica, compiling.compile_flow(self.replica, *batch)
+        self.compiled = self.replica is not plain
 
     def plan(self, steps: int | None, budget: float | None) -> None:
         """Fix the number of steps, if it is given or can be told by now, and unless that has been done."""
@@ -395,7 +409,7 @@ class _Trainer:
             "seconds": self._elapsed(),
             "asked": self.asked,
             "schedule": asdict(self.schedule),
-            "settings": self.settings,
+            "settings": self.settings | {"compiled": self.compiled},
         }
         checkpoint.save(self.folder / CHECKPOINT, tensors, facts, previous=self.folder / PREVIOUS)
 

@@ -1,0 +1,81 @@
+"""torch.compile in named runs: which of them are compiled, and a first step that shows whether compiling works."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import sys
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nflows_lib.distributions import random_state_kept
+from nflows_lib.experiments import processes
+
+
+def is_long(seconds: float | None) -> bool:
+    """Whether a run takes more than ten minutes; None: it has a number of steps, and nobody knows how long they take.
+
+    A CPU compiles most flows of the table in one or two minutes, which the faster steps of a shorter run do not save.
+    """
+    return seconds is not None and seconds > 600
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile finds what it needs for a device.
+
+    A GPU with CUDA needs Triton and compute capability 7.0, a CPU needs the C++ compiler that ``CXX`` names, by default
+    g++ (on a Mac clang++, on Windows cl). On other devices compiling is untried: for them the answer is False.
+    """
+    if device.type == "cuda":
+        return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
+    if device.type == "cpu":
+        usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        return shutil.which(os.environ.get("CXX", usual)) is not None
+    return False
+
+
+def choose(wish: bool | None, kept: bool | None, seconds: float | None, device: torch.device) -> bool:
+    """Whether a run is compiled.
+
+    Args:
+        wish: what the caller says. It is followed if it is not None.
+        kept: for a resumed run, whether its last part was compiled. The run keeps to that, unless there is no compiler
+            now. None: the run is new. It is compiled if it is longer than ten minutes and there is a compiler.
+        seconds: the time that the run may take; None: a number of steps was given instead.
+        device: the device on which the run trains.
+
+    Raises:
+        ValueError: the wish is True under torchrun or on mps, where compiling is untried.
+    """
+    untried = "under torchrun" if processes.torchrun() else "on mps" if device.type == "mps" else None
+    if wish and untried:
+        raise ValueError(f"compiled: expected False {untried}, where it is untried, got True")
+    if wish is not None:
+        return wish
+    possible = untried is None and has_compiler(device)
+    if kept and not possible:
+        tqdm.write(f"The run was compiled before. It goes on without torch.compile: {untried or 'no compiler'}.")
+    return possible and (is_long(seconds) if kept is None else kept)
+
+
+def compile_flow(flow: nn.Module, batch: Tensor, context: Tensor | None) -> nn.Module:
+    """The flow as one graph, which a step on this batch has compiled; the flow itself, and a line, if that step fails.
+
+    The graph computes with the flow's own parameters. They, the buffers and the random state are as before.
+    """
+    graph, state = torch.compile(flow), copy.deepcopy(flow.state_dict())
+    try:
+        with random_state_kept(batch.device):
+            graph(batch, context, validate=False).mean().backward()
+    except Exception as error:  # whatever the absence or the failure of a compiler raises
+        cause = getattr(error, "inner_exception", error)  # PyTorch wraps what a compiler raises
+        reason = next(iter(str(cause).splitlines()), "")
+        tqdm.write(f"torch.compile failed, so the run goes on without it: {type(cause).__name__}: {reason}")
+        graph = flow
+    flow.load_state_dict(state)
+    flow.zero_grad()
+    return graph
