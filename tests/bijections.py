@@ -68,6 +68,38 @@ def mlp(shape: Shape, depth: int, context: int = 0, outputs: int = 1, parity: in
     return MLP(passes, outputs * (shape[0] - passes), hidden=8, depth=depth, activation=nn.Tanh, context=context)
 
 
+class Masked(Bijection):
+    """A coupling of vectors as the library had it before it cut them in two, and as a reader may write it.
+
+    The network gets b x, as long as x, and its output is masked. With a gain it is affine, without one additive.
+    """
+
+    def __init__(self, mask: Tensor, network: nn.Module, affine: bool) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+        self.network = network
+        self.gain = nn.Parameter(torch.ones(())) if affine else None
+
+    def log_scale(self, raw: Tensor) -> Tensor:
+        return self.gain * raw.tanh()
+
+    def parts(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Log-scale and shift, 0 where the mask passes."""
+        shift = self.network(x * self.mask, context)
+        if self.gain is None:
+            return torch.zeros_like(x), shift * ~self.mask
+        raw, shift = shift.chunk(2, dim=1)
+        return self.log_scale(raw) * ~self.mask, shift * ~self.mask
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        log_scale, shift = self.parts(x, context)
+        return x * log_scale.exp() + shift, log_scale.sum(1)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        log_scale, shift = self.parts(z, context)
+        return (z - shift) * (-log_scale).exp()
+
+
 def used_batch_norm(shape: Shape) -> FlowBatchNorm:
     """One whose running averages are no longer the identity's."""
     layer = FlowBatchNorm(shape[0])

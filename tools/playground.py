@@ -36,9 +36,9 @@ SIZES = {"couplings": 8, "hidden": 20, "depth": 1, "activation": nn.SiLU}
 class Untamed(AffineCoupling):
     """An affine coupling without the line that keeps its log-scale within bounds: no g tanh(.) (chapter 3, F12)."""
 
-    def _log_scale_and_shift(self, name: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        log_scale, shift = self._network_output(name, x, context, outputs=2).chunk(2, dim=1)
-        return log_scale * ~self.mask, shift * ~self.mask
+    def _log_scale_and_shift(self, x1: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        log_scale, shift = self._network_output(x1, context, outputs=2)
+        return log_scale, shift
 
 
 def sine(n: int) -> Tensor:
@@ -74,7 +74,7 @@ def build(model: str, without: str) -> Flow:
     if without == "alternation":
         for layer in flow.chain:
             if hasattr(layer, "mask"):
-                layer.mask.copy_(alternating_mask(2, 0))
+                layer.load_state_dict({**layer.state_dict(), "mask": alternating_mask(2, 0)})
     return flow
 
 

@@ -14,6 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from nflows_lib.coupling import AdditiveCoupling, AffineCoupling
+from nflows_lib.networks import MLP
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read; the message says what is wrong and what is left."""
@@ -84,16 +87,42 @@ def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict[str, 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copy tensors into a module's parameters and buffers, if names and shapes are just its own.
 
+    Tensors of masked couplings on vectors are cut by :func:`unmasked` first.
+
     Raises:
         CheckpointError: they are another model's. The module is as it was.
     """
-    own = module.state_dict()
+    own, tensors = module.state_dict(), unmasked(module, tensors)
     for name in sorted(own.keys() | tensors.keys()):
         ours = "none" if name not in own else f"shape {tuple(own[name].shape)}"
         theirs = "none" if name not in tensors else f"shape {tuple(tensors[name].shape)}"
         if ours != theirs:
             raise CheckpointError(f"{source}: another model's: expected {name} with {ours}, got {theirs}")
     module.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in tensors.items()})
+
+
+def unmasked(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, or moments of an optimizer under the same names, without what the masks of earlier versions hid.
+
+    In those a coupling on vectors gave its network b x instead of the passing half, and masked the network's output. So
+    the first matrix had columns that met zeros, and the last matrix and bias had rows that were dropped. Without them
+    the function is the same, and so is its training, since their gradients were 0. Other tensors are left alone.
+    """
+    cut = dict(tensors)
+    for path, layer in module.named_modules():
+        if isinstance(layer, AdditiveCoupling | AffineCoupling) and isinstance(layer.network, MLP):
+            prefix = f"{path}." if path else ""
+            mask = tensors.get(f"{prefix}mask", layer.mask).bool().cpu()
+            if mask.dim() > 1 or mask.shape != layer.mask.shape:
+                continue
+            weights = list(layer.network.named_parameters(f"{prefix}network"))
+            columns = torch.cat([mask, mask.new_ones(layer.network.context)])
+            rows = (~mask).repeat(len(weights[-1][1]) // len(layer.changing))
+            for (name, own), kept, dim in ((weights[0], columns, 1), (weights[-2], rows, 0), (weights[-1], rows, 0)):
+                masked_shape = (*own.shape[:dim], len(kept), *own.shape[dim + 1 :])
+                if name in cut and cut[name].shape == masked_shape:
+                    cut[name] = cut[name].index_select(dim, kept.nonzero().flatten())
+    return cut
 
 
 def halve(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from nflows_lib.bijection import Layer
 from nflows_lib.coupling import AdditiveCoupling, AffineCoupling
@@ -30,8 +31,8 @@ def to_json(flow: Flow) -> dict[str, Any]:
     - ``scaling``: z = exp(s) x, with ``log_scale`` s, D numbers.
     - ``additive``, ``affine``: ``passes`` is the mask, D times 0 or 1; ``gain`` the g of an affine one; ``widths`` and
       ``activation`` describe the network, and ``weights`` are its numbers, layer by layer the matrix, row by row, and
-      then the bias, as float16, little-endian, in base64. What a coupling never uses is left out of the first matrix
-      (columns of what is changed, which come in as 0) and out of the last (rows of what passes).
+      then the bias, as float16, little-endian, in base64. The network is given the numbers that pass. For each of the
+      others it gives a shift, and an affine coupling's network before all shifts what becomes their log-scales.
 
     Weights are rounded to float16, three decimal digits: what :func:`from_json` reads back is a flow beside this one,
     and it is that flow which the other program runs.
@@ -71,8 +72,7 @@ def _layer_to_json(layer: Layer) -> dict[str, Any]:
     linear = [part for part in layer.network.layers if isinstance(part, nn.Linear)]
     content["widths"] = [part.out_features for part in linear[:-1]]
     content["activation"] = _name_of(layer.network.layers[1], ACTIVATIONS, "activation")
-    tensors = [tensor for part in linear for tensor in (part.weight, part.bias)]
-    content["weights"] = encode(torch.cat([tensor[used].flatten() for tensor, used in _used(tensors, layer.mask)]))
+    content["weights"] = encode(parameters_to_vector(layer.network.parameters()))
     return content
 
 
@@ -84,35 +84,20 @@ def _layer_from_json(content: Mapping[str, Any], dims: int) -> Layer:
     coupling = _find(content["kind"], COUPLINGS, "kind")
     mask = torch.tensor(content["passes"], dtype=torch.bool)
     widths, activation = content["widths"], _find(content["activation"], ACTIVATIONS, "activation")
-    outputs = 2 * dims if coupling is AffineCoupling else dims
+    passes = int(mask.sum())
+    outputs = (2 if coupling is AffineCoupling else 1) * (dims - passes)
     if len({*widths}) != 1:
         raise ValueError(f"widths: expected equal ones, got {widths}")
-    network = MLP(dims, outputs, widths[0], len(widths), activation)
+    network = MLP(passes, outputs, widths[0], len(widths), activation)
     layer = coupling(mask, network)
     if coupling is AffineCoupling:
         layer.gain.data.fill_(content["gain"])
     values = decode(content["weights"])
-    used = list(_used([parameter.data for parameter in network.parameters()], mask))
-    needed = [tensor[index].numel() for tensor, index in used]
-    if sum(needed) != len(values):
-        raise ValueError(f"weights: expected {sum(needed)} numbers, got {len(values)}")
-    for (tensor, index), part in zip(used, values.split(needed), strict=True):
-        tensor.zero_()[index] = part.view(tensor[index].shape)
+    needed = sum(parameter.numel() for parameter in network.parameters())
+    if needed != len(values):
+        raise ValueError(f"weights: expected {needed} numbers, got {len(values)}")
+    vector_to_parameters(values, network.parameters())
     return layer
-
-
-def _used(tensors: list[Tensor], mask: Tensor) -> list[tuple[Tensor, Any]]:
-    """Each weight and bias of a coupling's network, with the index of what of it can have an effect.
-
-    Its inputs are those that the mask passes; its outputs, one or two a dimension, are for those that it changes.
-    """
-    everything = slice(None)
-    passes = mask.nonzero().squeeze(1)
-    changes = (~mask).repeat(len(tensors[-1]) // len(mask)).nonzero().squeeze(1)
-    indices: list[Any] = [everything] * len(tensors)
-    indices[0] = (everything, passes)
-    indices[-2:] = [changes, changes]
-    return list(zip(tensors, indices, strict=True))
 
 
 def encode(values: Tensor) -> str:

@@ -441,10 +441,16 @@ class _Trainer:
         if self.average is not None:
             checkpoint.load_into(self.average.averaged, _under("average.module.", tensors), path.name)
             self.average.updates = int(tensors["average.n_averaged"])
-        state: dict[int, dict[str, Tensor]] = {}
+        names = {parameter: name for name, parameter in self.flow.named_parameters()}
+        order = [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments: dict[str, dict[str, Tensor]] = {}
         for name, tensor in _under("optimizer.", tensors).items():
             index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = tensor
+            moments.setdefault(key, {})[order[int(index)]] = tensor
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, named in moments.items():
+            for name, tensor in checkpoint.unmasked(self.flow, named).items():
+                state.setdefault(order.index(name), {})[key] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.flow.train()
         self.shuffle.order, self.shuffle.position = tensors["run.order"].to(self.data.device), facts["position"]

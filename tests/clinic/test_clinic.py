@@ -23,6 +23,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bijections import Masked
 from torch import Tensor, nn
 
 import nflows_lib
@@ -35,7 +36,7 @@ from nflows_lib.convolution import ChannelPermutation, Invertible1x1Conv
 from nflows_lib.coupling import AffineCoupling, GlowCoupling, alternating_mask, channel_mask, checkerboard_mask
 from nflows_lib.dequantization import Logit, Rescale, UniformDequantize
 from nflows_lib.distributions import StandardLogistic, StandardNormal
-from nflows_lib.experiments import ablations
+from nflows_lib.experiments import ablations, checkpoint
 from nflows_lib.flow import Flow
 from nflows_lib.models import cglow, glow, nice, realnvp, realnvp_points
 from nflows_lib.multiscale import Squeeze
@@ -122,7 +123,7 @@ def f1(fixed: bool) -> Patient:
 
 def f2(fixed: bool) -> Patient:
     layers = chapter("01_nice").AdditiveCoupling
-    couplings = [layers(alternating_mask(2, i % 2 if fixed else 0), MLP(2, 2, hidden=64, depth=2)) for i in range(4)]
+    couplings = [layers(alternating_mask(2, i % 2 if fixed else 0), MLP(1, 1, hidden=64, depth=2)) for i in range(4)]
     return toy([*couplings, DiagonalScaling(2)], StandardLogistic())
 
 
@@ -656,8 +657,8 @@ class OverTheBatch(AffineCoupling):
 
 
 class BoundedShift(AffineCoupling):
-    def _log_scale_and_shift(self, name: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        log_scale, shift = super()._log_scale_and_shift(name, x, context)
+    def _log_scale_and_shift(self, x1: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        log_scale, shift = super()._log_scale_and_shift(x1, context)
         return log_scale, shift.tanh()
 
 
@@ -686,8 +687,8 @@ def on_points(*layers: nn.Module) -> Patient:
     return toy([randomised(layer) for layer in layers])
 
 
-def coupling(kind: type[AffineCoupling], parity: int = 0, outputs: int = 4) -> AffineCoupling:
-    return kind(alternating_mask(2, parity), MLP(2, outputs, hidden=16, depth=2))
+def coupling(kind: type[AffineCoupling], parity: int = 0) -> AffineCoupling:
+    return kind(alternating_mask(2, parity), MLP(1, 2, hidden=16, depth=2))
 
 
 class Normed(nn.Sequential):
@@ -696,7 +697,7 @@ class Normed(nn.Sequential):
 
 
 def batch_norm_inside() -> Patient:
-    networks = [Normed(nn.Linear(2, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)) for _ in range(2)]
+    networks = [Normed(nn.Linear(1, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2)) for _ in range(2)]
     couplings = [AffineCoupling(alternating_mask(2, i), network) for i, network in enumerate(networks)]
     return Patient(Flow(couplings, StandardNormal(), (2,)).train(), data.toy("moons", 64))
 
@@ -716,7 +717,7 @@ def five_bits() -> Patient:
 def deep_and_steep() -> Patient:
     layers = []
     for i in range(32):
-        layers.append(AffineCoupling(alternating_mask(8, i % 2), MLP(8, 16, 32, 2)))
+        layers.append(AffineCoupling(alternating_mask(8, i % 2), MLP(4, 8, 32, 2)))
         nn.init.normal_(layers[-1].network.layers[-1].weight, std=0.3)
         nn.init.constant_(layers[-1].gain, 2.0)
     return Patient(Flow(layers, StandardNormal(), (8,)).eval(), torch.randn(64, 8))
@@ -789,6 +790,44 @@ def test_it_takes_any_module_with_forward_and_inverse() -> None:
 
     findings = {finding.test: finding for finding in doctor(Beside(), torch.randn(32, 4))}
     assert findings["round trip"].passed is False
+
+
+class MaskedUnbounded(Masked):
+    def log_scale(self, raw: Tensor) -> Tensor:
+        return raw
+
+
+class MaskedInput(Masked):
+    """Only what goes into the network is masked."""
+
+    def parts(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        raw, shift = self.network(x * self.mask, context).chunk(2, dim=1)
+        return self.log_scale(raw), shift
+
+
+def test_a_reader_s_masked_coupling_is_examined_as_the_library_s_halves_are() -> None:
+    """Two flows of the same function get the same verdicts, and the mistakes of a masked one are found."""
+
+    def masked(kind: type[Masked]) -> list[Masked]:
+        return [randomised(kind(alternating_mask(8, i), MLP(8, 16, hidden=16, depth=2), affine=True)) for i in (0, 1)]
+
+    def of(layers: list[nn.Module]) -> dict[str, Finding]:
+        return found(Flow(layers, StandardNormal(), (8,)).eval(), batch)
+
+    torch.manual_seed(0)
+    batch, whole = torch.randn(64, 8), masked(Masked)
+    halves = [AffineCoupling(layer.mask, MLP(4, 8, hidden=16, depth=2)) for layer in whole]
+    for layer, half in zip(whole, halves, strict=True):
+        checkpoint.load_into(half, layer.state_dict(), "masked")
+    ours, theirs = of(halves), of(whole)
+    assert {name: (test.passed, test.entry) for name, test in theirs.items()} == {
+        name: (test.passed, test.entry) for name, test in ours.items()
+    }
+    assert theirs["round trip"].passed
+    assert theirs["log-det"].passed
+    assert theirs["scales"].measured == "bounded in 2 of 2 couplings"
+    assert of(masked(MaskedUnbounded))["scales"].entry == "F12"
+    assert of(masked(MaskedInput))["round trip"].entry == "F3"
 
 
 def test_nothing_of_the_flow_changes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -1088,7 +1127,7 @@ def test_another_start_is_compared_in_training_mode() -> None:
     torch.manual_seed(0)
     norm = FlowBatchNorm(2)
     norm.running_mean.fill_(30.0)  # stale: of this the modes speak, not the start
-    couplings = [AffineCoupling(alternating_mask(2, i), MLP(2, 4, hidden=16, depth=2)) for i in (0, 1)]
+    couplings = [AffineCoupling(alternating_mask(2, i), MLP(1, 2, hidden=16, depth=2)) for i in (0, 1)]
     patient = toy([*couplings, norm])
     findings = found(patient.flow, patient.batch)
     assert findings["modes"].entry == "F15"

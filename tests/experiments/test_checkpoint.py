@@ -8,10 +8,17 @@ import os
 
 import pytest
 import torch
-from torch import nn
+from bijections import Masked, randomize
+from torch import Tensor, nn
 
+from nflows_lib.bijection import Bijection
+from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, alternating_mask
+from nflows_lib.distributions import StandardNormal
 from nflows_lib.experiments import checkpoint
 from nflows_lib.experiments.checkpoint import CheckpointError
+from nflows_lib.flow import Flow
+from nflows_lib.networks import MLP
+from nflows_lib.normalization import DiagonalScaling
 
 TENSORS = {
     "float": torch.randn(3, 4),
@@ -143,6 +150,75 @@ def test_another_models_tensors_are_refused_whole(other, message):
     with pytest.raises(CheckpointError, match=message):
         checkpoint.load_into(model, other.state_dict(), "it")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def masked_coupling(mask: Tensor, affine: bool, context: int = 0) -> tuple[Masked, Bijection]:
+    """A coupling with a network of whole vectors, all of it random, and one of the library's for halves."""
+    dims, passes, parts = len(mask), int(mask.sum()), 1 + affine
+    sizes = {"hidden": 6, "depth": 2, "activation": nn.Tanh, "context": context}
+    masked = Masked(mask, MLP(dims, parts * dims, **sizes), affine)
+    randomize(masked)
+    network = MLP(passes, parts * (dims - passes), **sizes)
+    return masked, (AffineCoupling if affine else AdditiveCoupling)(mask, network)
+
+
+MASKS = [alternating_mask(dims, parity) for dims in (2, 5, 6) for parity in (0, 1)]
+MASKS += [torch.tensor([True, True, False, False, False])]
+
+
+@pytest.mark.parametrize("context", [0, 3])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: "".join(map(str, mask.int().tolist())))
+@torch.no_grad()
+def test_a_masked_coupling_of_an_earlier_version_loads_as_the_same_function(mask, affine, context):
+    """Alone and inside a flow; what is in halves already loads as it is."""
+    torch.manual_seed(0)
+    masked, halves = masked_coupling(mask, affine, context)
+    checkpoint.load_into(halves, masked.state_dict(), "masked")
+    x, given = torch.randn(50, len(mask)), torch.randn(50, context) if context else None
+    for found, expected in zip(halves(x, given), masked(x, given), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(halves.inverse(x, given), masked.inverse(x, given), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(halves(x, given)[0], x)
+
+    _, other = masked_coupling(mask, affine, context)
+    flows = [Flow([DiagonalScaling(len(mask)), layer], StandardNormal(), mask.shape) for layer in (masked, other)]
+    checkpoint.load_into(flows[1], flows[0].state_dict(), "masked")
+    torch.testing.assert_close(flows[1](x, given), flows[0](x, given), rtol=1e-6, atol=1e-6)
+    again = checkpoint.unmasked(flows[1], flows[1].state_dict())
+    assert all(torch.equal(again[name], tensor) for name, tensor in flows[1].state_dict().items())
+
+
+def test_the_mask_of_the_file_says_what_of_a_masked_coupling_is_kept():
+    torch.manual_seed(0)
+    masked, _ = masked_coupling(alternating_mask(6, 1), affine=True)
+    _, halves = masked_coupling(alternating_mask(6, 0), affine=True)
+    checkpoint.load_into(halves, masked.state_dict(), "masked")
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(halves(x), masked(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask": torch.ones(1, 2, 3, dtype=torch.bool)}, r"expected mask with shape \(6,\), got shape \(1, 2, 3\)"),
+        ({"mask": alternating_mask(5, 0)}, r"expected mask with shape \(6,\), got shape \(5,\)"),
+        ({"network.layers.0.weight": torch.ones(6, 7)}, r"0\.weight with shape \(6, 3\), got shape \(6, 7\)"),
+        ({"network.layers.0.weight": torch.ones(5, 6)}, r"0\.weight with shape \(6, 3\), got shape \(5, 6\)"),
+        ({"network.layers.4.bias": torch.ones(6)}, r"4\.bias with shape \(6,\), got none"),
+        ({"network.layers.4.bias": torch.ones(13)}, r"4\.bias with shape \(6,\), got shape \(13,\)"),
+        ({"network.layers.4.weight": torch.ones(12, 5)}, r"4\.weight with shape \(6, 6\), got shape \(12, 5\)"),
+    ],
+)
+def test_a_masked_coupling_of_another_size_is_refused_whole(change, message):
+    masked, halves = masked_coupling(alternating_mask(6, 0), affine=True)
+    tensors = masked.state_dict() | change
+    if "none" in message:
+        del tensors["network.layers.4.bias"]
+    before = {name: tensor.clone() for name, tensor in halves.state_dict().items()}
+    with pytest.raises(CheckpointError, match=f"it: another model's: .*{message}"):
+        checkpoint.load_into(halves, tensors, "it")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in halves.state_dict().items())
 
 
 def test_half_precision_is_for_matrices_and_loads_as_float32():

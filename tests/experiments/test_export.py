@@ -80,26 +80,26 @@ class Perceptron(MLP):
         ),
         (lambda: models.nice(4, levels=16), "layer: expected AdditiveCoupling, AffineCoupling, got UniformDequantize"),
         (
-            lambda: Flow([Subclass(alternating_mask(2, 0), MLP(2, 4, 3, 1))], StandardNormal(), (2,)),
+            lambda: Flow([Subclass(alternating_mask(2, 0), MLP(1, 2, 3, 1))], StandardNormal(), (2,)),
             "layer: expected .*, got Subclass",
         ),
         (
-            lambda: Flow([AdditiveCoupling(alternating_mask(2, 0), nn.Linear(2, 2))], StandardNormal(), (2,)),
+            lambda: Flow([AdditiveCoupling(alternating_mask(2, 0), nn.Linear(1, 1))], StandardNormal(), (2,)),
             "network: expected an MLP without a context, got Linear",
         ),
         (
-            lambda: Flow([AdditiveCoupling(alternating_mask(2, 0), Perceptron(2, 2, 3, 1))], StandardNormal(), (2,)),
+            lambda: Flow([AdditiveCoupling(alternating_mask(2, 0), Perceptron(1, 1, 3, 1))], StandardNormal(), (2,)),
             "network: expected an MLP without a context, got Perceptron",
         ),
         (
             lambda: Flow(
-                [AdditiveCoupling(alternating_mask(2, 0), MLP(2, 2, 3, 1, context=2))], StandardNormal(), (2,)
+                [AdditiveCoupling(alternating_mask(2, 0), MLP(1, 1, 3, 1, context=2))], StandardNormal(), (2,)
             ),
             "network: expected an MLP without a context, got MLP",
         ),
         (lambda: Flow([Scaled(2)], StandardNormal(), (2,)), "layer: expected .*, got Scaled"),
         (
-            lambda: Flow([AdditiveCoupling(alternating_mask(2, 0), MLP(2, 2, 3, 1, nn.ELU))], StandardNormal(), (2,)),
+            lambda: Flow([AdditiveCoupling(alternating_mask(2, 0), MLP(1, 1, 3, 1, nn.ELU))], StandardNormal(), (2,)),
             "activation: expected ReLU, SiLU, Tanh, got ELU",
         ),
         (lambda: Flow(models.nice(2).chain, nn.Identity(), (2,)), "base: expected .*, got Identity"),

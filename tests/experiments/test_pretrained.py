@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bijections import Masked
+from torch import nn
 
-from nflows_lib.experiments import archive, runs, table
+from nflows_lib.coupling import AdditiveCoupling
+from nflows_lib.experiments import archive, checkpoint, runs, table
+from nflows_lib.flow import Flow
+from nflows_lib.networks import MLP
 
 PRETRAINED = archive.ROOT / "data" / "pretrained"
 SHIPPED = sorted(path.parent.name for path in PRETRAINED.glob("*/model.safetensors"))
@@ -33,7 +38,29 @@ def test_a_shipped_model_loads_and_samples(name):
     assert drawn.float().std() > 1 or drawn.float().mean() < 0.4
     log_p = flow.log_prob(drawn, context)
     assert log_p.isfinite().all()
-    assert sum(parameter.numel() for parameter in flow.parameters()) == archive.load(name)["parameters"]
+    record = archive.load(name)
+    assert sum(parameter.numel() for parameter in flow.parameters()) == record["parameters"]
+    tensors, _ = checkpoint.load(archive.folder(name) / archive.MODEL)
+    stored = sum(tensors[key].numel() for key, _ in flow.named_parameters())
+    assert stored == record.get("parameters_with_masked_ones", record["parameters"])
+
+
+@torch.no_grad()
+def test_a_shipped_nice_of_masked_couplings_is_the_same_function_in_halves():
+    """It was trained when its networks took whole vectors with zeros in them, and the file still holds those."""
+    tensors, _ = checkpoint.load(archive.folder("nice-mnist-small") / archive.MODEL)
+    flow = runs.load_flow("nice-mnist-small")
+    layers = list(flow.chain)
+    for i, layer in enumerate(layers):
+        if isinstance(layer, AdditiveCoupling):
+            linear = [part for part in layer.network.layers if isinstance(part, nn.Linear)]
+            network = MLP(784, 784, linear[0].out_features, len(linear) - 1)
+            layers[i] = Masked(layer.mask, network, affine=False)
+    masked = Flow(layers, flow.base, flow.shape)
+    masked.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    x, halves, whole = 256 * torch.rand(64, 784), flow[1:].double(), masked[1:].double()
+    torch.testing.assert_close(halves.log_prob(x.double()), whole.log_prob(x.double()), rtol=1e-6, atol=0)
+    torch.testing.assert_close(halves.encode(x.double()), whole.encode(x.double()), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

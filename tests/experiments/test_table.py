@@ -85,9 +85,12 @@ def built(request) -> Iterator[Built]:
 
 
 def parameters_of_nice(shape: tuple[int, int, int], couplings: int, hidden: int, depth: int, **others: Any) -> int:
-    """Counted by hand: in each coupling a network with biases, and one scale for each dimension at the end."""
+    """Counted by hand: in each coupling a network with biases from one half to the other, and one scale for each
+    dimension at the end.
+    """
     dims = math.prod(shape)
-    network = (dims + 1) * hidden + (depth - 1) * (hidden + 1) * hidden + (hidden + 1) * dims
+    half = dims // 2
+    network = (half + 1) * hidden + (depth - 1) * (hidden + 1) * hidden + (hidden + 1) * half
     return couplings * network + dims
 
 

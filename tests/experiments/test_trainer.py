@@ -24,12 +24,15 @@ from types import SimpleNamespace
 import command_process
 import pytest
 import torch
-from bijections import randomize
+from bijections import Masked, randomize
 from test_training import ZEROS, Recorder, log_scale, noisy_nice, scaling, sgd
 from torch import Tensor
 
 from nflows_lib.__main__ import main
+from nflows_lib.bijection import Layer
+from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, alternating_mask
 from nflows_lib.data import digit_halves, digits
+from nflows_lib.dequantization import Rescale, UniformDequantize
 from nflows_lib.distributions import StandardNormal
 from nflows_lib.experiments import checkpoint, trainer
 from nflows_lib.experiments.checkpoint import CheckpointError
@@ -38,6 +41,7 @@ from nflows_lib.experiments.segmentation import random_view
 from nflows_lib.experiments.trainer import CHECKPOINT, LOCK, PREVIOUS, Interrupted, Schedule, train
 from nflows_lib.flow import Flow
 from nflows_lib.models import cglow, glow, nice
+from nflows_lib.networks import MLP
 from nflows_lib.normalization import DiagonalScaling, FlowBatchNorm
 from nflows_lib.training import Average, History, NonFiniteLoss, fit
 
@@ -324,6 +328,60 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_to_the_parameters_of_that_ve
     torch.testing.assert_close(history.held_out, [tuple(found) for found in facts["held_out"]], rtol=1e-4, atol=1e-4)
     for name, value in flow.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def adam(flow: Flow) -> torch.optim.Optimizer:
+    """Not all parameters, and in an order of its own: a moment must find its parameter."""
+    couplings = [parameter for layer in flow.chain[2:-1] for parameter in layer.parameters()]
+    groups = [{"params": couplings[::-1], "weight_decay": 0.1}, {"params": [flow.chain[-1].log_scale]}]
+    return torch.optim.AdamW(groups, lr=1e-2)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_run_with_masked_couplings_goes_on_with_halves(tmp_path, affine):
+    """A checkpoint of an earlier version: weights, average and Adam's moments are cut, and what follows is the same."""
+    coupling, parts = (AffineCoupling, 2) if affine else (AdditiveCoupling, 1)
+
+    def flow(masked: bool) -> Flow:
+        layers: list[Layer] = [UniformDequantize(5), Rescale(1 / 5)]
+        for mask in (alternating_mask(5, 0), alternating_mask(5, 1)):
+            passes = int(mask.sum())
+            if masked:
+                layers.append(Masked(mask, MLP(5, parts * 5, 8, 2), affine))
+            else:
+                layers.append(coupling(mask, MLP(passes, parts * (5 - passes), 8, 2)))
+        return Flow([*layers, DiagonalScaling(5)], StandardNormal(), (5,))
+
+    def run(masked: bool, folder: str, start: dict[str, Tensor] | None = None, **options) -> tuple:
+        torch.manual_seed(0)
+        data, made = torch.randint(5, (40, 5)), flow(masked)
+        if start is None:
+            randomize(made, 0.3)
+        else:
+            checkpoint.load_into(made, start, "start")
+        first = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+        torch.manual_seed(1)
+        options = {**OPTIONS, "held_out": data[:9], "optimizer": adam(made), **options}
+        history = train(made, data, folder=tmp_path / folder, **options)
+        return first, checkpoint.unmasked(flow(False), made.state_dict()), history
+
+    def stop_at_6(judged: Flow, history: History) -> None:
+        if history.held_out[-1][0] == 6:
+            interrupt()
+
+    first, ended, expected = run(True, "masked")
+    _, halves, history = run(False, "halves", first)
+    with pytest.raises(Interrupted):
+        run(True, "stopped", on_evaluation=stop_at_6)
+    assert step_of(tmp_path / "stopped") == 6
+    _, resumed, continued = run(False, "stopped", resume=True)
+    for name, tensor in ended.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(halves[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    for values in (history, continued):
+        assert values.loss == pytest.approx(expected.loss, rel=1e-4)
+        assert values.grad_norm == pytest.approx(expected.grad_norm, rel=1e-3)
+        torch.testing.assert_close(values.held_out, expected.held_out, rtol=1e-4, atol=1e-4)
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def points(folder: Path) -> dict:
         torch.manual_seed(processes.rank())
         layers: list[Layer] = [ActNorm(2)]
         for i in range(4):
-            network = MLP(2, 4, 8, 1, torch.nn.Tanh, context=1)
+            network = MLP(1, 2, 8, 1, torch.nn.Tanh, context=1)
             layers += [AffineCoupling(alternating_mask(2, i % 2), network), FlowBatchNorm(2)]
         flow = Flow(layers, StandardNormal(), (2,))
         for parameter in flow.parameters():
