@@ -242,7 +242,7 @@ def _joined(parts: list[Tensor], context: Tensor | None, channels: int) -> Tenso
             context = context[..., None, None].expand(-1, -1, *size)
         check_shape("context", context, (channels, *size))
         parts = [*parts, context]
-    return channels_last(torch.cat(parts, dim=1))
+    return channels_last(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
 
 
 def channels_last(images: Tensor) -> Tensor:
