@@ -142,8 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="with or without torch.compile, which has a slow start, then faster steps (default: with it, if the time "
-        "for the run is longer than ten minutes and there is a compiler; a resumed run keeps to what it did)",
+        help="with or without torch.compile, which has a slow start, then faster steps (default: with it, if there is "
+        "a compiler and the time for the run is longer than ten minutes, on a CPU longer still for a large model; a "
+        "resumed run keeps to what it did)",
     )
     train.set_defaults(command=_train)
     evaluate = commands.add_parser("evaluate", help="bits/dim on the test images")

@@ -16,12 +16,19 @@ from nflows_lib.distributions import random_state_kept
 from nflows_lib.experiments import processes
 
 
-def is_long(seconds: float | None) -> bool:
-    """Whether a run takes more than ten minutes; None: it has a number of steps, and nobody knows how long they take.
+def is_worth_it(seconds: float | None, flow: nn.Module, device: torch.device) -> bool:
+    """Whether a run takes so long that faster steps make up for compiling: more than ten minutes.
 
-    A CPU compiles most flows of the table in one or two minutes, which the faster steps of a shorter run do not save.
+    On a CPU it must also take more than two seconds for each of the flow's parameter tensors. PyTorch compiles there
+    for about 0.4 seconds per tensor, and one step in five or six is saved.
+
+    Args:
+        seconds: the time that the run may take; None: it has a number of steps, whose time is unknown.
+        flow: the flow that is trained.
+        device: the device on which the run trains.
     """
-    return seconds is not None and seconds > 600
+    tensors = len(list(flow.parameters())) if device.type == "cpu" else 0
+    return seconds is not None and seconds > max(600, 2 * tensors)
 
 
 def has_compiler(device: torch.device) -> bool:
@@ -38,14 +45,14 @@ def has_compiler(device: torch.device) -> bool:
     return False
 
 
-def choose(wish: bool | None, kept: bool | None, seconds: float | None, device: torch.device) -> bool:
+def choose(wish: bool | None, kept: bool | None, worth_it: bool, device: torch.device) -> bool:
     """Whether a run is compiled.
 
     Args:
         wish: what the caller says. It is followed if it is not None.
         kept: for a resumed run, whether its last part was compiled. The run keeps to that, unless there is no compiler
-            now. None: the run is new. It is compiled if it is longer than ten minutes and there is a compiler.
-        seconds: the time that the run may take; None: a number of steps was given instead.
+            now. None: the run is new. It is compiled if that is worth it and there is a compiler.
+        worth_it: what :func:`is_worth_it` says of the run.
         device: the device on which the run trains.
 
     Raises:
@@ -59,7 +66,7 @@ def choose(wish: bool | None, kept: bool | None, seconds: float | None, device: 
     possible = untried is None and has_compiler(device)
     if kept and not possible:
         tqdm.write(f"The run was compiled before. It goes on without torch.compile: {untried or 'no compiler'}.")
-    return possible and (is_long(seconds) if kept is None else kept)
+    return possible and (worth_it if kept is None else kept)
 
 
 def compile_flow(flow: nn.Module, batch: Tensor, context: Tensor | None) -> nn.Module:

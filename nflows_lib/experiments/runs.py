@@ -167,8 +167,8 @@ def train(
         resume: go on from the folder's checkpoint, if there is one.
         compiled: let torch.compile make one graph of the flow: a minute or more at first, then faster steps. None: a
             resumed run keeps to what it did, and a new one is compiled if its budget, given or the table's, is longer
-            than ten minutes, unless it has a number of ``steps``, there is no compiler, torchrun started it, or it is
-            on mps.
+            than ten minutes (on a CPU also longer than two seconds per parameter tensor), unless it has a number of
+            ``steps``, there is no compiler, torchrun started it, or it is on mps.
 
     Raises:
         ValueError: an unknown run, a folder with a checkpoint and no resume, draws below 1, compiled under torchrun
@@ -198,8 +198,9 @@ def train(
 
     with processes.process_group() as device:
         before = earlier["settings"].get("compiled", False) if earlier else None
-        chosen = compiling.choose(compiled, before, budget, device)
         flow = build(run, device, kept)
+        worth_it = compiling.is_worth_it(budget, flow, device)
+        chosen = compiling.choose(compiled, before, worth_it, device)
         images, test = (images_of(run, part, data_folder) for part in ("train", "test"))
         examples = images.images.reshape(-1, *flow.shape).to(device)  # drawn, flipped and dequantized there
         contexts = None if images.contexts is None else images.contexts.to(device)
@@ -238,7 +239,7 @@ def train(
         # What decides the result, not where its files lay.
         "command": f"{processes.launcher()} -m nflows_lib train {name} "
         + (f"--steps {steps}" if steps else f"--budget {budget:g}s")
-        + (" --compile" if facts["settings"]["compiled"] else " --no-compile" if compiling.is_long(budget) else ""),
+        + (" --compile" if facts["settings"]["compiled"] else " --no-compile" if worth_it else ""),
         "hardware": (f"{count} × " if count > 1 else "") + made["hardware"],
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
         "steps": len(history.grad_norm),

@@ -68,49 +68,63 @@ def test_on_other_devices_there_is_no_compiler(monkeypatch):
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(None, False), (30, False), (600, False), (601, True), (HOUR, True)])
-def test_a_new_run_is_compiled_if_it_is_longer_than_ten_minutes(compiler, seconds, expected):
+def test_a_run_is_worth_compiling_if_it_is_longer_than_ten_minutes(seconds, expected):
     for device in (CPU, CUDA):
-        assert compiling.choose(None, None, seconds, device) is expected
-    assert compiling.choose(None, None, seconds, MPS) is False
+        assert compiling.is_worth_it(seconds, nn.Linear(2, 2), device) is expected
 
 
-@pytest.mark.parametrize("seconds", [None, 30, HOUR])
+def test_on_a_cpu_a_flow_of_many_layers_must_train_longer():
+    """Two seconds for each of its 400 parameter tensors. On other devices nothing has been measured."""
+    flow = nn.Sequential(*(nn.Linear(1, 1) for _ in range(200)))
+    for device, expected in ((CPU, False), (CUDA, True)):
+        assert compiling.is_worth_it(800, flow, device) is expected
+        assert compiling.is_worth_it(801, flow, device)
+
+
+@pytest.mark.parametrize("worth_it", [True, False])
+def test_a_new_run_is_compiled_if_it_is_worth_it(compiler, worth_it):
+    for device in (CPU, CUDA):
+        assert compiling.choose(None, None, worth_it, device) is worth_it
+    assert compiling.choose(None, None, worth_it, MPS) is False
+
+
+@pytest.mark.parametrize("worth_it", [True, False])
 @pytest.mark.parametrize("kept", [None, True, False])
 @pytest.mark.parametrize("wish", [True, False])
-def test_a_wish_is_followed(compiler, monkeypatch, wish, kept, seconds, capsys):
+def test_a_wish_is_followed(compiler, monkeypatch, wish, kept, worth_it, capsys):
     """With a compiler and without one, which the first step would show."""
-    assert compiling.choose(wish, kept, seconds, CPU) is wish
+    assert compiling.choose(wish, kept, worth_it, CPU) is wish
     monkeypatch.setattr(compiling, "has_compiler", lambda device: False)
-    assert compiling.choose(wish, kept, seconds, CPU) is wish
+    assert compiling.choose(wish, kept, worth_it, CPU) is wish
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("kept", [True, False])
-@pytest.mark.parametrize("seconds", [None, 30, HOUR])
-def test_a_resumed_run_keeps_its_choice(compiler, kept, seconds, capsys):
-    assert compiling.choose(None, kept, seconds, CPU) is kept
+@pytest.mark.parametrize("worth_it", [True, False])
+def test_a_resumed_run_keeps_its_choice(compiler, kept, worth_it, capsys):
+    assert compiling.choose(None, kept, worth_it, CPU) is kept
     assert capsys.readouterr().out == ""
 
 
 def test_without_a_compiler_a_run_that_was_compiled_says_why_it_no_longer_is(monkeypatch, capsys):
     monkeypatch.setattr(compiling, "has_compiler", lambda device: False)
     for kept in (None, False):
-        assert compiling.choose(None, kept, HOUR, CPU) is False
+        assert compiling.choose(None, kept, True, CPU) is False
     assert capsys.readouterr().out == ""
-    assert compiling.choose(None, True, HOUR, CPU) is False
+    assert compiling.choose(None, True, True, CPU) is False
     assert capsys.readouterr().out == ("The run was compiled before. It goes on without torch.compile: no compiler.\n")
 
 
 @pytest.mark.parametrize(("device", "where"), [(CPU, "under torchrun"), (MPS, "on mps")])
 def test_where_compiling_is_untried_nothing_is_compiled(compiler, monkeypatch, device, where, capsys):
     monkeypatch.setattr(processes, "torchrun", lambda: where == "under torchrun")
-    assert compiling.choose(None, None, HOUR, device) is False
-    assert compiling.choose(False, True, HOUR, device) is False
+    assert compiling.choose(None, None, True, device) is False
+    assert compiling.choose(False, True, True, device) is False
     assert capsys.readouterr().out == ""
-    assert compiling.choose(None, True, HOUR, device) is False
+    assert compiling.choose(None, True, True, device) is False
     assert capsys.readouterr().out.endswith(f"without torch.compile: {where}.\n")
     with pytest.raises(ValueError, match=f"compiled: expected False {where}, where it is untried, got True"):
-        compiling.choose(True, None, HOUR, device)
+        compiling.choose(True, None, True, device)
 
 
 # --- what a run asks for ----------------------------------------------------------------------------------------------
