@@ -31,7 +31,7 @@ class StandardNormal:
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) in nats: (B, ...) to (B,)."""
-        return -0.5 * (sum_per_example(z.square()) + z[0].numel() * math.log(2 * math.pi))
+        return -0.5 * (sum_per_example(z.square()) + math.prod(z.shape[1:]) * math.log(2 * math.pi))
 
     def sample(self, like: Tensor) -> Tensor:
         """A draw of the shape, device and dtype of ``like``."""
