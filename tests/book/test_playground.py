@@ -142,6 +142,10 @@ def test_each_flow_is_as_good_as_the_page_says(shipped: dict[str, Any], name: st
     built, shown = playground.build(model, without), playground.from_json(content)
     masks = [[layer.mask.tolist() for layer in flow.chain if hasattr(layer, "mask")] for flow in (built, shown)]
     assert masks[0] == masks[1]
+    x = torch.randn(5, 2)
+    for layer in built.chain[:8]:
+        torch.nn.init.normal_(layer.network.layers[-1].bias)
+        assert torch.equal(layer(x)[0] == x, layer.mask.expand(5, 2))  # the layer does what its mask says
     assert built.summary().splitlines()[1:-1] == shown.summary().splitlines()[1:-1]
 
 
