@@ -122,13 +122,13 @@ def f1(fixed: bool) -> Patient:
 
 def f2(fixed: bool) -> Patient:
     layers = chapter("01_nice").AdditiveCoupling
-    couplings = [layers(alternating_mask(2, i % 2 if fixed else 0), MLP(2, 2, hidden=64, depth=2)) for i in range(4)]
+    couplings = [layers(alternating_mask(2, i % 2 if fixed else 0), MLP(1, 1, hidden=64, depth=2)) for i in range(4)]
     return toy([*couplings, DiagonalScaling(2)], StandardLogistic())
 
 
 def f3(fixed: bool) -> Patient:
     lesson = chapter("01_nice")
-    kind = lesson.Coupling if fixed else lesson.Unmasked
+    kind = lesson.Masked if fixed else lesson.Unmasked
     layers = [kind(alternating_mask(8, i), lesson.random_mlp(8)) for i in (0, 1)]
     flow = Flow([*layers, DiagonalScaling(8)], StandardLogistic(), (8,))
     fit(flow, torch.randn(256, 8), steps=60, lr=5e-3)
