@@ -129,7 +129,7 @@ def f2(fixed: bool) -> Patient:
 
 def f3(fixed: bool) -> Patient:
     lesson = chapter("01_nice")
-    kind = lesson.Coupling if fixed else lesson.Unmasked
+    kind = lesson.Masked if fixed else lesson.Unmasked
     layers = [kind(alternating_mask(8, i), lesson.random_mlp(8)) for i in (0, 1)]
     flow = Flow([*layers, DiagonalScaling(8)], StandardLogistic(), (8,))
     fit(flow, torch.randn(256, 8), steps=60, lr=5e-3)
