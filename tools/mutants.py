@@ -117,6 +117,15 @@ TABLE = r"""
 # test_export.py: the gain of a coupling is written and not read back
 - layer.gain.data.fill_(content["gain"])
 + pass
+# test_affine.py: a merged pair forgets to mix the first shift
+- matrix, bias = weight @ matrix, (weight @ bias[..., None]).squeeze(-1) + shift
++ matrix, bias = weight @ matrix, bias + shift
+# test_affine.py: layers that are watched are merged all the same
+- return "as_affine" in vars(definer) and not watched
++ return "as_affine" in vars(definer)
+# test_memory.py: a flow that goes back through its inverses forgets the gradient of the log-determinant
+- total = (out * gradient).sum() + (log_det * gradient_of_log_det).sum()
++ total = (out * gradient).sum() + 0 * log_det.sum()
 """
 ENTRY = re.compile(
     r"# (?P<tests>[\w. ]+?\.py)(?: in (?P<within>\w+))?: (?P<what>.+)\n"
