@@ -12,7 +12,7 @@ from nflows_lib.convolution import Invertible1x1Conv
 from nflows_lib.coupling import AdditiveCoupling, alternating_mask
 from nflows_lib.dequantization import Rescale
 from nflows_lib.distributions import StandardNormal
-from nflows_lib.experiments.memory import checkpointed, reversible
+from nflows_lib.experiments.memory import checkpointed, peak_memory, reversible
 from nflows_lib.flow import Flow
 from nflows_lib.networks import MLP
 from nflows_lib.normalization import FlowBatchNorm
@@ -187,3 +187,15 @@ def test_what_is_stored_does_not_grow_with_depth():
     assert max(found["reversible"]) <= 1.1 * min(found["reversible"])
     assert found["stored"][-1] > 3.5 * found["stored"][0]
     assert found["reversible"][-1] < found["checkpointed"][-1] < found["stored"][-1]
+
+
+def test_memory_is_the_most_held_at_a_time() -> None:
+    def task() -> None:
+        a = torch.ones(2**18)  # 1 MiB
+        b = torch.ones(2**19)
+        del a
+        torch.ones(2**18)
+        del b
+        torch.ones(2**18)
+
+    assert peak_memory(task) / 2**20 == pytest.approx(3, abs=0.01)
