@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from nflows_lib import data
-from nflows_lib.experiments import archive, runs, sheets, table
+from nflows_lib.experiments import image_sets, archive, runs, sheets, table
 
 PRETRAINED = archive.ROOT / "data" / "pretrained"
 RECORDS = {path.parent.name: json.loads(path.read_text()) for path in sorted(PRETRAINED.glob("*/run.json"))}
@@ -69,9 +69,9 @@ def test_the_queue_has_the_shortest_run_without_a_record_first():
 def test_every_data_set_is_described_and_told_who_reads_it():
     """What can be fetched is named by the function that fetches it, and every set with the runs of the table."""
     described, _, generated = full_scale.SETS.read_text(encoding="utf-8").partition("<!-- written by")
-    loaders = {name: getattr(data, name) for name in runs.DATA if hasattr(data, name)}
+    loaders = {name: getattr(home, name) for home in (data, image_sets) for name in runs.DATA if hasattr(home, name)}
     fetched = [name for name, load in loaders.items() if "download" in inspect.signature(load).parameters]
-    assert set(fetched) >= {"mnist", "svhn"}
+    assert set(fetched) == {"mnist", "cifar10", "svhn", "celeba", "flowers102"}
     for name in fetched:
         assert f"`{name}`" in described
     for name, run in table.RUNS.items():
