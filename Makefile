@@ -61,9 +61,10 @@ full-scale: $(READY)  ## write the page on the long runs, and their tables, from
 	$(BIN)/python tools/full_scale.py
 
 # The other libraries are not part of the environment: they are installed the first time.
-bench: $(READY)  ## time the library against normflows and nflows, store benchmarks/cpu.json
+bench: $(READY)  ## time the library against normflows and nflows, and against a model's size: benchmarks/*.json
 	@$(BIN)/python -c "import nflows, normflows" 2>/dev/null || bash benchmarks/environment.sh
 	$(BIN)/python -m benchmarks.run $(BENCH)
+	$(BIN)/python -m benchmarks.scaling
 
 lab: $(READY)  ## JupyterLab in the course's environment
 	$(BIN)/jupyter lab chapters
