@@ -84,7 +84,8 @@ def sweeps(found: dict[str, list[float]]) -> dict[str, Any]:
 
 def table(content: dict[str, Any]) -> str:
     """The file's content to read."""
-    lines = [f"{content['processor']}, {content['threads']} threads, batch {content['batch']}, torch {content['torch']}"]
+    where = f"{content['processor']}, {content['threads']} threads, torch {content['torch']}"
+    lines = [f"{where}, batch {content['batch']}"]
     for name, sweep in content["sweeps"].items():
         lines += ["", f"  {name:>6} {'multiply-adds':>16} {'ms':>9}"]
         lines += [f"  {point['value']:6} {point['count']:16,} {point['median']:9.2f}" for point in sweep["points"]]

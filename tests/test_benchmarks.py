@@ -15,13 +15,14 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import models, run
+from benchmarks import models, run, scaling
 from benchmarks.models import MODELS, OURS, Built
 from nflows_lib.flow import Flow
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "benchmarks").glob("*.json"))
+FILES = sorted((ROOT / "benchmarks").glob("c*.json"))  # cpu, cuda
 SMALL: dict[str, dict[str, Any]] = {
     "glow": {"shape": (1, 4, 4), "scales": 2, "steps": 2, "hidden": 3},
     "realnvp": {"hidden": 5},
@@ -166,6 +167,35 @@ def test_a_missed_bar_is_said() -> None:
     nice = steps("nice", ours=1.0, networks=0.9, normflows=0.99, nflows=1.1)
     assert verdicts(glow, realnvp, nice) == [True, True, True, False]
     assert verdicts() == [None] * 4
+
+
+@pytest.mark.parametrize("size", [{"side": 8}, {"steps": 4}, {"hidden": 64}], ids=str)
+def test_multiply_adds_on_paper_are_those_that_pytorch_counts(size: dict[str, int]) -> None:
+    ((name, value),) = size.items()
+    step = scaling.step_of(name, value)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    counted = counter.get_total_flops() / 2  # a multiply-add is two; the layers' parameters cost some, at no pixel
+    expected = 3 * scaling.BATCH * scaling.multiply_adds(**scaling.sizes(name, value))
+    assert counted == pytest.approx(expected, rel=0.05)
+
+
+def test_an_exponent_is_the_slope_of_the_last_points() -> None:
+    assert scaling.exponent([1, 2, 4, 8, 16], [7, 7, 3 * 4**1.5, 3 * 8**1.5, 3 * 16**1.5]) == pytest.approx(1.5)
+
+
+def test_the_stored_scaling_follows_from_its_rounds() -> None:
+    content = json.loads((ROOT / "benchmarks" / "scaling.json").read_text(encoding="utf-8"))
+    assert {"commit", "torch", "python", "hardware", "processor"} <= content.keys()
+    assert content["batch"] == scaling.BATCH and content["rounds"] >= 7
+    found = {
+        f"{name} {point['value']}": point["rounds"]
+        for name, sweep in content["sweeps"].items()
+        for point in sweep["points"]
+    }
+    assert all(len(rounds) == content["rounds"] and min(rounds) > 0 for rounds in found.values())
+    assert content["sweeps"] == json.loads(json.dumps(scaling.sweeps(found)))
+    assert f"exponent of the last {scaling.UPPER}: 2.00 expected" in scaling.table(content)
 
 
 def test_the_other_libraries_are_pinned_apart() -> None:
