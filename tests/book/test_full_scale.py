@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from nflows_lib import data
-from nflows_lib.experiments import image_sets, archive, runs, sheets, table
+from nflows_lib.experiments import archive, image_sets, runs, sheets, table
 
 PRETRAINED = archive.ROOT / "data" / "pretrained"
 RECORDS = {path.parent.name: json.loads(path.read_text()) for path in sorted(PRETRAINED.glob("*/run.json"))}
