@@ -66,16 +66,18 @@ def reversible(flow: Flow) -> Flow:
     Raises:
         ValueError: a layer is no exact bijection of each example, so that no inverse gives its input back.
     """
+    layers = [*flow.chain]
+    noise = [layer for layer in layers[:1] if not isinstance(layer, Bijection)]
     for name, layer in flow.chain.layers.named_modules():
         exact = isinstance(layer, Bijection | Chain) and not isinstance(layer, FlowBatchNorm)
-        if isinstance(layer, Layer) and not exact and name.partition(".")[0] != "0":
+        of_noise = bool(noise) and name.partition(".")[0] == "0"
+        if isinstance(layer, Layer) and not exact and not of_noise:
             raise ValueError(f"flow: expected exact bijections, got {type(layer).__name__} at position {name}")
-    noise = [] if isinstance(flow.chain[0], Bijection) else [flow.chain[0]]
 
     def rebuilt(layers: list[Layer]) -> list[Layer]:
         return [_Reversible(_with_inner(layers, rebuilt))]
 
-    return Flow([*noise, *rebuilt([*flow.chain][len(noise) :])], flow.base, flow.shape).train(flow.training)
+    return Flow([*noise, *rebuilt(layers[len(noise) :])], flow.base, flow.shape).train(flow.training)
 
 
 def checkpointed(flow: Flow) -> Flow:

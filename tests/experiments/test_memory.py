@@ -115,6 +115,12 @@ def test_training_goes_the_same_way(way):
 
 
 @WAYS
+def test_a_flow_without_layers_stays_one(way):
+    x = torch.randn(3, 2)
+    torch.testing.assert_close(way(Flow([], StandardNormal(), (2,))).log_prob(x), StandardNormal().log_prob(x))
+
+
+@WAYS
 def test_it_is_the_same_flow(way):
     torch.manual_seed(0)
     flow = models.glow((1, 8, 8), levels=8, steps=1, hidden=4)[1:].eval()
@@ -134,6 +140,7 @@ def test_it_is_the_same_flow(way):
     [
         (lambda: models.realnvp((1, 4, 4), hidden=2, blocks=0), "got FlowBatchNorm at position 4"),
         (lambda: Flow([Rescale(2.0), FlowBatchNorm(3)], StandardNormal(), (3,)), "got FlowBatchNorm at position 1"),
+        (lambda: Flow([FlowBatchNorm(3), Rescale(2.0)], StandardNormal(), (3,)), "got FlowBatchNorm at position 0"),
         (lambda: models.realnvp((1, 4, 4), scales=2, hidden=2, blocks=0)[:5], "got FlowBatchNorm at position 4"),
     ],
 )
