@@ -165,8 +165,7 @@ def mix(matrix: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
         pixels = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
         return torch.baddbmm(bias[..., None].expand(len(x), -1, 1), matrix, pixels).view(x.shape)
     channels_first = x.transpose(0, 1)
-    mixed = torch.addmm(bias[:, None], matrix, channels_first.flatten(1))
-    return mixed.view(channels_first.shape).transpose(0, 1)
+    return torch.addmm(bias[:, None], matrix, channels_first.flatten(1)).view(channels_first.shape).transpose(0, 1)
 
 
 def _grouped(layers: Iterable[Layer]) -> list[list[Layer]]:

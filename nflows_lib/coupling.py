@@ -158,8 +158,7 @@ class AffineCoupling(_Coupling):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_scale, shift = self._log_scale_and_shift(self._seen("x", x), context)
-        changed = self._half(x) * log_scale.exp() + shift
-        return self._joined(x, changed), sum_per_example(log_scale)
+        return self._joined(x, self._half(x) * log_scale.exp() + shift), sum_per_example(log_scale)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         log_scale, shift = self._log_scale_and_shift(self._seen("z", z), context)
@@ -218,10 +217,9 @@ class GlowCoupling(ChannelBijection):
         """
         self.check_channels(name, x)
         passes = self.channels // 2
-        changes = self.channels - passes
-        x1, x2 = x.transpose(0, 1).split([passes, changes])
+        x1, x2 = x.transpose(0, 1).split([passes, self.channels - passes])
         output = self.network(x1.transpose(0, 1), context)
-        check_shape("network's output", output, (2 * changes, *x.shape[2:]))
+        check_shape("network's output", output, (2 * len(x2), *x.shape[2:]))
         h, shift = output.transpose(0, 1).chunk(2)
         return [x1, x2, self.scale(h), shift]
 

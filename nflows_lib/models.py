@@ -61,8 +61,7 @@ def nice(
     layers: list[Layer] = [] if levels is None else [UniformDequantize(levels), Rescale(1 / levels)]
     for i in range(couplings):
         mask = alternating_mask(dims, i % 2)
-        passes = int(mask.sum())
-        layers.append(AdditiveCoupling(mask, MLP(passes, dims - passes, hidden, depth, activation)))
+        layers.append(AdditiveCoupling(mask, MLP(int(mask.sum()), int((~mask).sum()), hidden, depth, activation)))
     layers.append(DiagonalScaling(dims))
     return Flow(layers, base or StandardLogistic(), (dims,))
 
@@ -88,8 +87,7 @@ def realnvp_points(
     layers: list[Layer] = []
     for i in range(couplings):
         mask = alternating_mask(dims, i % 2)
-        passes = int(mask.sum())
-        layers.append(AffineCoupling(mask, MLP(passes, 2 * (dims - passes), hidden, depth, activation)))
+        layers.append(AffineCoupling(mask, MLP(int(mask.sum()), 2 * int((~mask).sum()), hidden, depth, activation)))
     return Flow(layers, StandardNormal(), (dims,))
 
 

@@ -107,19 +107,16 @@ class ActNorm(AffineBijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.check_channels("x", x)
-        self._check_ready()
         log_scale, bias = self.log_scale_and_bias(context)
         log_det = math.prod(x.shape[2:]) * log_scale.sum(-1)
         return x * _per_channel(log_scale.exp(), x) + _per_channel(bias, x), log_det.expand(len(x))
 
     def as_affine(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        self._check_ready()
         log_scale, bias = self.log_scale_and_bias(context)
         return log_scale.exp().diag_embed(), bias, log_scale.sum(-1)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         self.check_channels("z", z)
-        self._check_ready()
         log_scale, bias = self.log_scale_and_bias(context)
         return (z - _per_channel(bias, z)) * _per_channel((-log_scale).exp(), z)
 
@@ -131,14 +128,16 @@ class ActNorm(AffineBijection):
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Standardise this batch, unless an earlier call has done so with another."""
         if not self.initialized:
-            self.check_channels("x", x)
+            super().check_channels("x", x)
             standardise_first(self, x)
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         super()._load_from_state_dict(*args, **options)
         self._ready = False  # what was loaded may be the state of a layer that was never initialised
 
-    def _check_ready(self) -> None:
+    def check_channels(self, name: str, x: Tensor) -> None:
+        """Raise a ValueError, too, if the layer was never initialised."""
+        super().check_channels(name, x)
         if torch.compiler.is_compiling() or self._ready:
             return
         self._ready = bool(self.initialized)
