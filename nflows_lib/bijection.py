@@ -154,13 +154,12 @@ def forward_as_one(layers: list[AffineBijection], x: Tensor, context: Tensor | N
     return mix(matrix, x, bias), (math.prod(x.shape[2:]) * log_det).expand(len(x))
 
 
-def mix(matrix: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+def mix(matrix: Tensor, x: Tensor, bias: Tensor) -> Tensor:
     """A x + b over the channels at every pixel: A is (C, C), or (B, C, C) with one for each example; b likewise.
 
     One matrix for all is one product for the whole batch, if the channels come first in memory; so they do in what
     comes out. On a CPU it is several times as fast as a convolution.
     """
-    bias = matrix.new_zeros(matrix.shape[-1]) if bias is None else bias
     if matrix.dim() == 3:
         pixels = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
         return torch.baddbmm(bias[..., None].expand(len(x), -1, 1), matrix, pixels).view(x.shape)

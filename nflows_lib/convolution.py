@@ -77,13 +77,13 @@ class Invertible1x1Conv(AffineBijection):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         self.check_channels("z", z)
         if not self.lu:
-            return mix(torch.linalg.inv(self.weight), z)
+            return mix(torch.linalg.inv(self.weight), z, z.new_zeros(self.channels))
         factors = self.lu_factors(context)
         scale = self.sign * factors.diagonal(dim1=-2, dim2=-1).exp()
         # solve_triangular reads one triangle alone, and with unitriangular no diagonal.
         solved = torch.linalg.solve_triangular(factors, self.permutation.T, upper=False, unitriangular=True)
         upper = factors.triu(1) + scale.diag_embed()
-        return mix(torch.linalg.solve_triangular(upper, solved, upper=True), z)
+        return mix(torch.linalg.solve_triangular(upper, solved, upper=True), z, z.new_zeros(self.channels))
 
     def lu_factors(self, context: Tensor | None) -> Tensor:
         """L below the diagonal, U above it, log|s| on it: (C, C), the same for all examples; or (B, C, C)."""
