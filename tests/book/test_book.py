@@ -234,6 +234,8 @@ def test_search_finds_dequantization(site: str, context: BrowserContext) -> None
     page.keyboard.press("Enter")
     results = page.locator("#search-results li a")
     results.first.wait_for()
+    # The page adds one result after another: wait for the chapter's own, which must be among them.
+    page.locator("#search-results li a[href*='02_dequantization.html']").first.wait_for()
     assert any("02_dequantization.html" in link.get_attribute("href") for link in results.all())
     results.first.click()
     assert page.get_by_role("heading", level=1).inner_text().strip()
