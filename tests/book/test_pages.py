@@ -43,17 +43,28 @@ def test_every_entry_that_the_doctor_names_is_in_the_clinic() -> None:
         f"{kind.upper()}{number}" for kind, number in re.findall(r"^\(clinic-([fp])(\d+)\)=", CLINIC, re.MULTILINE)
     }
     assert named <= entries
-    assert {f"F{i}" for i in range(1, 27)} <= entries
+    assert {f"F{i}" for i in range(1, 29)} <= entries
 
 
-def test_every_entry_has_cause_test_and_mend() -> None:
+def test_every_entry_has_cause_test_and_fix() -> None:
     entries = re.split(r"^\(clinic-", CLINIC.split("\n## Seen in public code")[0], flags=re.MULTILINE)[1:]
     for entry in entries:
-        for part in ("**Cause.**", "**Test.**", "**Mend.**"):
+        for part in ("**Cause.**", "**Test.**", "**Fix.**"):
             assert part in entry, f"{entry.splitlines()[1]}: expected {part}"
     failures = [entry for entry in entries if entry.startswith("f")]
     assert all("assets/clinic/" in entry and ":alt:" in entry for entry in failures)
     assert all(re.search(r"\{(?:ref|numref)\}`[^`]*(?:sec|fig)-", entry) for entry in failures)
+
+
+def test_a_failure_has_one_title_in_its_chapter_and_in_the_clinic() -> None:
+    """A card's title in a chapter, an entry's heading in the clinic; for every failure there are both."""
+    cards = {}
+    for path in sorted(CHAPTERS.glob("0*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "markdown":
+                cards.update(re.findall(r"\{admonition\} (F\d+)\. (.+)", "".join(cell["source"])))
+    headings = dict(re.findall(r"^### (F\d+)\. (.+)$", CLINIC, re.MULTILINE))
+    assert headings == cards
 
 
 @pytest.mark.parametrize("failure", thumbnails.SOURCES)
