@@ -44,6 +44,7 @@ SOURCES: dict[str, tuple[str, str, tuple[float, float, float, float]]] = {
     "f24": ("06_cglow", "fig-dead", (0, 0, 1, 1)),
     "f25": ("06_cglow", "fig-margins", (0, 0, 0.555, 1)),
     "f26": ("06_cglow", "fig-one-bit", (0, 0, 1, 1)),
+    "f27": ("01_nice", "fig-f27", (0, 0, 1, 1)),
 }
 
 

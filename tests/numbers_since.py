@@ -1,0 +1,51 @@
+"""Name the numbers that an edit changed: ``python tests/numbers_since.py REVISION FILE ...``.
+
+For each file: numbers that the revision has and the working tree lacks (-), and the reverse (+), each with lines that
+hold it. A notebook's outputs and its text (captions and alt texts with it) are compared apart. Numbers within names,
+addresses, and LaTeX commands count too: what is printed is to be read, not to be trusted.
+"""
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import nbformat
+
+NUMBER = re.compile(r"(?<![\w.])[−-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+def parts(path: str, content: str) -> dict[str, str]:
+    """The text that is read, by kind."""
+    if not path.endswith(".ipynb"):
+        return {"text": content}
+    text, outputs = [], []
+    for cell in nbformat.reads(content, as_version=4).cells:
+        if cell.cell_type == "markdown":
+            text.append(cell.source)
+        else:
+            shown = cell.metadata.get("mystnb", {})
+            text += [shown.get("figure", {}).get("caption", ""), shown.get("image", {}).get("alt", "")]
+            outputs += [output.get("text", "") for output in cell.outputs]
+    return {"text": "\n".join(text), "outputs": "\n".join(outputs)}
+
+
+def numbers(text: str) -> Counter[str]:
+    return Counter(NUMBER.findall(text))
+
+
+def main(revision: str, *paths: str) -> None:
+    for path in paths:
+        shown = subprocess.run(["git", "show", f"{revision}:{path}"], capture_output=True, text=True, check=True)
+        before, now = parts(path, shown.stdout), parts(path, Path(path).read_text(encoding="utf-8"))
+        for kind in now:
+            gone, new = numbers(before[kind]) - numbers(now[kind]), numbers(now[kind]) - numbers(before[kind])
+            for sign, changed, text in (("-", gone, before[kind]), ("+", new, now[kind])):
+                for number, count in changed.items():
+                    lines = [line.strip() for line in text.splitlines() if number in NUMBER.findall(line)]
+                    print(f"{path} {kind} {sign} {number} ({count}): " + " | ".join(line[:120] for line in lines[:3]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
