@@ -217,7 +217,7 @@ On several GPUs, run the same command under `torchrun` ({{doc}}`running`). Each 
 - No run is compiled under `torchrun`, and `--compile` is refused.
 
 The test suite runs two processes on the CPU and compares the results. For a small conditional flow without noise, losses and parameters are those of one process on the
-joint batch. A Glow that was stopped goes on to the same parameters as a Glow that was not stopped. Nobody has tried several GPUs yet.
+joint batch, up to the last digits. A Glow that was stopped goes on to the same parameters as a Glow that was not stopped.
 
 When a run ends, its folder holds the record, the model, samples, and a sheet of samples through training like the sheets on this page.
 `data/pretrained/README.md` says how to ship the run.
