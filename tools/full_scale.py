@@ -150,11 +150,10 @@ Two runs are made for nine minutes of one H100 or H200: `glow-cifar10-10min` ({c
 ```{{list-table}} The two runs and the results that they aim for, in bits/dim on the test images; lower is better.
 :name: tab-full-scale-ten-minutes
 :header-rows: 1
-:widths: 34 16 16 34
+:widths: 38 27 35
 
 * - model
   - bits/dim
-  - compared with the paper's
   - how
 {rows}
 ```
@@ -275,22 +274,17 @@ def quoted(name: str) -> str:
     return f"{value}" + (" (second-hand)" if "second-hand" in whose else "")
 
 
-def ours(name: str, record: dict[str, Any], wide: bool) -> list[str]:
-    """The rows of one of our runs; wide ones say how far the result is from the paper's."""
+def ours(name: str, record: dict[str, Any]) -> list[str]:
+    """The rows of one of our runs: its result, how far this is from the paper's, and how it was reached."""
     paper = table.RUNS[name].paper
-    distance = [f"{away(record['figure'], paper[0])} {quoted(name)}" if paper else "–"] if wide else []
-    rows = [row(f"`{name}`, ours", f"**{figure(record)}**", *distance, how(record))]
+    distance = f", {away(record['figure'], paper[0])} the paper's {quoted(name)}" if paper else ""
+    rows = [row(f"`{name}`, ours", f"**{figure(record)}**{distance}", how(record))]
     bound = record.get("measured", {})
     if "draws_in_one_bound" in bound:
         value = f"**{bound['bits_per_dim']:.3f} ± {bound['error']:.3f}**"
         weighted = f"importance-weighted bound with {bound['draws_in_one_bound']} draws"
-        rows.append(row(f"`{name}`, the same model", value, *(["–"] if wide else []), weighted))
+        rows.append(row(f"`{name}`, the same model", value, weighted))
     return rows
-
-
-def theirs(model: str, bits: str, trained: str, wide: bool) -> str:
-    """The row of someone else's result."""
-    return row(model, bits, *(["–"] if wide else []), trained)
 
 
 def one_run(name: str, record: dict[str, Any], alt: str) -> str:
@@ -326,19 +320,19 @@ Record: commit `{record["commit"]}`{measured}, seed {record["seed"]}, torch {rec
 def section(key: str, records: dict[str, dict[str, Any]]) -> str:
     title, alts = SECTIONS[key]
     shown = {name: records[name] for name in alts}
-    wide = any(table.RUNS[name].paper for name in shown)
-    rows = [line for name, record in shown.items() for line in ours(name, record, wide)]
-    rows += [theirs(*cells, wide) for cells in OTHERS.get(key, [])]
+    rows = [line for name, record in shown.items() for line in ours(name, record)]
+    rows += [row(*cells) for cells in OTHERS.get(key, [])]
     of = "masks" if key == "horses" else "images"
     count = "10,000 " if key in OTHERS else ""
-    columns = row("model", "bits/dim", *(["compared with the paper's"] if wide else []), "how")
     text = f"""\
 ```{{list-table}} {title}: bits/dim on the {count}test {of}; lower is better.
 :name: tab-full-scale-{key}
 :header-rows: 1
-:widths: {"34 16 16 34" if wide else "45 20 35"}
+:widths: 38 27 35
 
-{columns}
+* - model
+  - bits/dim
+  - how
 {chr(10).join(rows)}
 ```
 """
@@ -352,11 +346,11 @@ def ten_minutes(records: dict[str, dict[str, Any]]) -> str:
     for name, marks in MARKS.items():
         record = records.get(name)
         if record is None:
-            rows.append(row(f"`{name}`", "not run yet", "–", "–"))
+            rows.append(row(f"`{name}`", "not run yet", "–"))
         else:
-            rows += ours(name, record, wide=True)
+            rows += ours(name, record)
             pictures.append(one_run(name, record, "rows of ten samples from one seed, early in training first"))
-        rows += [theirs(*cells, wide=True) for cells in marks]
+        rows += [row(*cells) for cells in marks]
     cifar, mnist = (f"{number(parameters(name))} parameters" for name in MARKS)
     return TEN_MINUTES.format(cifar=cifar, mnist=mnist, rows="\n".join(rows), pictures="\n".join(pictures))
 

@@ -97,7 +97,7 @@ def test_the_page_gives_figure_command_and_hardware_of_the_record(page, name):
 
 def test_what_falls_short_of_a_paper_says_by_how_much(page):
     rows = re.findall(
-        r"\* - `([\w-]+)`, ours\n  - \*\*([\d.]+) ± [\d.]+\*\*\n  - ([\d.]+) (above|below) ([\d.]+)", page
+        r"\* - `([\w-]+)`, ours\n  - \*\*([\d.]+) ± [\d.]+\*\*, ([\d.]+) (above|below) the paper's ([\d.]+)", page
     )
     assert {name for name, *_ in rows} == {name for name in RECORDS if table.RUNS[name].paper}
     for name, ours, away, side, paper in rows:
