@@ -19,32 +19,32 @@
   const STORIES = {
     nice: {
       nothing:
-        "Each coupling shears the plane: it slides points along one axis, by an amount that depends on the other. " +
-        "Shears keep areas. Only the last layer, the scaling, changes them, by the same factor everywhere.",
+        "Each coupling shears the plane: it slides points along one axis, by an amount that depends on the other coordinate. " +
+        "Shears keep areas. Only the last layer, the scaling, changes areas, by the same factor everywhere.",
       scaling:
         "Without the scaling layer nothing can change an area: the log-det is 0 wherever you drag the point. " +
-        "The data have the area that they have, and that is not the Gaussian's.",
+        "The cloud of points keeps the area that it has, which is not the Gaussian's.",
       alternation:
-        "Every coupling has the same mask: x₁ decides and x₂ moves, in all of them. Up to the scaling the path only goes up and " +
-        "down, and the latent's first coordinate is x₁ itself, scaled.",
+        "Every coupling has the same mask: x₁ decides and x₂ moves, in all couplings. Before the scaling the path only goes up " +
+        "and down, and the latent's first coordinate is x₁ itself, scaled.",
     },
     realnvp: {
       nothing:
-        "Each coupling slides and stretches along one axis, both by amounts that depend on the other. Areas change from place to " +
-        "place, and with them the log-det: look at it in the middle of the data and beside them.",
+        "Each coupling slides and stretches points along one axis, by amounts that depend on the other coordinate. Areas change " +
+        "from place to place, and the log-det changes with them: compare it in the middle of the data and outside of them.",
       alternation:
-        "Every coupling has the same mask. x₂ is stretched and slid as x₁ says, as often as you like; x₁ comes out as it " +
-        "went in, whatever its distribution.",
+        "Every coupling has the same mask. Each one slides and stretches x₂ as x₁ says, but x₁ itself comes out as it went in, " +
+        "whatever its distribution.",
       tanh:
         "The log-scale is what the network says, without g tanh(·) around it. Drag the point away from the data: one layer's " +
-        "exponential feeds the next, and soon z and log p are no numbers any more (hatched).",
+        "exponential feeds the next, and soon z and log p are no finite numbers any more (the hatched area).",
     },
   };
   // What is peculiar to one flow.
   const REMARKS = {
     "circles nice nothing": "On the circles NICE finds no more than one Gaussian.",
-    "spiral nice nothing": "On the spiral it does better than RealNVP does here: training decides, too.",
-    "curve realnvp alternation": "On the thin curve that costs next to nothing: its x₁ is normal as it is.",
+    "spiral nice nothing": "On the spiral NICE does better than this RealNVP: how training went matters, too.",
+    "curve realnvp alternation": "On the thin curve the fixed mask costs next to nothing: x₁ has a normal distribution already.",
   };
 
   const STYLE = `
@@ -126,15 +126,15 @@
         points: true, grid: true, density: true, gridOn: "data", pen: false,
       };
       this.strokes = []; // what the reader drew, each stroke as points of the data
-      this.drawn = null; // samples in the place of the data
-      this.opened = null; // a flow of the reader's own, in the place of ours: its name and its JSON
+      this.drawn = null; // samples instead of the data
+      this.opened = null; // a flow of the reader's own instead of ours: its name and its JSON
       this.shown = 0; // the layer that is on the screen: on its way to state.layer
       this.build();
       if (!this.goToAddress()) this.choose();
       new ResizeObserver(() => this.draw()).observe(this.panes.data.canvas);
       new MutationObserver(() => this.draw()).observe(document.documentElement, { attributeFilter: ["data-theme"] });
       addEventListener("hashchange", () => this.goToAddress());
-      // A link to where one has been before changes no address, and is meant all the same.
+      // A link to the present address changes nothing in it, but the reader wants to go there all the same.
       document.addEventListener("click", (event) => {
         const link = event.target.closest('a[href^="#data="]');
         if (link && link.hash === location.hash) this.goToAddress();
@@ -172,7 +172,7 @@
       this.state.data = name;
     }
 
-    // A flow of the reader's own has no address; that of ours would be another one's.
+    // A flow of the reader's own has no address: the address of one of ours would name another flow.
     writeAddress() {
       const { data, model, without, layer, gridOn: grid } = this.state;
       history.replaceState(null, "", this.opened ? "#" : `#${new URLSearchParams({ data, model, without, layer, grid })}`);
@@ -227,7 +227,7 @@
       said.push(`Its log p is ${number(flow.log_prob)} nats on average over new points`);
       said.push(flow === whole ? "." : `; with nothing left out it is ${number(whole.log_prob)}.`);
       if (flow.lr < whole.lr) {
-        said.push(`At the others' learning rate, ${whole.lr}, its training did not stay finite; this is one at ${flow.lr}.`);
+        said.push(`At the learning rate of the other flows, ${whole.lr}, its loss did not stay finite; this flow was trained at ${flow.lr}.`);
       }
       return said.filter(Boolean).join(" ").replaceAll(/ ([.;])/g, "$1");
     }

@@ -6,7 +6,7 @@
 //   zoom            of the picture; without it, as large as fits into 320 pixels
 //   pad:    corners, start           what stands there: top left, top right, bottom left, bottom right; column and row
 //   slider: label, step, digits      the value of row k is k times step; across: how many pictures stand side by side
-//   redraw: pictures, scales         names; a row's first picture is as it was, the others have that scale drawn again
+//   redraw: pictures, scales         names; a row's first picture is the original, the others have that scale drawn again
 "use strict";
 {
   const STYLE = `
@@ -241,7 +241,7 @@
         const row = now.picture * scales.length + now.scale;
         this.show([[[0, row]], [[now.draw, row]]], 2);
         const scale = `scale ${now.scale + 1} drawn again, ${now.draw} of ${this.columns - 1}`;
-        this.say(`Left: as it was. Right: ${scale}.`, true);
+        this.say(`Left: the original. Right: ${scale}.`, true);
       };
       move({});
       return element(

@@ -683,7 +683,7 @@ def test_points_keep_their_colours_and_move_on_straight_lines(page: Page, shippe
     assert len({*colours[0]}) > 100
 
 
-def test_play_stops_at_the_last_layer_and_begins_anew(page: Page) -> None:
+def test_play_stops_at_the_last_layer_and_begins_again(page: Page) -> None:
     go(page, "data=moons&model=realnvp&without=nothing&layer=7")
     page.get_by_role("button", name="Play", exact=True).click()
     assert page.get_by_label("layers passed").input_value() == "8"
@@ -806,8 +806,8 @@ def test_the_story_says_what_the_line_is_worth(page: Page, shipped: dict[str, An
     told = page.locator("flow-playground .story").inner_text().replace("−", "-")
     assert f"Its log p is {flows['tanh']['log_prob']:.2f} nats on average" in told
     assert f"with nothing left out it is {flows['nothing']['log_prob']:.2f}." in told
-    assert f"At the others' learning rate, {flows['nothing']['lr']}" in told
-    assert f"one at {flows['tanh']['lr']}." in told
+    assert f"At the learning rate of the other flows, {flows['nothing']['lr']}" in told
+    assert f"this flow was trained at {flows['tanh']['lr']}." in told
     page.get_by_label("alternation", exact=True).check()
     assert "learning rate" not in page.locator("flow-playground .story").inner_text()
 
