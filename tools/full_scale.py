@@ -233,7 +233,7 @@ def figure(record: dict[str, Any]) -> str:
 
 
 def machine(record: dict[str, Any]) -> str:
-    return "one CPU thread" if record["hardware"] == "1 CPU threads" else record["hardware"]
+    return "one CPU thread" if record["hardware"] == "1 CPU thread" else record["hardware"]
 
 
 @cache

@@ -22,11 +22,11 @@ SOURCES: dict[str, tuple[str, str, tuple[float, float, float, float]]] = {
     "f2": ("01_nice", "fig-f2", (0, 0, 1, 1)),
     "f3": ("01_nice", "fig-f3", (0, 0, 1, 1)),
     "f4": ("01_nice", "fig-f4", (0, 0, 1, 1)),
-    "f5": ("01_nice", "fig-f5", (0, 0, 0.535, 1)),
+    "f5": ("01_nice", "fig-f5", (0, 0, 0.51, 1)),
     "f6": ("02_dequantization", "fig-f6-break", (0, 0, 0.475, 1)),
-    "f7": ("02_dequantization", "fig-wrong-noise", (0, 0, 0.33, 1)),
-    "f8": ("02_dequantization", "fig-wrong-noise", (0.34, 0, 0.66, 1)),
-    "f9": ("02_dequantization", "fig-wrong-noise", (0.66, 0, 1, 1)),
+    "f7": ("02_dequantization", "fig-wrong-noise", (0, 0, 0.34, 1)),
+    "f8": ("02_dequantization", "fig-wrong-noise", (0.345, 0, 0.68, 1)),
+    "f9": ("02_dequantization", "fig-wrong-noise", (0.68, 0, 1, 1)),
     "f10": ("02_dequantization", "fig-cells", (0, 0, 0.405, 1)),
     "f11": ("03_realnvp", "fig-f11", (0, 0, 0.5, 1)),
     "f12": ("03_realnvp", "fig-f12", (0, 0, 0.445, 1)),
@@ -44,7 +44,8 @@ SOURCES: dict[str, tuple[str, str, tuple[float, float, float, float]]] = {
     "f24": ("06_cglow", "fig-dead", (0, 0, 1, 1)),
     "f25": ("06_cglow", "fig-margins", (0, 0, 0.555, 1)),
     "f26": ("06_cglow", "fig-one-bit", (0, 0, 1, 1)),
-    "f27": ("01_nice", "fig-f27", (0, 0, 1, 1)),
+    "f27": ("01_nice", "fig-f27", (0, 0, 0.375, 1)),
+    "f28": ("02_dequantization", "fig-f28", (0, 0, 0.53, 1)),
 }
 
 

@@ -214,7 +214,7 @@ def test_the_tables_of_chapter_6_follow_from_the_file():
 def test_the_long_run_of_f6_on_the_page_is_that_of_the_file():
     record = json.loads((archive.ROOT / "data" / "ablations" / "no-dequantization.json").read_text())
     left_out = record["results"]["left out"][0]
-    assert f"left out: {left_out['broke_with']} at step {left_out['broke_at']:,}\n" in printed(
+    assert f"without noise: {left_out['broke_with']} at step {left_out['broke_at']:,}\n" in printed(
         "02_dequantization.ipynb"
     )
     assert len(left_out["log_p"]) == math.ceil(left_out["steps"] / 200)
