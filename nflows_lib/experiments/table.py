@@ -56,7 +56,7 @@ REALNVP_CIFAR10 = CIFAR10 | {
 }
 GLOW_CIFAR10 = CIFAR10 | {
     "model": "glow",
-    "paper": (3.35, "Kingma and Dhariwal 2018, 32 steps a scale, networks of 512 channels"),
+    "paper": (3.35, "Kingma and Dhariwal 2018, 32 steps per scale, networks of 512 channels"),
 }
 # Glow on logits with learned noise. Without bounded priors, and without logits, a gradient was infinite at step 4,597.
 LOGIT_GLOW = {"scales": 2, "bounded": True, "bounded_priors": True, "alpha": 1e-4}
@@ -208,7 +208,7 @@ RUNS: dict[str, Run] = {
         **LARGE_GLOW_FLOWERS,
     ),
     "glow-flowers5-small": Run(
-        title="Glow on the same photographs, small enough for a CPU and to ship",
+        title="Glow on photographs of five kinds of flower, 64x64, small enough for a CPU and to ship",
         data="flowers5",
         **GLOW_FLOWERS,
         size={"scales": 4, "steps": 4, "hidden": 64, "bounded": True, "bounded_priors": True},
@@ -225,7 +225,7 @@ RUNS: dict[str, Run] = {
         training=STEADY,
     ),
     "glow-mnist-10min": Run(
-        title="The same Glow, larger, for nine minutes of one H100 or H200",
+        title="Glow on MNIST's logits, larger than glow-mnist, for nine minutes of one H100 or H200",
         **GLOW_MNIST,
         size=LOGIT_GLOW | {"steps": 12, "hidden": 256, "noise": 64},
         budget=9 * MINUTES,

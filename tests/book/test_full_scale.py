@@ -91,7 +91,7 @@ def test_the_page_gives_figure_command_and_hardware_of_the_record(page, name):
     ):
         assert part in line
     text = page[page.index(f":name: fig-full-scale-{name}\n") :].split("```{figure}")[0]
-    for part in (record["title"], record["command"], record["commit"], f"seed {record['seed']}"):
+    for part in (table.RUNS[name].title, record["command"], record["commit"], f"seed {record['seed']}"):
         assert part in text
 
 
