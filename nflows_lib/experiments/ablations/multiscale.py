@@ -25,7 +25,7 @@ from nflows_lib.training import fit
 
 
 class _BareReshape(Squeeze):
-    """A squeeze by reshape alone: as invertible, and it tears neighbours apart (F17)."""
+    """A squeeze by reshape alone: as invertible, and it puts distant pixels side by side (F17)."""
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x.reshape(len(x), *self.output_shape(tuple(x.shape[1:]))), x.new_zeros(len(x))
