@@ -107,7 +107,7 @@ def _cell_problems(cell: NotebookNode) -> list[str]:
     if may_raise and not raised:
         found.append("expected an error (tag raises-exception), came none")
     for output in cell.outputs:
-        text = _text(output)
+        text = text_of(output)
         if "warning" in text.lower():
             found.append(f"expected no warning in an output, came {text[:200]!r}")
         if path := MACHINE_PATH.search(text):
@@ -124,7 +124,7 @@ def _cell_problems(cell: NotebookNode) -> list[str]:
     return found
 
 
-def _text(output: NotebookNode) -> str:
+def text_of(output: NotebookNode) -> str:
     """All that an output says in words."""
     if output.output_type == "stream":
         return output.text

@@ -1,7 +1,7 @@
 """Name the numbers that an edit changed: ``python tests/numbers_since.py REVISION FILE ...``.
 
 For each file: numbers that the revision has and the working tree lacks (-), and the reverse (+), each with lines that
-hold it. A notebook's outputs and its text (captions and alt texts with it) are compared apart. Numbers within names,
+hold it. A notebook's text (captions and alt texts with it), code and outputs are compared apart. Numbers within names,
 addresses, and LaTeX commands count too: what is printed is to be read, not to be trusted.
 """
 
@@ -11,24 +11,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import nbformat
+from reading import parts
 
 NUMBER = re.compile(r"(?<![\w.])[−-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
-
-
-def parts(path: str, content: str) -> dict[str, str]:
-    """The text that is read, by kind."""
-    if not path.endswith(".ipynb"):
-        return {"text": content}
-    text, outputs = [], []
-    for cell in nbformat.reads(content, as_version=4).cells:
-        if cell.cell_type == "markdown":
-            text.append(cell.source)
-        else:
-            shown = cell.metadata.get("mystnb", {})
-            text += [shown.get("figure", {}).get("caption", ""), shown.get("image", {}).get("alt", "")]
-            outputs += [output.get("text", "") for output in cell.outputs]
-    return {"text": "\n".join(text), "outputs": "\n".join(outputs)}
 
 
 def numbers(text: str) -> Counter[str]:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import nbformat
 from nbformat import NotebookNode
+from notebooks import text_of
 
 WORDS_PER_MINUTE, SECONDS_PER_LINE, SECONDS_PER_FIGURE = 150, 4, 30
 MAX_WORDS, MAX_LINES, MAX_SECTION_WORDS = 2_500, 450, 350
-FOLDED = {"hide-input", "remove-input", "hide-cell", "remove-cell"}
+FOLDED = {"hide-input", "remove-input"}
 
 NOT_PROSE = [
     re.compile(r"^\$\$.*?^\$\$.*?$", re.DOTALL | re.MULTILINE),  # displayed equations with their labels
@@ -42,6 +43,20 @@ class Length:
         """To the nearest five."""
         seconds = self.words / WORDS_PER_MINUTE * 60 + self.lines * SECONDS_PER_LINE + self.figures * SECONDS_PER_FIGURE
         return 5 * round(seconds / 300)
+
+
+def parts(path: str, content: str) -> dict[str, str]:
+    """What a page's source says, by kind: text (of a notebook with captions and alt texts), code, outputs."""
+    if not path.endswith(".ipynb"):
+        return {"text": content}
+    said = {"text": [], "code": [], "outputs": []}
+    for cell in nbformat.reads(content, as_version=4).cells:
+        said["code" if cell.cell_type == "code" else "text"].append(cell.source)
+        shown = cell.metadata.get("mystnb", {})
+        said["text"] += [shown.get("figure", {}).get("caption", ""), shown.get("image", {}).get("alt", "")]
+        outputs = cell.get("outputs", [])
+        said["outputs"] += [text_of(output) for output in outputs if "image/png" not in output.get("data", {})]
+    return {kind: "\n".join(pieces) for kind, pieces in said.items()}
 
 
 def words(text: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from reading import MAX_LINES, MAX_SECTION_WORDS, MAX_WORDS, bound_again, length
+from reading import MAX_LINES, MAX_SECTION_WORDS, MAX_WORDS, bound_again, length, parts
 
 ROOT = Path(__file__).parents[2]
 CHAPTERS = ROOT / "chapters"
@@ -33,19 +33,6 @@ def read(chapter: str) -> nbformat.NotebookNode:
     return nbformat.read(CHAPTERS / f"{chapter}.ipynb", as_version=4)
 
 
-def text_of(path: Path) -> str:
-    """All that a page's source says; of a notebook also captions, alt texts and what its cells printed."""
-    if path.suffix != ".ipynb":
-        return path.read_text(encoding="utf-8")
-    texts = []
-    for cell in nbformat.read(path, as_version=4).cells:
-        options = cell.metadata.get("mystnb", {})
-        texts += [cell.source, options.get("figure", {}).get("caption", ""), options.get("image", {}).get("alt", "")]
-        for output in cell.get("outputs", []):
-            texts += [output.get("text", ""), output.get("data", {}).get("text/plain", "")]
-    return "\n".join(texts)
-
-
 @pytest.mark.parametrize("chapter", sorted(path.stem for path in CHAPTERS.glob("0*.ipynb")))
 def test_the_box_says_how_long_the_chapter_is_to_read(chapter: str) -> None:
     notebook = read(chapter)
@@ -68,5 +55,5 @@ def test_no_name_is_given_to_two_things(chapter: str) -> None:
 
 @pytest.mark.parametrize("page", EDITED_PAGES)
 def test_an_edited_page_avoids_words_that_say_too_little(page: str) -> None:
-    text = text_of(ROOT / page)
+    text = "\n".join(parts(page, (ROOT / page).read_text(encoding="utf-8")).values())
     assert [text[max(found.start() - 40, 0) : found.end() + 40] for found in AVOIDED.finditer(text)] == []
