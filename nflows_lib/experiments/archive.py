@@ -52,6 +52,11 @@ def _hardware(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else device.type
 
 
+def print_origin(record: Mapping[str, Any]) -> None:
+    """Print the command that made a record, and the commit and the hardware that it was made with."""
+    print(f"{record['command']}\ncommit {record['commit']}, {record['hardware']}")
+
+
 def folder(run: str) -> Path:
     """Where the record of a shipped run lies: ``run.json``, and beside it samples and, if it is small, the model."""
     return ROOT / "data" / "pretrained" / run

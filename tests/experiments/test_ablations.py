@@ -189,10 +189,11 @@ def test_the_tables_of_chapter_4_follow_from_the_files():
     page = printed("04_multiscale.ipynb")
     for name in ("multiscale-squeeze", "multiscale-scales"):
         record = json.loads((archive.ROOT / "data" / "ablations" / f"{name}.json").read_text())
+        width = max(map(len, record["results"]))
         for arm, results in record["results"].items():
             bits = [result["test"] for result in results]
             assert len(bits) == 3
-            assert f"{arm:>12}  {statistics.mean(bits):.3f} ± {statistics.stdev(bits):.3f} bits/dim\n" in page
+            assert f"\n{arm:>{width}}  {statistics.mean(bits):.3f} ± {statistics.stdev(bits):.3f}\n" in page
 
 
 def test_the_tables_of_chapter_6_follow_from_the_file():
@@ -561,6 +562,26 @@ def test_run_stores_what_the_arms_return(monkeypatch, tmp_path):
     assert record["torch"] == torch.__version__
     table = ablations.mean_and_spread(record, "x")
     assert table["b"] == (pytest.approx(7.0), pytest.approx(math.sqrt(2)))
+
+
+def test_a_table_has_means_deviations_and_the_names_it_is_given(capsys):
+    record = {
+        "command": "python -m nflows_lib.ablations small",
+        "commit": "abc1234",
+        "hardware": "1 CPU thread",
+        "seeds": [0, 1],
+        "results": {"a": [{"x": 1.0, "y": 3}, {"x": 2.0, "y": 3}], "b": [{"x": 11.0, "y": 4}, {"x": 11.0, "y": 5}]},
+    }
+    values = ablations.print_table(record, {"x": "bits/dim", "y": "a long heading here"}, {"b": "second", "a": "first"})
+    assert values == {"x": {"b": [11.0, 11.0], "a": [1.0, 2.0]}, "y": {"b": [4, 5], "a": [3, 3]}}
+    assert capsys.readouterr().out.splitlines() == [
+        "python -m nflows_lib.ablations small",
+        "commit abc1234, 1 CPU thread",
+        "mean ± standard deviation over 2 seeds",
+        "              bits/dim  a long heading here",
+        "second  11.000 ± 0.000        4.500 ± 0.707",
+        " first   1.500 ± 0.707        3.000 ± 0.000",
+    ]
 
 
 def test_an_unknown_ablation_is_refused_by_name():

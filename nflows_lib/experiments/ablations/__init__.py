@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import statistics
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,39 @@ def mean_and_spread(record: dict[str, Any], measure: str) -> dict[str, tuple[flo
     """{arm: (mean, standard deviation over seeds)} of one measure."""
     columns = {arm: [result[measure] for result in results] for arm, results in record["results"].items()}
     return {arm: (statistics.mean(values), statistics.stdev(values)) for arm, values in columns.items()}
+
+
+def print_table(
+    record: Mapping[str, Any],
+    measures: Mapping[str, str] | None = None,
+    variants: Mapping[str, str] | None = None,
+) -> dict[str, dict[str, list[float]]]:
+    """Print a record's origin and a table: one row per variant, one column per measure, mean ± standard deviation.
+
+    Args:
+        record: as :func:`load` returns it.
+        measures: the heading of each column by the measure's key in the record; ``{"test": "test bits/dim"}`` if None.
+        variants: the name of each row by the variant's key in the record; all variants by their keys if None.
+
+    Returns:
+        The values behind the table, one per seed, as ``values[measure][variant]`` by the record's keys.
+    """
+    measures = measures or {"test": "test bits/dim"}
+    variants = variants or {variant: variant for variant in record["results"]}
+    values = {
+        measure: {variant: [run[measure] for run in record["results"][variant]] for variant in variants}
+        for measure in measures
+    }
+    archive.print_origin(record)
+    print(f"mean ± standard deviation over {len(record['seeds'])} seeds")
+    columns = [["", *variants.values()]]
+    for measure, heading in measures.items():
+        found = values[measure].values()
+        columns.append([heading, *(f"{statistics.mean(row):.3f} ± {statistics.stdev(row):.3f}" for row in found)])
+    widths = [max(map(len, column)) for column in columns]
+    for row in zip(*columns, strict=True):
+        print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
+    return values
 
 
 def main(arguments: list[str] | None = None) -> None:
