@@ -56,6 +56,16 @@ def test_every_entry_has_cause_test_and_fix() -> None:
     assert all(re.search(r"\{(?:ref|numref)\}`[^`]*(?:sec|fig)-", entry) for entry in failures)
 
 
+def test_what_was_seen_in_the_wild_is_linked() -> None:
+    """Each line of this kind stands behind a fix and links threads, with the repository and the number as the text."""
+    lines = re.findall(r"^\*\*Fix\.\*\*.*\n\n\*\*Seen in the wild\.\*\* (.*)$", CLINIC, re.MULTILINE)
+    assert len(lines) == CLINIC.count("**Seen in the wild.**") >= 15
+    for line in lines:
+        links = re.findall(r"\[([\w./-]+) (\d+)\]\(https://github\.com/([\w./-]+)/(?:issues|pull)/(\d+)\)", line)
+        assert links and len(links) == line.count("](")
+        assert all((name, number) == (repository, thread) for name, number, repository, thread in links)
+
+
 def test_a_failure_has_one_title_in_its_chapter_and_in_the_clinic() -> None:
     """A card's title in a chapter, an entry's heading in the clinic; for every failure there are both."""
     cards = {}
