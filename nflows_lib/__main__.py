@@ -1,4 +1,4 @@
-"""``python -m nflows_lib train nice-digits --budget 30s``: see :mod:`nflows_lib.experiments.command`."""
+"""The entry of ``python -m nflows_lib train nice-digits --budget 30s``: see :mod:`nflows_lib.experiments.command`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``python -m nflows_lib.ablations [NAME ...]``: see :mod:`nflows_lib.experiments.ablations`."""
+"""The entry of ``python -m nflows_lib.ablations [NAME ...]``: see :mod:`nflows_lib.experiments.ablations`."""
 
 from nflows_lib.experiments.ablations import main
 

@@ -1,4 +1,4 @@
-"""The contract that every part of a flow keeps: :class:`Layer`, :class:`Bijection`, and the :class:`Chain` of them."""
+"""The interfaces that the parts of a flow implement: :class:`Layer`, :class:`Bijection`, :class:`Chain` of layers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Shape = tuple[int, ...]
 
 
 class Layer(nn.Module):
-    """One step of a flow, from data towards latent.
+    r"""One step of a flow, from data towards latent.
 
-    ``forward(x, context)`` returns ``(z, contribution)``: the transformed batch, and what this step adds to
-    log p(x) for each example, shape (B,), in nats. ``inverse(z, context)`` goes back from latent towards data.
-    A layer that does not use the context ignores it.
+    ``forward(x, context)`` returns ``(z, contribution)``: the transformed batch, and the term that this step adds to
+    :math:`\log p(x)` of each example, in nats, shape ``(B,)``. ``inverse(z, context)`` takes a batch in the other
+    direction, from latent towards data. A layer that does not use the context ignores it.
 
-    A step that is not a deterministic bijection (dequantization, say) derives from this class and states in its
-    docstring what its contribution stands for. Everything else is a :class:`Bijection`.
+    A step that is not a deterministic bijection (dequantization is one) derives from this class and states in its
+    docstring what its contribution is. Every other step is a :class:`Bijection`.
     """
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -30,28 +30,49 @@ class Layer(nn.Module):
         raise NotImplementedError
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Set parameters from a first batch, where a layer has such. By default there is nothing to do."""
+        """Set the parameters that depend on data from a first batch. By default there are none, and nothing is done.
+
+        Args:
+            x: the first batch, as the layers before this one transform it.
+            context: one row per example, if the flow is conditional.
+        """
 
     def output_shape(self, shape: Shape) -> Shape:
-        """Shape of one transformed example, given the shape of one example, both without the batch dimension.
+        """Return the shape of one transformed example, without the batch dimension.
+
+        Args:
+            shape: shape of one example that comes in, without the batch dimension.
 
         Raises:
-            ValueError: the layer cannot take that shape.
+            ValueError: if the layer cannot take an example of that shape.
         """
         return shape
 
 
 class Bijection(Layer):
-    r"""A deterministic, invertible :class:`Layer`: z = f(x).
+    r"""A deterministic, invertible :class:`Layer`, :math:`z = f(x)`.
 
-    The contribution is :math:`\log|\det \partial f / \partial x|` of the *forward* direction (data to latent), in
-    nats, shape (B,), summed over all dimensions of an example. With it, log p(x) = log p_base(f(x)) + contribution
-    (the change of variables; Dinh et al. 2014, eq. 1).
+    The contribution is the log-determinant of the *forward* direction, from data to latent: one number per example, in
+    nats, shape ``(B,)``. The change of variables adds it to the log-density of the latent (Dinh et al. 2014, eq. 1):
+
+    .. math::
+
+        \log p_X(x) &= \log p_Z(f(x)) \\
+        &\quad + \log\left|\det \frac{\partial f}{\partial x}\right|
     """
 
 
 class ChannelBijection(Bijection):
-    """Base of the bijections that know their number of channels, and take vectors (B, C) or images (B, C, H, W)."""
+    """Base of the bijections that have a fixed number of channels.
+
+    They take vectors ``(B, C)`` or images ``(B, C, H, W)``.
+
+    Args:
+        channels: number of channels C, at least 1.
+
+    Raises:
+        ValueError: if channels is not a whole number of at least 1.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -59,7 +80,12 @@ class ChannelBijection(Bijection):
         self.channels = channels
 
     def check_channels(self, name: str, x: Tensor) -> None:
-        """Raise a ValueError unless x is a batch of vectors or images with that many channels."""
+        """Raise a ValueError unless x is a batch of vectors or images with this layer's number of channels.
+
+        Args:
+            name: what the error calls x.
+            x: the batch.
+        """
         if x.dim() not in (2, 4) or x.shape[1] != self.channels:
             expected = f"(B, {self.channels}) or (B, {self.channels}, H, W)"
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(x.shape)}")
@@ -72,27 +98,41 @@ class ChannelBijection(Bijection):
 
 
 class AffineBijection(ChannelBijection):
-    """Base of the bijections z = A x + b of the channels, alike at every pixel, that say what A and b are.
+    r"""Base of the bijections that apply one affine map :math:`\mathbf{A} x + b` to the channels of every pixel.
 
-    A :class:`Chain` makes one product of those that stand side by side: W (S x + b) = (W S) x + W b. A subclass that
-    has a ``forward`` of its own and no ``as_affine`` is called as any other layer.
+    A subclass says in :meth:`as_affine` what :math:`\mathbf{A}` and :math:`b` are. A :class:`Chain` merges consecutive
+    layers of this kind into one matrix product:
+    :math:`\mathbf{W} (\mathbf{S} x + b) = (\mathbf{W} \mathbf{S})\, x + \mathbf{W} b`. If a subclass overrides
+    ``forward`` but not ``as_affine``, a chain calls its ``forward`` like that of any other layer.
     """
 
     def as_affine(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """A, b and log|det A|, for all examples or for each: (C, C) or (B, C, C), (C,) or (B, C), () or (B,)."""
+        r"""Return :math:`\mathbf{A}`, :math:`b` and :math:`\log|\det \mathbf{A}|`, the last one in nats.
+
+        If all examples share them, their shapes are ``(C, C)``, ``(C,)`` and ``()``; if each example has its own,
+        ``(B, C, C)``, ``(B, C)`` and ``(B,)``.
+        """
         raise NotImplementedError
 
 
 class Chain(Layer):
-    """Layers applied one after the other; their contributions add up.
+    """Layers that are applied one after the other, and whose contributions add up.
 
-    Like an ``nn.Sequential`` it can be sliced, and joined with a list of layers: ``chain[1:]`` is the chain without its
-    first layer, ``[layer] + chain[1:]`` has another first layer. The result shares the layers' parameters. Its state
-    dict numbers the layers from 0 again, so a checkpoint is always written from the whole chain, never from a slice.
+    Like an ``nn.Sequential``, a chain can be sliced and joined with a list of layers: ``chain[1:]`` is the chain
+    without its first layer, and ``[layer] + chain[1:]`` is the chain with another first layer. The result shares the
+    layers' parameters. Its state dict numbers the layers from 0 again, so write a checkpoint from the whole chain,
+    never from a slice.
+
+    Args:
+        layers: the steps, in the order from data to latent.
+
+    Raises:
+        ValueError: if one of them is not a :class:`Layer`.
 
     >>> import torch
     >>> from nflows_lib.dequantization import Rescale
-    >>> z, log_det = Chain([Rescale(2.0), Rescale(0.5)])(torch.ones(1, 3))
+    >>> chain = Chain([Rescale(2.0), Rescale(0.5)])
+    >>> z, log_det = chain(torch.ones(1, 3))
     >>> z.tolist(), log_det.tolist()
     ([[1.0, 1.0, 1.0]], [0.0])
     """
@@ -133,7 +173,8 @@ class Chain(Layer):
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         for layer in self.layers:
-            layer.initialize(x, context)  # before its own forward, after everything in front of it
+            # A layer initialises on what the layers before it give, and before its own first forward.
+            layer.initialize(x, context)
             x, _ = layer(x, context)
 
     def output_shape(self, shape: Shape) -> Shape:
@@ -143,7 +184,10 @@ class Chain(Layer):
 
 
 def forward_as_one(layers: list[AffineBijection], x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the layers, one after the other, make of x, and what they contribute, by one product."""
+    """Apply consecutive affine layers to x in one matrix product.
+
+    Returns the transformed batch, in the shape of x, and the sum of the layers' contributions, ``(B,)``, in nats.
+    """
     for layer in layers:
         layer.check_channels("x", x)
     matrix, bias, log_det = layers[0].as_affine(context)
@@ -155,10 +199,15 @@ def forward_as_one(layers: list[AffineBijection], x: Tensor, context: Tensor | N
 
 
 def mix(matrix: Tensor, x: Tensor, bias: Tensor) -> Tensor:
-    """A x + b over the channels at every pixel: A is (C, C), or (B, C, C) with one for each example; b likewise.
+    r"""Return :math:`\mathbf{A} x + b`, applied to the channels of every pixel, in the shape of x.
 
-    One matrix for all is one product for the whole batch, if the channels come first in memory; so they do in what
-    comes out. On a CPU it is several times as fast as a convolution.
+    With one matrix for all examples, the whole batch is one product. It needs no copy if the channels of x come first
+    in memory, as those of the result do. On a CPU this is several times as fast as a convolution.
+
+    Args:
+        matrix: :math:`\mathbf{A}`, ``(C, C)`` for all examples, or ``(B, C, C)`` with one per example.
+        x: vectors ``(B, C)`` or images ``(B, C, H, W)``.
+        bias: :math:`b`, ``(C,)``, or ``(B, C)`` with one per example.
     """
     if matrix.dim() == 3:
         pixels = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
@@ -168,7 +217,7 @@ def mix(matrix: Tensor, x: Tensor, bias: Tensor) -> Tensor:
 
 
 def _grouped(layers: Iterable[Layer]) -> list[list[Layer]]:
-    """The layers in their order: affine maps that stand side by side in one list, every other layer in its own."""
+    """The layers in their order, in lists: consecutive affine maps share a list, every other layer has its own."""
     groups: list[list[Layer]] = []
     for layer in layers:
         if groups and _may_merge(groups[-1][-1]) and _may_merge(layer):
@@ -179,25 +228,29 @@ def _grouped(layers: Iterable[Layer]) -> list[list[Layer]]:
 
 
 def _may_merge(layer: Layer) -> bool:
-    """Whether as_affine says what the layer's forward does, and nobody waits to see that called."""
+    """Whether ``as_affine`` may replace a call of the layer's ``forward``.
+
+    It may if the class that defines ``forward`` defines ``as_affine``, too, and if no hook or replaced method would
+    miss the call.
+    """
     watched = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
     definer = next(kind for kind in type(layer).__mro__ if "forward" in vars(kind))
     return "as_affine" in vars(definer) and not watched
 
 
 def sum_per_example(values: Tensor) -> Tensor:
-    """Sum over every dimension but the batch: (B, ...) to (B,)."""
+    """Sum over every dimension except the batch: ``(B, ...)`` to ``(B,)``."""
     return values.sum(dim=tuple(range(1, values.dim())))
 
 
 def initialize_network(network: nn.Module | None, x: Tensor, context: Tensor | None) -> None:
-    """Let the network inside a layer set parameters from what it sees of a first batch, where it has such."""
+    """Call the ``initialize`` of the network inside a layer on what it sees of a first batch, if it has that method."""
     if hasattr(network, "initialize"):
         network.initialize(x, context)
 
 
 def check_positive(**numbers: int) -> None:
-    """Raise a ValueError, with the number's name, unless each is a whole number of at least 1."""
+    """Raise a ValueError with the number's name unless each number is a whole number of at least 1."""
     for name, number in numbers.items():
         if not isinstance(number, Integral):
             raise ValueError(f"{name}: expected a whole number, got {number!r}")
@@ -206,7 +259,13 @@ def check_positive(**numbers: int) -> None:
 
 
 def check_shape(name: str, x: Tensor | None, shape: Shape) -> None:
-    """Raise a ValueError unless x is there and a batch of examples of this shape, ``(B, *shape)``."""
+    """Raise a ValueError unless x is a batch of examples of this shape, ``(B, *shape)``; None is refused, too.
+
+    Args:
+        name: what the error calls x.
+        x: the batch, or None if it is missing.
+        shape: shape of one example.
+    """
     if x is None or x.dim() == 0 or tuple(x.shape[1:]) != tuple(shape):
         expected = ", ".join(["B", *map(str, shape)])
         raise ValueError(f"{name}: expected shape ({expected}), got {None if x is None else tuple(x.shape)}")

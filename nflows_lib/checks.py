@@ -1,4 +1,4 @@
-"""A chapter's executable claims."""
+"""The executable claims of a chapter."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import torch
 
 
 def check(claim: str, holds: bool | np.bool_ | torch.Tensor) -> None:
-    """Print the claim with a tick if it holds, raise an AssertionError with the claim if not.
+    """Print the claim with a tick if it holds; if not, raise an error.
+
+    Args:
+        claim: a whole sentence that can be false.
+        holds: whether the claim holds, one truth value.
 
     Raises:
-        ValueError: ``holds`` is no single truth value: a number, a list or a function would pass unnoticed.
+        AssertionError: if the claim does not hold; the message is the claim.
+        ValueError: if ``holds`` is not a single truth value. A non-empty list or a function would count as true.
 
     >>> check("two and two make four", 2 + 2 == 4)
     ✓ two and two make four

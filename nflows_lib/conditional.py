@@ -1,4 +1,4 @@
-"""Layers whose parameters come from a context: conditional Glow (Lu and Huang 2020)."""
+"""Layers and networks whose parameters depend on a context, as in conditional Glow (Lu and Huang 2020)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ from nflows_lib.normalization import ActNorm
 
 
 class ConditioningNetwork(nn.Module):
-    """From a context to the numbers that a layer needs, one vector for each example.
+    """A network from a context to the numbers that a layer needs, one vector per example.
 
-    An image is halved by 3x3 convolutions until at most 16 pixels are left; then, as for a vector at once, two linear
-    layers. ReLUs between them all. Only the *last* layer starts at zero: with all of them at zero, none but its bias
-    would ever get a gradient (chapter 6, F24).
+    An image goes through 3x3 convolutions that halve it until at most 16 pixels are left, then through two linear
+    layers. A vector goes through the two linear layers only. There is a ReLU after every layer but the last. Only the
+    *last* layer starts at zero: if all layers did, only the bias of the last would ever get a gradient (chapter 6,
+    F24).
 
     Args:
-        context_shape: of one example's context: (K, H, W), or (K,).
-        outputs: how many numbers come out.
+        context_shape: shape of one example's context: ``(K, H, W)``, or ``(K,)``.
+        outputs: size of the vector that comes out.
         hidden: channels of the convolutions, and size of the vector between the linear layers.
-        precision: as of :class:`nflows_lib.networks.ResNet`.
+        precision: type that the network computes in, as in :class:`~nflows_lib.networks.ResNet`.
+
+    Raises:
+        ValueError: if context_shape is that of neither a vector nor an image, or precision is neither float32 nor
+            bfloat16.
     """
 
     def __init__(self, context_shape: Shape, outputs: int, hidden: int, precision: torch.dtype = torch.float32) -> None:
@@ -41,10 +46,10 @@ class ConditioningNetwork(nn.Module):
         self.layers = nn.Sequential(*layers, zeroed(nn.Linear(hidden, outputs)))
 
     def forward(self, context: Tensor | None) -> Tensor:
-        """(B, K, H, W), or (B, K), to (B, outputs).
+        """Map contexts ``(B, K, H, W)`` or ``(B, K)`` to vectors ``(B, outputs)``.
 
         Raises:
-            ValueError: there is no context, or one of another shape.
+            ValueError: if the context is None or has another shape.
         """
         check_shape("context", context, self.context_shape)
         with computing_in(self.precision, context):
@@ -52,14 +57,19 @@ class ConditioningNetwork(nn.Module):
 
 
 class ConditionalActNorm(ActNorm):
-    """z = exp(s + tanh s(x)) y + b + b(x): an :class:`ActNorm` with a part for each context x beside what is for all.
+    r"""An :class:`~nflows_lib.normalization.ActNorm` whose scale factor and shift also depend on a context x.
 
-    s and b are initialised from a first batch as those of an ActNorm. The part that depends on x starts at 0, and its
-    log-scale stays within [-1, 1], whatever x is.
+    .. math::
+
+        z = e^{s + \tanh s(x)} \odot y + b + b(x)
+
+    The shared :math:`s` and :math:`b` are initialised from a first batch, as in an ActNorm. The parts that depend on x
+    start at 0, and the tanh keeps the log-scale's part within [-1, 1] whatever x is.
 
     Args:
-        channels: C, of vectors (B, C) or images (B, C, H, W).
-        network: called as ``network(context)``; gives (B, 2 C), first what becomes s(x), then b(x). It starts at 0.
+        channels: number of channels C of vectors ``(B, C)`` or images ``(B, C, H, W)``.
+        network: called as ``network(context)``; gives ``(B, 2 C)``, first :math:`s(x)`, then :math:`b(x)`. Its output
+            starts at 0.
     """
 
     def __init__(self, channels: int, network: nn.Module) -> None:
@@ -74,15 +84,20 @@ class ConditionalActNorm(ActNorm):
 
 
 class Conditional1x1Conv(Invertible1x1Conv):
-    """:class:`Invertible1x1Conv` with another matrix W(x) for each context x, invertible by construction.
+    r"""A 1x1 convolution with its own matrix for each context x, invertible by construction.
 
-    W(x) = P L(x) (U(x) + diag(s(x))): to each number in L, U and log|s| that is learned for all, tanh of one from the
-    network is added, so that no determinant is 0, whatever x is. (The code of Lu and Huang 2020 takes the network's
-    output as W itself, which may be singular.)
+    .. math::
+
+        \mathbf{W}(x) = \mathbf{P}\, \mathbf{L}(x)\, (\mathbf{U}(x) + \operatorname{diag} \omega(x))
+
+    The factors are those of :class:`~nflows_lib.convolution.Invertible1x1Conv`. To each learned number in
+    :math:`\mathbf{L}`, :math:`\mathbf{U}` and :math:`\log|\omega|`, the layer adds the tanh of one output of the
+    network, so no determinant is 0, whatever x is. (The code of Lu and Huang 2020 takes the network's output as
+    :math:`\mathbf{W}` itself, which may be singular.)
 
     Args:
-        channels: C, of vectors (B, C) or images (B, C, H, W).
-        network: called as ``network(context)``; gives (B, C^2), row by row. It starts at 0.
+        channels: number of channels C of vectors ``(B, C)`` or images ``(B, C, H, W)``.
+        network: called as ``network(context)``; gives ``(B, C * C)``, row by row. Its output starts at 0.
     """
 
     def __init__(self, channels: int, network: nn.Module) -> None:
@@ -96,20 +111,20 @@ class Conditional1x1Conv(Invertible1x1Conv):
 
 
 class ConditionalNet(nn.Module):
-    """The network of a conditional coupling or prior: beside its input, another network sees features of the context.
+    """The network of a conditional coupling or prior, which also sees features of the context.
 
-    A context that is an image is brought to the input's height and width by 3x3 convolutions, the last of which keeps
-    the size, those before it halve it.
+    A second network computes the features: 3x3 convolutions bring a context that is an image to the input's height and
+    width. Each of them halves the size, except the last, which keeps it.
 
     Args:
-        network: called as ``network(x, features)``; its context has ``features`` channels.
-        context_shape: of one example's context, (K, H, W).
-        size: height and width of the input: the context's, halved any number of times.
-        features: channels of the features.
-        precision: what the convolutions to the features compute in, as of :class:`nflows_lib.networks.ResNet`.
+        network: called as ``network(x, features)``; takes a context of as many channels as ``features`` says.
+        context_shape: shape of one example's context, ``(K, H, W)``.
+        size: height and width of the input: those of the context, or those halved any number of times.
+        features: number of channels of the features.
+        precision: type that the convolutions to the features compute in, as in :class:`~nflows_lib.networks.ResNet`.
 
     Raises:
-        ValueError: the context is no image, or its size is another.
+        ValueError: if the context is not an image, or its size is not the input's times a power of 2.
     """
 
     def __init__(
@@ -127,7 +142,7 @@ class ConditionalNet(nn.Module):
         channels, *full = context_shape
         halvings = max((full[0] // size[0]).bit_length() - 1, 0) if full else 0
         if full != [side * 2**halvings for side in size]:
-            expected = f"(K, H, W), with H and W {tuple(size)} or twice, four times ... that"
+            expected = f"(K, H, W), with (H, W) = {tuple(size)} times a power of 2"
             raise ValueError(f"context_shape: expected {expected}, got {self.context_shape}")
         layers: list[nn.Module] = []
         for _ in range(halvings):
@@ -136,11 +151,15 @@ class ConditionalNet(nn.Module):
         self.features = nn.Sequential(*layers, nn.Conv2d(channels, features, 3, padding=1), nn.ReLU())
 
     def initialize(self, x: Tensor, context: Tensor | None) -> None:
-        """Initialise the network from a first batch."""
+        """Initialise the inner network from a first batch and the features of its context."""
         initialize_network(self.network, x, self._features_of(context))
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """(B, inputs, H, W), and a context (B, K, ...), to what the network gives."""
+        """Map ``(B, inputs, H, W)`` and a context ``(B, K, ...)`` to the output of the inner network.
+
+        Raises:
+            ValueError: if the context is None or has another shape.
+        """
         return self.network(x, self._features_of(context))
 
     def _features_of(self, context: Tensor | None) -> Tensor:
@@ -150,11 +169,11 @@ class ConditionalNet(nn.Module):
 
 
 def _laid_out(context: Tensor) -> Tensor:
-    """In the layout that convolutions are fastest in, if it is an image."""
+    """The context, in the layout in which convolutions are fastest if it is an image."""
     return channels_last(context) if context.dim() == 4 else context
 
 
 def check_context_shape(shape: Shape) -> None:
-    """Raise a ValueError unless it is that of a vector or of an image."""
+    """Raise a ValueError unless the shape is that of a vector, ``(K,)``, or of an image, ``(K, H, W)``."""
     if len(shape) not in (1, 3) or min(shape) < 1:
         raise ValueError(f"context_shape: expected (K,) or (K, H, W), got {tuple(shape)}")

@@ -1,4 +1,4 @@
-"""Coupling layers: half of the vector passes unchanged and decides what happens to the other half."""
+"""Coupling layers: one half of the vector is left unchanged and decides how the other half is changed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,17 @@ from nflows_lib.bijection import (
 
 
 def alternating_mask(dims: int, parity: int) -> Tensor:
-    """Boolean mask of shape (dims,), True at even positions for parity 0, at odd ones for parity 1.
+    """Return a boolean mask of shape ``(dims,)`` that is True at every other position.
 
-    True marks what passes unchanged and feeds the network; a coupling changes the rest (Dinh et al. 2014,
-    section 3.2: one half of the components is taken as the even, the other as the odd ones).
+    True marks the entries that are left unchanged and feed the network; a coupling changes the others. So one half of
+    the vector has the even positions and the other half the odd ones, as in NICE (Dinh et al. 2014, section 3.2).
+
+    Args:
+        dims: number of dimensions D, at least 2.
+        parity: 0 for True at the even positions, 1 for True at the odd ones.
+
+    Raises:
+        ValueError: if dims is below 2, or parity is neither 0 nor 1.
 
     >>> alternating_mask(4, 0).tolist()
     [True, False, True, False]
@@ -33,11 +40,19 @@ def alternating_mask(dims: int, parity: int) -> Tensor:
 
 
 def checkerboard_mask(shape: Shape, parity: int) -> Tensor:
-    """Boolean mask of shape (C, H, W) like a chess board, the same in every channel (Dinh et al. 2016, section 3.4).
+    """Return a boolean mask of shape ``(C, H, W)`` that is a checkerboard of pixels (Dinh et al. 2016, section 3.4).
 
-    True, where row + column is even for parity 0, odd for parity 1, marks what passes unchanged.
+    True marks the pixels that are left unchanged, the same in every channel.
 
-    >>> checkerboard_mask((1, 2, 3), 0).int().tolist()
+    Args:
+        shape: ``(C, H, W)``, with at least two pixels.
+        parity: 0 for True where row + column is even, 1 for True where row + column is odd.
+
+    Raises:
+        ValueError: if shape is not ``(C, H, W)`` with at least two pixels, or parity is neither 0 nor 1.
+
+    >>> b = checkerboard_mask((1, 2, 3), 0)
+    >>> b.int().tolist()
     [[[1, 0, 1], [0, 1, 0]]]
     """
     if len(shape) != 3 or min(shape) < 1 or shape[1] * shape[2] < 2:
@@ -48,9 +63,19 @@ def checkerboard_mask(shape: Shape, parity: int) -> Tensor:
 
 
 def channel_mask(shape: Shape, parity: int) -> Tensor:
-    """Boolean mask of shape (C, H, W), True (passes) in the first half of the channels for parity 0, else the second.
+    """Return a boolean mask of shape ``(C, H, W)`` that is True in one half of the channels.
 
-    >>> channel_mask((2, 1, 2), 0).int().tolist()
+    True marks the channels that are left unchanged.
+
+    Args:
+        shape: ``(C, H, W)``, with at least two channels.
+        parity: 0 for True in the first ``C // 2`` channels, 1 for True in the others.
+
+    Raises:
+        ValueError: if shape is not ``(C, H, W)`` with at least two channels, or parity is neither 0 nor 1.
+
+    >>> b = channel_mask((2, 1, 2), 0)
+    >>> b.int().tolist()
     [[[1, 1]], [[0, 0]]]
     """
     if len(shape) != 3 or shape[0] < 2:
@@ -61,10 +86,10 @@ def channel_mask(shape: Shape, parity: int) -> Tensor:
 
 
 class _Coupling(Bijection):
-    """The mask b and the network, and what the network sees, which both directions have.
+    """The mask b, the network, and what the network sees: the parts that forward and inverse share.
 
-    A vector is cut in two: the network gets the passing half, in order, and its output is for the other half. An image
-    keeps its shape, so that a convolution can read it: the network gets b x, and its output is masked.
+    A vector is cut in two: the network gets the unchanged half, in order, and its output is for the other half. An
+    image keeps its shape, so that a convolution can read it: the network gets b x, and its output is masked.
     """
 
     def __init__(self, mask: Tensor, network: nn.Module) -> None:
@@ -78,12 +103,12 @@ class _Coupling(Bijection):
         initialize_network(self.network, self._seen("x", x), context)
 
     def _seen(self, name: str, x: Tensor) -> Tensor:
-        """What the network gets of x, which an error calls by the name."""
+        """The part of x that the network gets; name is what an error calls x."""
         check_shape(name, x, self.mask.shape)
         return x.index_select(1, self.passing) if x.dim() == 2 else x * self.mask
 
     def _network_output(self, seen: Tensor, context: Tensor | None, outputs: int) -> list[Tensor]:
-        """That many tensors from the network: each has one number for each that the layer may change."""
+        """That many tensors from the network, each with one number per entry that the layer may change."""
         output = self.network(seen, context)
         size, *rest = self.changing.shape if seen.dim() == 2 else self.mask.shape
         check_shape("network's output", output, (outputs * size, *rest))
@@ -92,10 +117,10 @@ class _Coupling(Bijection):
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         super()._load_from_state_dict(*args, **options)
-        self._find_halves()  # the mask may be another one
+        self._find_halves()  # the loaded mask may differ from the one before
 
     def _find_halves(self) -> None:
-        """Store where the halves of a vector are. To look for them in each step would make a CPU wait for its GPU."""
+        """Store the positions of both halves of a vector: finding them in each step would force a GPU sync."""
         for name, half in (("passing", self.mask), ("changing", ~self.mask)):
             self.register_buffer(name, half.nonzero().flatten() if half.dim() == 1 else None, persistent=False)
 
@@ -109,18 +134,24 @@ class _Coupling(Bijection):
 
 
 class AdditiveCoupling(_Coupling):
-    """z1 = x1, z2 = x2 + t(x1): shift one half by a function of the other (Dinh et al. 2014, section 3.2).
+    r"""An additive coupling: one half is shifted by a function of the other (Dinh et al. 2014, section 3.2).
 
-    The Jacobian is triangular with ones on its diagonal, so the log-determinant is 0 whatever the network does, and
-    the inverse subtracts the same shift: the network itself is never inverted.
+    .. math::
+
+        z_1 &= x_1 \\
+        z_2 &= x_2 + t(x_1)
+
+    The Jacobian is triangular with ones on its diagonal, so the log-determinant is 0 whatever the network does. The
+    inverse subtracts the same shift: the network itself is never inverted.
 
     Args:
-        mask: b, boolean, of the shape of one example; True passes unchanged.
-        network: t, called as ``network(x1, context)``. On vectors it maps (B, P) to (B, D - P), where the mask passes P
-            of D numbers; on images (B, C, H, W), with zeros where the mask is False, to (B, C, H, W).
+        mask: :math:`b`, boolean, of the shape of one example; True marks what is left unchanged.
+        network: :math:`t`, called as ``network(x1, context)``. On vectors it maps ``(B, P)`` to ``(B, D - P)``, where P
+            of the D entries are left unchanged. On images it maps ``(B, C, H, W)``, with zeros where the mask is False,
+            to ``(B, C, H, W)``.
 
     Raises:
-        ValueError: the mask is not boolean, or passes everything or nothing.
+        ValueError: if the mask is not boolean, or has the same value everywhere.
     """
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -135,21 +166,34 @@ class AdditiveCoupling(_Coupling):
 
 
 class AffineCoupling(_Coupling):
-    """z1 = x1, z2 = x2 exp(s) + t, where s and t are functions of x1 (Dinh et al. 2016, section 3.2).
+    r"""An affine coupling: one half is scaled and shifted by functions of the other (Dinh et al. 2016, section 3.2).
 
-    On images that is z = b x + (1 - b) (x exp(s) + t), with s and t functions of b x (eq. 9).
+    .. math::
 
-    The log-determinant is the sum of s over what is changed. The network gives t as it is, and s as g tanh(.) with one
-    learned gain g for the layer, which starts at 1: s stays within [-g, g] whatever the network does, and g is free to
-    grow (section 4.1; chapter 3, F12 and F13).
+        z_1 &= x_1 \\
+        z_2 &= x_2 \odot e^{s(x_1)} + t(x_1)
+
+    On images, with the mask :math:`b`, this is (eq. 9)
+
+    .. math::
+
+        z = b \odot x + (1 - b) \odot (x \odot e^{s} + t)
+
+    where :math:`s` and :math:`t` are functions of :math:`b \odot x`. The log-determinant is the sum of :math:`s` over
+    the entries that change.
+
+    The network gives :math:`t` as it is. From its other output :math:`h` the layer makes :math:`s = g \tanh h`, with
+    one learned gain :math:`g` per layer, which starts at 1: :math:`s` stays within :math:`[-g, g]` whatever the network
+    does, and :math:`g` is free to grow (section 4.1; chapter 3, F12 and F13).
 
     Args:
-        mask: b, boolean, of the shape of one example, (D,) or (C, H, W); True passes unchanged.
-        network: called as ``network(x1, context)``; as that of :class:`AdditiveCoupling`, with twice as many numbers:
-            (B, 2 (D - P)) or (B, 2 C, H, W), first what becomes s, then t.
+        mask: :math:`b`, boolean, of the shape of one example, ``(D,)`` or ``(C, H, W)``; True marks what is left
+            unchanged.
+        network: called as ``network(x1, context)``, like that of :class:`AdditiveCoupling`, but with twice as many
+            outputs: ``(B, 2 (D - P))`` or ``(B, 2 C, H, W)``, first :math:`h`, then :math:`t`.
 
     Raises:
-        ValueError: the mask is not boolean, or passes everything or nothing.
+        ValueError: if the mask is not boolean, or has the same value everywhere.
     """
 
     def __init__(self, mask: Tensor, network: nn.Module) -> None:
@@ -173,22 +217,31 @@ class AffineCoupling(_Coupling):
         return x.index_select(1, self.changing) if x.dim() == 2 else x
 
     def _joined(self, x: Tensor, changed: Tensor) -> Tensor:
+        """x with its changed entries."""
         return x.index_copy(1, self.changing, changed) if x.dim() == 2 else changed
 
 
 class GlowCoupling(ChannelBijection):
-    """z = (x1, (x2 + t) sigmoid(h + 2)), where h and t are functions of x1, the first half of the channels.
+    r"""Glow's coupling: the second half of the channels is shifted and scaled by functions of the first half.
 
-    The log-determinant is the sum of log sigmoid(h + 2). Every scale is between 0 and 1: what must grow is left to the
-    other layers. A scale that underflows (h below -90 in float32) makes the log-determinant -inf: nothing could be
-    inverted there (the code of Kingma and Dhariwal 2018; the paper's table 1 has an exponential in general terms).
+    .. math::
+
+        z_1 &= x_1 \\
+        z_2 &= (x_2 + t(x_1)) \odot \sigma(h(x_1) + 2)
+
+    The log-determinant is the sum of :math:`\log \sigma(h + 2)` over the entries that change. Every scale factor lies
+    between 0 and 1: growth is left to the other layers. If a scale factor underflows to 0 (:math:`h` below -90 in
+    float32), the log-determinant is -inf, and nothing could be inverted there. This is the form in the code of Kingma
+    and Dhariwal 2018; table 1 of the paper writes the scale factor as an exponential.
 
     Args:
-        channels: C of what comes in, vectors (B, C) or images (B, C, H, W); at least 2. The first C // 2 pass.
-        network: called as ``network(x1, context)``; from C // 2 channels to 2 (C - C // 2), first h, then t.
+        channels: number of channels C of vectors ``(B, C)`` or images ``(B, C, H, W)``, at least 2. The first
+            ``C // 2`` are left unchanged.
+        network: called as ``network(x1, context)``; maps ``C // 2`` channels to ``2 * (C - C // 2)``, first :math:`h`,
+            then :math:`t`.
 
     Raises:
-        ValueError: channels is below 2.
+        ValueError: if channels is below 2.
     """
 
     def __init__(self, channels: int, network: nn.Module) -> None:
@@ -210,10 +263,10 @@ class GlowCoupling(ChannelBijection):
         initialize_network(self.network, x[:, : self.channels // 2], context)
 
     def _parts(self, name: str, x: Tensor, context: Tensor | None) -> list[Tensor]:
-        """The half that passes, the other one, and for that scale and shift; name is x's in an error.
+        """The unchanged half, the other half, its scale factor and its shift; name is what an error calls x.
 
-        The channels come first, (C/2, B, ...), as they do in the memory of what a 1x1 convolution returns: a half is
-        then one block, and arithmetic on it twice as fast.
+        The channels come first, (C/2, B, ...), as they do in the memory of what a 1x1 convolution returns: each half is
+        then one block of memory, and arithmetic on it is twice as fast.
         """
         self.check_channels(name, x)
         passes = self.channels // 2
@@ -224,15 +277,27 @@ class GlowCoupling(ChannelBijection):
         return [x1, x2, self.scale(h), shift]
 
     def scale(self, h: Tensor) -> Tensor:
-        """The positive factor that the network's output h stands for."""
+        """Return the positive scale factor that the network's output h stands for, in the shape of h."""
         return torch.sigmoid(h + 2)
 
 
 class BoundedGlowCoupling(GlowCoupling):
-    """Glow's coupling with the scale of :class:`AffineCoupling`, exp(g tanh(h)), instead of sigmoid(h + 2).
+    r"""Glow's coupling with a bounded scale factor, like that of :class:`AffineCoupling`.
 
-    The one learned gain g of the layer starts at 1. The scale is within [exp(-g), exp(g)] whatever the network does, so
-    that neither direction can divide by almost nothing (chapter 5).
+    .. math::
+
+        z_1 &= x_1 \\
+        z_2 &= (x_2 + t(x_1)) \odot e^{g \tanh h(x_1)}
+
+    The layer has one learned gain :math:`g`, which starts at 1. The scale factor lies within :math:`[e^{-g}, e^{g}]`
+    whatever the network does, so neither direction can divide by a number close to 0 (chapter 5).
+
+    Args:
+        channels: as in :class:`GlowCoupling`.
+        network: as in :class:`GlowCoupling`.
+
+    Raises:
+        ValueError: if channels is below 2.
     """
 
     def __init__(self, channels: int, network: nn.Module) -> None:
@@ -244,7 +309,7 @@ class BoundedGlowCoupling(GlowCoupling):
 
 
 def check_mask(mask: Tensor) -> None:
-    """Raise a ValueError unless the mask is boolean and splits an example into two parts, neither empty."""
+    """Raise a ValueError unless the mask is boolean and holds both True and False."""
     if mask.dtype != torch.bool:
         raise ValueError(f"mask: expected a boolean tensor, got {mask.dtype}")
     if mask.all() or not mask.any():

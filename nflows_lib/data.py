@@ -1,6 +1,6 @@
 """Data sets: points in the plane drawn on the spot, scikit-learn's digits, MNIST and CIFAR-10 from torchvision.
 
-What the long runs read beside these stands in :mod:`nflows_lib.experiments.image_sets`.
+The sets that only the long runs read are in :mod:`nflows_lib.experiments.image_sets`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from nflows_lib import settings
 
 @dataclass(frozen=True)
 class Images:
-    """Images as one tensor of raw integers.
+    """Images as one tensor of raw integers, with their labels.
 
-    images: uint8, (N, C, H, W), from 0 to levels - 1. labels: int64, (N,). levels: how many grey levels there are.
-    contexts: what the images are to be told from, where that is the task: float32, (N, K, H', W'), in [0, 1].
+    Args:
+        images: uint8, ``(N, C, H, W)``, from 0 to levels - 1.
+        labels: int64, ``(N,)``.
+        levels: number of grey levels n.
+        contexts: what the images are predicted from, if that is the task: float32, ``(N, K, H', W')``, in [0, 1].
     """
 
     images: Tensor
@@ -32,7 +35,7 @@ class Images:
     contexts: Tensor | None = None
 
     def select(self, index: Tensor) -> Images:
-        """Those at these positions, or where the mask is True, with all that belongs to them."""
+        """Return the images at these positions, or where the mask is True, with their labels and contexts."""
         contexts = None if self.contexts is None else self.contexts[index]
         return Images(self.images[index], self.labels[index], self.levels, contexts)
 
@@ -42,9 +45,12 @@ class Images:
 
 @dataclass(frozen=True)
 class GaussianMixture:
-    """Round Gaussians in the plane, all of one standard deviation: a density known exactly.
+    """A mixture of round Gaussians in the plane, all of one standard deviation, whose density is known exactly.
 
-    means: (K, 2). std: a positive number. weights: how likely each is, (K,), with sum 1; None: all equally.
+    Args:
+        means: ``(M, 2)``, one row per Gaussian.
+        std: the standard deviation, a positive number.
+        weights: probability of each Gaussian, ``(M,)``, with sum 1; None: all the same.
     """
 
     means: Tensor
@@ -52,7 +58,7 @@ class GaussianMixture:
     weights: Tensor | None = None
 
     def sample(self, n: int) -> Tensor:
-        """n draws, (n, 2)."""
+        """Return n draws, ``(n, 2)``."""
         if self.weights is None:
             which = torch.randint(len(self.means), (n,))
         else:
@@ -60,30 +66,33 @@ class GaussianMixture:
         return self.means[which] + self.std * torch.randn(n, 2)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """The exact log-density in nats: (B, 2) to (B,)."""
+        """Return the exact log-density in nats: ``(B, 2)`` to ``(B,)``."""
         log_weights = -math.log(len(self.means)) if self.weights is None else self.weights.log()
         values = []
-        for rows in x.split(4096):  # all pairs at once, with hundreds of means, would fill the memory
+        for rows in x.split(4096):  # with hundreds of means, all pairs at once would fill the memory
             squared = (rows[:, None, :] - self.means).square().sum(-1) / self.std**2
             values.append(torch.logsumexp(log_weights - 0.5 * squared, dim=1))
         return torch.cat(values) - math.log(2 * math.pi * self.std**2)
 
 
 def two_gaussians() -> GaussianMixture:
-    """Means (-2, 0) and (2, 0), standard deviation 0.5."""
+    """Two Gaussians with means (-2, 0) and (2, 0) and standard deviation 0.5."""
     return GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), 0.5)
 
 
 def four_gaussians() -> GaussianMixture:
-    """Means at the corners of a square of side 4 around the origin, standard deviation 0.5."""
+    """Four Gaussians of standard deviation 0.5, at the corners of a square of side 4 around the origin."""
     return GaussianMixture(torch.tensor([[-2.0, -2.0], [-2.0, 2.0], [2.0, -2.0], [2.0, 2.0]]), 0.5)
 
 
 def moons(nodes: int = 128) -> GaussianMixture:
     """The density that ``toy("moons", n)`` is drawn from: uniform on two half circles, plus noise of std 0.075.
 
-    An integral over each half circle, by Gauss's rule, whose nodes are the means. From 128 nodes on the rule's
-    error is below what float32 resolves.
+    The density is an integral over each half circle. Gauss's rule computes it, and its nodes are the means of the
+    mixture. From 128 nodes on, the error of the rule is below what float32 resolves.
+
+    Args:
+        nodes: number of nodes per half circle.
     """
     node, weight = (torch.from_numpy(values).float() for values in np.polynomial.legendre.leggauss(nodes))
     angle = (node + 1) * math.pi / 2
@@ -94,13 +103,15 @@ def moons(nodes: int = 128) -> GaussianMixture:
 
 
 def toy(name: str, n: int) -> Tensor:
-    """n points in the plane, (n, 2), float32, drawn with torch's global generator.
+    """Return n points in the plane, ``(n, 2)``, float32, drawn with torch's global generator.
 
-    The sets, roughly within [-3, 3] in both directions: two_gaussians, four_gaussians; and from scikit-learn, shifted
-    and scaled, moons, circles, s_curve, swiss_roll.
+    Args:
+        name: "two_gaussians", "four_gaussians", or a set of scikit-learn, shifted and scaled: "moons", "circles",
+            "s_curve", "swiss_roll". All lie roughly within [-3, 3] in both directions.
+        n: number of points.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: if name is not one of these.
     """
     if name not in TOYS:
         raise ValueError(f"name: expected one of {', '.join(TOYS)}, got {name!r}")
@@ -117,7 +128,7 @@ def _plane(name: str, scale: float, shift: tuple[float, float], axes: list[int],
 
 
 def _sklearn_datasets() -> Any:
-    import sklearn.datasets  # not at the top: a command that needs no data should not wait for it
+    import sklearn.datasets  # imported here: a command that needs no data should not wait for it
 
     return sklearn.datasets
 
@@ -136,9 +147,14 @@ TOYS: dict[str, Callable[[int], Tensor]] = {
 
 
 def tile(batch: Tensor, *, columns: int, levels: int, shape: Sequence[int], pad: int = 1) -> np.ndarray:
-    """One sheet of images, row by row, as (height, width, C) values in [0, 1], white between them.
+    """Return one sheet of images, arranged row by row with white between them: ``(height, width, C)``, in [0, 1].
 
-    batch: (N, ...), each with C H W values from 0 to levels - 1. shape: (C, H, W).
+    Args:
+        batch: ``(N, ...)``, each with C H W values from 0 to levels - 1.
+        columns: number of images per row.
+        levels: number of levels of the values.
+        shape: ``(C, H, W)`` of one image.
+        pad: width of the white lines, in pixels.
     """
     channels, height, width = shape
     pictures = (batch.detach().cpu().float().reshape(-1, *shape) / (levels - 1)).clamp(0, 1)
@@ -151,13 +167,13 @@ def tile(batch: Tensor, *, columns: int, levels: int, shape: Sequence[int], pad:
 
 
 def digits(part: str = "train") -> Images:
-    """The 8x8 handwritten digits that scikit-learn ships: 17 grey levels, 1,797 images, every sixth one for testing.
+    """The 8x8 handwritten digits of scikit-learn: 1,797 images of 17 grey levels, of which every sixth is for testing.
 
     Args:
         part: "train" (1,498 images), "test" (299), or "all".
 
     Raises:
-        ValueError: another part.
+        ValueError: if part is none of these.
     """
     bunch = _sklearn_datasets().load_digits()
     keep = every_sixth(len(bunch.images), part)
@@ -166,24 +182,25 @@ def digits(part: str = "train") -> Images:
 
 
 def digit_halves(part: str = "train") -> Images:
-    """The digits of :func:`digits` in two: the lower half, 4x8, is to be told from the upper one, its context."""
+    """The digits of :func:`digits`, cut in two: the upper half, 4x8, is the context, the lower half the image."""
     whole = digits(part)
     upper, lower = whole.images.chunk(2, dim=2)
     return Images(lower.contiguous(), whole.labels, whole.levels, contexts=upper / (whole.levels - 1))
 
 
 def patches(part: str = "train", size: int = 16) -> Images:
-    """Square colour patches of the two photographs that scikit-learn ships, a temple and a flower; 256 levels.
+    """Square colour patches of scikit-learn's two photographs, a temple and a flower, with 256 levels.
 
-    The left five sixths of each photograph are for training, a patch at every fourth pixel; the rest is for testing,
-    cut into patches that do not overlap. At size 16: 26,780 and 312. labels: which photograph.
+    The left five sixths of each photograph are for training, one patch at every fourth pixel. The rest is for testing,
+    cut into patches that do not overlap. At size 16 there are 26,780 training and 312 test patches. The label says
+    which photograph a patch is from.
 
     Args:
         part: "train" or "test".
         size: height and width of a patch, from 4 to 64.
 
     Raises:
-        ValueError: another part, or a size out of range.
+        ValueError: if part is neither of these, or size is out of its range.
     """
     check_part(part)
     if not 4 <= size <= 64:
@@ -204,12 +221,12 @@ def mnist(part: str = "train", folder: Path | str | None = None, download: bool 
 
     Args:
         part: "train" or "test".
-        folder: where the data sets lie or go, ``settings.data_folder()`` where None.
-        download: fetch the set (11 MB) where it is missing.
+        folder: where the data sets are stored; None: :func:`nflows_lib.settings.data_folder`.
+        download: whether to fetch the set (11 MB) if it is missing.
 
     Raises:
-        ValueError: another part.
-        FileNotFoundError: the set is not in the folder, and download is False.
+        ValueError: if part is neither of these.
+        FileNotFoundError: if the set is not in the folder and download is False.
     """
     found = torchvision_set(
         "MNIST", "11 MB", "its four files", "MNIST/raw", part, folder, download, train=part == "train"
@@ -218,9 +235,9 @@ def mnist(part: str = "train", folder: Path | str | None = None, download: bool 
 
 
 def cifar10(part: str = "train", folder: Path | str | None = None, download: bool = False) -> Images:
-    """CIFAR-10 through torchvision: 32x32 colour photographs of ten things, 50,000 to train on and 10,000 to test.
+    """CIFAR-10 through torchvision: 32x32 colour photographs of ten classes, 50,000 to train on and 10,000 to test.
 
-    Arguments and errors as of :func:`mnist`. To fetch: 170 MB.
+    Arguments and errors are those of :func:`mnist`. The download is 170 MB.
     """
     place = "cifar-10-batches-py"
     found = torchvision_set("CIFAR10", "170 MB", "its batches", place, part, folder, download, train=part == "train")
@@ -229,12 +246,17 @@ def cifar10(part: str = "train", folder: Path | str | None = None, download: boo
 
 
 def check_part(part: str) -> None:
+    """Raise a ValueError unless part is "train" or "test"."""
     if part not in ("train", "test"):
         raise ValueError(f'part: expected "train" or "test", got {part!r}')
 
 
 def every_sixth(n: int, part: str) -> Tensor:
-    """Which of n examples a part holds, (n,), bool: every sixth one is for testing."""
+    """Return which of n examples belong to a part, ``(n,)``, bool: every sixth example is for testing.
+
+    Raises:
+        ValueError: if part is not "train", "test" or "all".
+    """
     test = torch.arange(n) % 6 == 5
     keep = {"train": ~test, "test": test, "all": torch.ones_like(test)}
     if part not in keep:
@@ -245,7 +267,22 @@ def every_sixth(n: int, part: str) -> Tensor:
 def torchvision_set(
     name: str, size: str, files: str, place: str, part: str, folder: Path | str | None, download: bool, **options: Any
 ) -> Any:
-    """One of torchvision's data sets; where it is missing, an error that says how to get it and where it goes."""
+    """Return one of torchvision's data sets; if it is missing, raise an error that says how to get it.
+
+    Args:
+        name: name of the class in ``torchvision.datasets``.
+        size: size of the download, for the error.
+        files: what the user may put into the folder instead, for the error.
+        place: where in the folder torchvision looks for those files.
+        part: "train" or "test".
+        folder: where the data sets are stored; None: :func:`nflows_lib.settings.data_folder`.
+        download: whether to fetch the set if it is missing.
+        options: further arguments of the class.
+
+    Raises:
+        ValueError: if part is neither "train" nor "test".
+        FileNotFoundError: if the set is not in the folder and download is False.
+    """
     check_part(part)
     from torchvision import datasets  # only full runs need torchvision
 
@@ -254,7 +291,7 @@ def torchvision_set(
         return getattr(datasets, name)(folder, download=download, **options)
     except RuntimeError as error:
         if download:
-            raise  # it says what failed
+            raise  # the message says why the download failed
         raise FileNotFoundError(
             f'no {name} in {folder}: call {name.lower()}("{part}", download=True) once to fetch it '
             f"({size}), or put {files} into {folder / place}, or name another folder in NFLOWS_DATA"

@@ -1,4 +1,4 @@
-"""From the raw integers of an image to real numbers on a scale: the first layers of a flow on discrete data."""
+"""The first layers of a flow on discrete data, which turn the raw integers of an image into real numbers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from nflows_lib.distributions import StandardLogistic, random_state_kept
 
 
 class UniformDequantize(Layer):
-    """k -> k + eps with eps ~ U[0, 1), drawn again for every value at every call (Theis et al. 2016, section 3.1).
+    r"""Uniform dequantization, which adds noise from [0, 1) to the integers (Theis et al. 2016, section 3.1).
 
-    Integers come in, floats of the flow's own type in [k, k + 1) go out; the inverse takes the floor and clamps it to
-    the levels (NaN becomes 0, with a warning). The noise has density 1, so the contribution is 0, and log p(x) becomes
-    a one-draw lower bound of log P(k).
+    Forward takes integers k to floats :math:`k + \varepsilon` in :math:`[k, k + 1)`, of the type of the flow's
+    parameters. The noise :math:`\varepsilon \sim \mathcal{U}[0, 1)` is redrawn for every value at every call. The
+    inverse takes the floor and clamps it to the levels. NaN becomes level 0, with a warning.
+
+    The noise has density 1, so the contribution is 0. The :math:`\log p(x)` of a flow that begins with this layer uses
+    one draw of the noise. Averaged over the noise, it is a lower bound of :math:`\log P(k)`.
 
     Args:
-        levels: number of levels n; the data are integers from 0 to n - 1.
+        levels: number of levels n, at least 2; the data are integers from 0 to n - 1.
+
+    Raises:
+        ValueError: if levels is below 2.
     """
 
     def __init__(self, levels: int = 256) -> None:
@@ -30,7 +36,7 @@ class UniformDequantize(Layer):
         if levels < 2:
             raise ValueError(f"levels: expected at least 2, got {levels}")
         self.levels = levels
-        # Of the flow's type, also after flow.double(): the integers and their noise become numbers of this type.
+        # flow.double() changes the type of this buffer, too: the integers and their noise become numbers of its type.
         self.register_buffer("example", torch.zeros(()), persistent=False)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -47,16 +53,29 @@ class UniformDequantize(Layer):
 
 
 class VariationalDequantize(UniformDequantize):
-    """k -> k + eps, where a flow draws the noise given k (Ho et al. 2019, section 3.1).
+    r"""Variational dequantization, whose noise a flow draws given the integers k (Ho et al. 2019, section 3.1).
 
-    Logistic noise v passes the layers *forward*, with k as their context, and then a sigmoid: eps = sigmoid(f(v; k)).
-    Going through it once gives the noise and its log-density, and the contribution is -log q(eps | k). With it log p(x)
-    is a one-draw lower bound of log P(k), tight where q is the model's own density within the cell. Layers that
-    are the identity give uniform noise and a contribution of 0.
+    Logistic noise v goes *forward* through the layers, which get k as their context, and then through a sigmoid:
+    :math:`\varepsilon = \sigma(h(v; k))`. One pass gives the noise and its log-density, where :math:`p_v` is the
+    logistic density:
+
+    .. math::
+
+        \log q(\varepsilon \mid k) = \log p_v(v) - \log\left|\det \frac{\partial \varepsilon}{\partial v}\right|
+
+    Elsewhere forward leads from data to latent, and the log-determinant is added. This flow leads from its base sample
+    to the noise, so its log-determinant is subtracted. The contribution is :math:`-\log q(\varepsilon \mid k)`.
+    Averaged over the noise, :math:`\log p(x)` is a lower bound of :math:`\log P(k)`. The bound is tight if q is the
+    model's own density within the cell of k, normalised. If the layers are the identity, the noise is uniform and the
+    contribution is 0.
 
     Args:
-        layers: conditional bijections from (B, C, ...) to the same shape. Their context is k brought to [-1, 1].
-        levels: number of levels n; the data are integers from 0 to n - 1.
+        layers: conditional bijections that keep the shape ``(B, C, ...)`` of the data. Their context is k, rescaled to
+            [-1, 1].
+        levels: number of levels n, at least 2; the data are integers from 0 to n - 1.
+
+    Raises:
+        ValueError: if levels is below 2.
     """
 
     def __init__(self, layers: Iterable[Layer], levels: int = 256) -> None:
@@ -68,26 +87,38 @@ class VariationalDequantize(UniformDequantize):
         base = StandardLogistic()
         v = base.sample(k)
         y, log_det = self.noise(v, self._as_context(k))
-        # The sigmoid's own log-determinant is the logistic log-density of where it is taken.
+        # The log-determinant of the sigmoid at y is the logistic log-density of y.
         log_q = base.log_prob(v) - log_det - base.log_prob(y)
         return _add_within_level(k, y.sigmoid()), -log_q
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         k = x.to(self.example.dtype)
-        with random_state_kept(k.device):  # whether there is something to initialise or not, a run draws the same
+        # The state is kept so that a run draws the same numbers whether or not there is something to initialise.
+        with random_state_kept(k.device):
             self.noise.initialize(StandardLogistic().sample(k), self._as_context(k))
 
     def _as_context(self, k: Tensor) -> Tensor:
+        """The integers, rescaled to [-1, 1]."""
         return 2 * k / (self.levels - 1) - 1
 
 
 def _add_within_level(k: Tensor, eps: Tensor) -> Tensor:
-    # In float32, 255 + .999999 rounds up to 256, another level; stay below.
+    # In float32, 255 + 0.999999 rounds up to 256, which is another level.
+    """k + eps, kept below k + 1."""
     return torch.minimum(k + eps, torch.nextafter(k + 1, k))
 
 
 class Rescale(Bijection):
-    """x -> scale * x. The log-determinant is D log|scale|: -D log n for n levels brought to the unit interval."""
+    r"""Multiplication by a constant, such as 1/n to bring n levels to the unit interval.
+
+    The log-determinant is :math:`D \log|\text{scale}|`, which is :math:`-D \log n` for a scale of :math:`1/n`.
+
+    Args:
+        scale: the constant, finite and not 0.
+
+    Raises:
+        ValueError: if scale is 0 or not finite.
+    """
 
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -107,13 +138,22 @@ class Rescale(Bijection):
 
 
 class Logit(Bijection):
-    """u -> logit(alpha + (1 - 2 alpha) u): from the unit cube to all reals (Dinh et al. 2016, section 4.1).
+    r"""The logit with a margin, which maps the unit cube to all real numbers (Dinh et al. 2016, section 4.1).
 
-    Without it a flow gives probability to pixels that cannot exist. alpha keeps the argument off 0 and 1, where the
-    logit is infinite. The inverse is bounded, too: it lies within alpha / (1 - 2 alpha) of the unit interval.
+    .. math::
+
+        y = \operatorname{logit}(\alpha + (1 - 2 \alpha)\, u)
+
+    Without the logit a flow gives probability to pixels that cannot exist. The margin :math:`\alpha` keeps the argument
+    away from 0 and 1, where the logit is infinite. The inverse is bounded, too: it lies within
+    :math:`\alpha / (1 - 2 \alpha)` of the unit interval.
 
     Args:
-        alpha: in (0, 1/2). The paper's is 0.05; its text writes alpha + (1 - alpha) u, its code this symmetric form.
+        alpha: :math:`\alpha`, between 0 and 1/2. The paper uses 0.05. Its text writes
+            :math:`\alpha + (1 - \alpha)\, u`, its code the symmetric form above.
+
+    Raises:
+        ValueError: if alpha is not between 0 and 1/2.
     """
 
     def __init__(self, alpha: float = 0.05) -> None:

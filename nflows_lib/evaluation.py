@@ -1,4 +1,4 @@
-"""How good a flow is on data that it has not seen: log-likelihoods, their mean and error, bounds over many draws."""
+"""How good a flow is on data that it has not seen: log-likelihoods, their mean and standard error, tighter bounds."""
 
 from __future__ import annotations
 
@@ -17,15 +17,23 @@ from nflows_lib.flow import Flow
 def log_likelihoods(
     flow: Flow, data: Tensor, context: Tensor | None = None, draws: int = 1, batch_size: int = 250
 ) -> Tensor:
-    """log p of every example in nats, (N,), on the CPU, in evaluation mode, averaged over draws of the noise.
+    r"""Return :math:`\log p` of every example in nats, ``(N,)``, on the CPU, averaged over draws of the noise.
 
-    The global random state is the same before and after. A progress bar appears after two seconds.
+    The flow is evaluated in evaluation mode. Its mode and torch's global random state are the same before and after. A
+    progress bar appears after two seconds.
+
+    Args:
+        flow: the flow.
+        data: examples, ``(N, *flow.shape)``.
+        context: one row per example, if the flow is conditional.
+        draws: number of draws of the noise per example.
+        batch_size: number of examples that are evaluated at once.
 
     Raises:
-        ValueError: draws or batch_size is below 1, or the data are not the flow's.
+        ValueError: if draws or batch_size is below 1, or the data are not the flow's.
     """
     check_positive(draws=draws, batch_size=batch_size)
-    device = next(flow.parameters(), data).device  # a flow need not have parameters to be evaluated
+    device = next(flow.parameters(), data).device  # a flow without parameters has no device of its own
     training = flow.training
     flow.eval()
     values = []
@@ -42,13 +50,14 @@ def log_likelihoods(
 
 
 def log_mean_exp(log_p: Tensor) -> Tensor:
-    """The importance-weighted bound: log of the mean of p over the first dimension, the draws of the noise.
+    """Return the importance-weighted bound: the log of the mean of p over draws of the noise, the first dimension.
 
-    (draws, ...) to (...), in nats. It is at least as tight as the mean of the logs (Burda et al. 2016).
+    It maps log-likelihoods ``(draws, ...)`` to ``(...)``, in nats. It is at least as tight as the mean of the logs
+    (Burda et al. 2016).
     """
     return log_p.logsumexp(0) - math.log(len(log_p))
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean of independent values and its standard error."""
+    """Return the mean of independent values and its standard error."""
     return values.mean().item(), (values.std() / math.sqrt(len(values))).item()

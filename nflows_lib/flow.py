@@ -1,4 +1,4 @@
-"""A normalizing flow: a list of layers and a base density, together a likelihood that can be sampled from."""
+"""A normalizing flow: a list of layers and a base density, which together give a likelihood and samples."""
 
 from __future__ import annotations
 
@@ -14,27 +14,40 @@ from nflows_lib.multiscale import FactorOut
 
 
 class Flow(nn.Module):
-    """log p(x) = log p_base(z) + the sum of the layers' contributions, where z is what the layers make of x.
+    r"""A likelihood that can be evaluated and sampled from, made of a list of layers and a base density.
 
-    With a noise layer at the first position (``UniformDequantize``), log p(x) is a one-draw lower bound of the
-    log-likelihood of the discrete data (chapter 2); without a noise layer it is exact.
+    .. math::
 
-    A slice is a flow of some of the layers, with the same base and the same parameters: ``flow[1:]`` is the flow
-    without its noise layer. Checkpoints are written from the whole flow, never from a slice (:class:`Chain`).
+        \log p(x) = \log p_Z(z) + \sum_i c_i
+
+    Here :math:`z` is the output of the last layer, and :math:`c_i` is the contribution of layer i, in nats.
+
+    If the first layer is a noise layer (:class:`~nflows_lib.dequantization.UniformDequantize`), each value of
+    :math:`\log p(x)` uses one draw of the noise. Averaged over the noise, it is a lower bound of the log-likelihood of
+    the discrete data (chapter 2). Without a noise layer it is exact.
+
+    A slice is a flow of consecutive layers, with the same base and the same parameters: ``flow[1:]`` is the flow
+    without its noise layer. Write checkpoints from the whole flow, never from a slice (see
+    :class:`~nflows_lib.bijection.Chain`).
 
     Args:
-        layers: the steps from data to latent, in that order.
-        base: density of the latent, which is (B, D) for it whatever the layers' last shape.
-        shape: shape of one example of the *data*, without the batch: (2,) for points, (1, 28, 28) for images.
+        layers: the steps, in the order from data to latent.
+        base: density of the latent, which reaches it as ``(B, D)`` whatever shape the last layer gives.
+        shape: shape of one example of the *data*, without the batch dimension: ``(2,)`` for points, ``(1, 28, 28)`` for
+            images.
 
     Raises:
-        ValueError: a size is below 1, a layer cannot take the shape that reaches it, or a noise layer is not the first.
+        ValueError: if a size is below 1, a layer cannot take the shape that reaches it, or a noise layer is not the
+            first layer.
+
+    If :math:`x = 2 z`, x is normal with standard deviation 2. In two dimensions, its log-density at 0 is
+    :math:`-\log 2\pi - 2 \log 2`:
 
     >>> import torch
     >>> from nflows_lib.dequantization import Rescale
     >>> from nflows_lib.distributions import StandardNormal
-    >>> flow = Flow([Rescale(0.5)], StandardNormal(), shape=(2,))      # x = 2 z: a normal of standard deviation 2
-    >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)             # -log(2 pi) - 2 log 2
+    >>> flow = Flow([Rescale(0.5)], StandardNormal(), shape=(2,))
+    >>> round(flow.log_prob(torch.zeros(1, 2)).item(), 4)
     -3.2242
     """
 
@@ -45,33 +58,36 @@ class Flow(nn.Module):
         self.shape = tuple(shape)
         for size in self.shape:
             check_positive(shape=size)
-        self.dims = math.prod(self.shape)  # D of the input, the D of bits per dimension
+        self.dims = math.prod(self.shape)  # D, counted on the input, as bits per dimension needs it
         self.latent_shape = self.chain.output_shape(self.shape)
-        # How many levels discrete data have; None where the data are real numbers.
+        # The number of levels of discrete data; None if the data are real numbers.
         self.levels: int | None = getattr(self.chain[0], "levels", None) if len(self.chain) else None
         for position, layer in self.chain.layers.named_modules():
             if position not in ("", "0") and getattr(layer, "levels", None) is not None:
                 got = f"{type(layer).__name__} at position {position}"
-                raise ValueError(f"layers: expected a noise layer at position 0 alone, got {got}")
+                raise ValueError(f"layers: expected a noise layer only at position 0, got {got}")
 
     def __getitem__(self, part: slice) -> Flow:
         if not isinstance(part, slice) or part.step not in (None, 1):
-            raise ValueError(f"part: expected a slice of neighbouring layers, as in flow[1:], got {part!r}")
+            raise ValueError(f"part: expected a slice of consecutive layers, as in flow[1:], got {part!r}")
         skipped = part.indices(len(self.chain))[0]
         shape = self.chain[:skipped].output_shape(self.shape)
         return Flow(self.chain[part], self.base, shape).train(self.training)
 
     def forward(self, x: Tensor, context: Tensor | None = None, validate: bool = True) -> Tensor:
-        """log p(x) in nats: ``(B, *shape)`` to (B,). The same as :meth:`log_prob`, and what wrappers of modules call.
+        r"""Return :math:`\log p(x)` in nats: ``(B, *shape)`` to ``(B,)``.
+
+        This is :meth:`log_prob` under the name that DataParallel, DistributedDataParallel and torch.compile call.
 
         Args:
             x: a batch of examples.
-            context: one row for each example, where the flow is conditional.
-            validate: whether to check x and context first. On a GPU that waits for all that was queued, so
-                :func:`nflows_lib.training.fit` checks its data once and skips it in each step.
+            context: one row per example, if the flow is conditional.
+            validate: whether to check x and context first. On a GPU the check forces a sync, so
+                :func:`~nflows_lib.training.fit` checks its data once and skips the check in each step.
 
         Raises:
-            ValueError: x has another shape or type than the flow's data, or values that are not finite or out of range.
+            ValueError: if x has another shape or type than the flow's data, if a value is not finite or out of range,
+                or if the context does not have one row per example.
         """
         if validate:
             check_data(self, x, context)
@@ -79,35 +95,57 @@ class Flow(nn.Module):
         return self.base.log_prob(z.flatten(1)) + contribution
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """log p(x) in nats: ``(B, *shape)`` to (B,)."""
+        r"""Return :math:`\log p(x)` in nats: ``(B, *shape)`` to ``(B,)``.
+
+        Arguments and errors are those of :meth:`forward`.
+        """
         return self(x, context)
 
     def bits_per_dim(self, x: Tensor, context: Tensor | None = None, draws: int = 1) -> Tensor:
-        """-log2 p(x) / D, averaged over that many draws of the noise: ``(B, *shape)`` to (B,).
+        r"""Return :math:`-\log_2 p(x) / D`, averaged over draws of the noise, in bits/dim: ``(B, *shape)`` to ``(B,)``.
 
-        D counts the dimensions of the input. The average of logs is the bound; it does not tighten with more draws,
-        it only gets less noisy.
+        D counts the dimensions of the input. What is averaged over draws is the logarithm: more draws make the result
+        less noisy, but they do not tighten the bound.
+
+        Args:
+            x: a batch of examples.
+            context: one row per example, if the flow is conditional.
+            draws: number of draws of the noise per example, at least 1.
+
+        Raises:
+            ValueError: if draws is below 1, or if x or the context is refused by :meth:`forward`.
         """
         check_positive(draws=draws)
         log_prob = torch.stack([self(x, context) for _ in range(draws)]).mean(0)
         return -log_prob / (self.dims * math.log(2))
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The latent of x: ``(B, *shape)`` to (B, D)."""
+        """Return the latent of x: ``(B, *shape)`` to ``(B, D)``. Errors are those of :meth:`forward`."""
         check_data(self, x, context)
         return self.chain(x, context)[0].flatten(1)
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """The data whose latent is z: (B, D) to ``(B, *shape)``."""
+        """Return the data whose latent is z: ``(B, D)`` to ``(B, *shape)``.
+
+        Raises:
+            ValueError: if z has another shape, or if the context does not have one row of finite floats per latent.
+        """
         check_shape("z", z, (self.dims,))
         check_context(context, len(z))
         return self.chain.inverse(z.unflatten(1, self.latent_shape), context)
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, context: Tensor | None = None) -> Tensor:
-        """n draws, ``(n, *shape)``. The latent is multiplied by the temperature; below 1 it stays nearer the mode.
+        """Draw n examples, ``(n, *shape)``.
 
-        A context holds one row for each sample.
+        Args:
+            n: number of examples, at least 1.
+            temperature: factor on the latent before it is decoded, at least 0. Below 1, the latents lie nearer to the
+                mode of the base density.
+            context: one row per sample, if the flow is conditional.
+
+        Raises:
+            ValueError: if n is below 1, temperature is negative, or the context does not have n rows.
         """
         check_sampling(n, temperature)
         like = next(self.parameters(), torch.empty(0))
@@ -116,16 +154,22 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Run every layer's data-dependent initialisation on a first batch. Call it once, before the optimizer."""
+        """Run the data-dependent initialisation of every layer on a first batch.
+
+        Call it once, before the first step, and before anything copies, wraps or compiles the flow.
+
+        Raises:
+            ValueError: if the batch is empty, or is refused by :meth:`forward`.
+        """
         check_data(self, x, context)
         if len(x) == 0:
             raise ValueError("x: expected a first batch of at least one example, got none")
         self.chain.initialize(x, context)
 
     def summary(self) -> str:
-        """A table of the layers: what each is, the shape of one example after it, its number of parameters.
+        """Return a table of the layers, one line each: name, shape of one example afterwards, number of parameters.
 
-        Layers inside another are indented; its own line counts what is not theirs.
+        Layers inside another layer are indented. The line of the outer layer counts only the parameters of its own.
         """
         rows = [("data", self.shape, ""), *_rows(self.chain, self.shape)]
         rows.append((type(self.base).__name__, (self.dims,), f"{sum(p.numel() for p in self.parameters()):,} in all"))
@@ -137,16 +181,16 @@ class Flow(nn.Module):
 def check_data(
     model: nn.Module, x: Tensor, context: Tensor | None = None, names: tuple[str, str] = ("x", "context")
 ) -> None:
-    """Raise a ValueError unless x is a batch of the model's data, and the context has one row for each example.
+    """Raise a ValueError unless x is a batch of the model's data and the context has one row per example.
 
-    The data are integers from 0 to ``model.levels - 1``; or, where that is None, finite floats of the type of the
-    model's parameters. In a compiled graph and under ``torch.func.vmap``, where nothing can be asked about values,
-    shapes and types are checked alone.
+    The data are integers from 0 to ``model.levels - 1``. If ``model.levels`` is None, they are finite floats of the
+    same type as the model's parameters. In a compiled graph and under ``torch.func.vmap`` no value can be read, so only
+    shapes and types are checked.
 
     Args:
-        model: a :class:`Flow`, or another model with its ``shape`` and ``levels``.
+        model: a :class:`Flow`, or another model with a ``shape`` and ``levels``.
         x: the batch, ``(B, *shape)``.
-        context: contexts of the examples, (B, ...), or None.
+        context: contexts of the examples, ``(B, ...)``, or None.
         names: what an error calls x and the context.
     """
     name, name_of_context = names
@@ -160,23 +204,31 @@ def check_data(
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise ValueError(f"{expected}, got {x.dtype}")
     if x.numel():
-        # As int64: 256 compared within uint8 would wrap around to 0.
+        # Compare as int64: within uint8, 256 would wrap around to 0.
         low, high = x.min().long(), x.max().long()
         if not _holds((low >= 0) & (high < model.levels)):
             raise ValueError(f"{expected}, got values from {low} to {high}")
 
 
 def check_context(context: Tensor | None, n: int, name: str = "context", dtype: torch.dtype | None = None) -> None:
-    """Raise a ValueError unless a context, if there is one, has n rows of finite floats, of the type if it is given."""
+    """Raise a ValueError unless the context is None or has n rows of finite floats.
+
+    Args:
+        context: one row per example, ``(n, ...)``, or None.
+        n: number of examples.
+        name: what an error calls the context.
+        dtype: type that the floats must have; None allows any.
+    """
     if context is None:
         return
     if context.shape[:1] != (n,):
         got = len(context) if context.dim() else "a single number"
-        raise ValueError(f"{name}: expected {n} rows, one for each example, got {got}")
+        raise ValueError(f"{name}: expected one row per example, {n} in all, got {got}")
     _check_floats(name, context, dtype)
 
 
 def _check_floats(name: str, values: Tensor, dtype: torch.dtype | None, hint: str = "") -> None:
+    """Raise a ValueError unless the values are finite floats of the type, if one is given."""
     if not values.is_floating_point():
         raise ValueError(f"{name}: expected floating-point numbers, got {values.dtype}{hint}")
     if values.dtype != (dtype or values.dtype):
@@ -186,7 +238,7 @@ def _check_floats(name: str, values: Tensor, dtype: torch.dtype | None, hint: st
 
 
 def _holds(condition: Tensor) -> bool:
-    """Whether a condition on values holds. Where values cannot be read (in a compiled graph, under vmap): True."""
+    """Whether a condition on values holds; True where no value can be read (in a compiled graph, under vmap)."""
     if torch.compiler.is_compiling():
         return True
     try:

@@ -1,4 +1,4 @@
-"""The papers' models, each a readable list of layers."""
+"""The papers' models, each built as a readable list of layers."""
 
 from __future__ import annotations
 
@@ -49,13 +49,16 @@ def nice(
 
     Args:
         dims: D, the size of one example, a vector (images are flattened).
-        levels: number of levels where the data are integers, which are then dequantized and brought to [0, 1);
-            None where the data are real numbers.
-        couplings: number of additive couplings; two at least, or half of the vector is never changed.
+        levels: number of levels if the data are integers, which are then dequantized and brought to [0, 1); None if the
+            data are real numbers.
+        couplings: number of additive couplings, at least 2; with one, half of the vector would never change.
         hidden: width of the networks' hidden layers.
         depth: number of hidden layers in each network.
         activation: builds the networks' nonlinearity.
-        base: prior of the latent; standard logistic where None.
+        base: prior of the latent; None: the standard logistic.
+
+    Raises:
+        ValueError: if couplings or dims is below 2, or hidden or depth below 1.
     """
     _check_couplings(couplings)
     layers: list[Layer] = [] if levels is None else [UniformDequantize(levels), Rescale(1 / levels)]
@@ -78,10 +81,13 @@ def realnvp_points(
 
     Args:
         dims: D, the size of one example, a vector of real numbers.
-        couplings: number of affine couplings, at least two.
+        couplings: number of affine couplings, at least 2.
         hidden: width of the networks' hidden layers.
         depth: number of hidden layers in each network.
         activation: builds the networks' nonlinearity.
+
+    Raises:
+        ValueError: if couplings or dims is below 2, or hidden or depth below 1.
     """
     _check_couplings(couplings)
     layers: list[Layer] = []
@@ -102,22 +108,28 @@ def realnvp(
     blocks: int = 8,
     precision: torch.dtype = torch.float32,
 ) -> Flow:
-    """RealNVP (Dinh et al. 2016) on images: affine couplings on logits, a batch norm after each.
+    """RealNVP (Dinh et al. 2016) on images: affine couplings on logits, with a batch norm after each coupling.
 
-    At each scale but the last: three couplings with checkerboards, a squeeze, three with halves of the channels; then
-    half of the channels is finished, and the other half goes on to the next scale, whose networks are twice as wide (in
-    the reference code they are so from the squeeze on). hidden and blocks are the paper's for CIFAR-10 by default, with
-    two scales.
+    Every scale but the last has three couplings with checkerboard masks, a squeeze, and three couplings with channel
+    masks. Then half of the channels is finished, and the other half goes on to the next scale. The networks of each
+    scale are twice as wide as those of the scale before. (In the reference code they are twice as wide from the squeeze
+    on.)
+
+    The defaults of hidden and blocks are the paper's for CIFAR-10, where it has two scales.
 
     Args:
-        shape: (C, H, W) of one image of integers.
+        shape: ``(C, H, W)`` of one image of integers.
         levels: number of levels n; the integers are from 0 to n - 1.
-        alpha: of the logit.
-        scales: number of scales; the image is halved scales - 1 times.
-        couplings: number of couplings at the last scale, at least two.
+        alpha: margin of the logit.
+        scales: number of scales; height and width are halved scales - 1 times.
+        couplings: number of couplings at the last scale, at least 2.
         hidden: channels inside the residual networks of the first scale.
         blocks: number of residual blocks in each network.
-        precision: what the networks' convolutions compute in.
+        precision: type that the networks' convolutions compute in.
+
+    Raises:
+        ValueError: if couplings is below 2, scales or hidden is below 1, blocks is negative, or a squeeze meets an odd
+            height or width.
     """
     _check_couplings(couplings)
     check_positive(scales=scales)
@@ -161,28 +173,31 @@ def glow(
 ) -> Flow:
     """Glow (Kingma and Dhariwal 2018) on images: steps of ActNorm, 1x1 convolution and coupling, at several scales.
 
-    Each scale: a squeeze, then the steps; then half of the channels is finished, under a prior learned from the other
-    half, which goes on to the next scale. The defaults are the paper's for CIFAR-10.
+    Each scale has a squeeze, then the steps. At every scale but the last, half of the channels is then finished under a
+    prior that is learned from the other half, and the other half goes on to the next scale. The defaults are the
+    paper's for CIFAR-10.
 
     Args:
-        shape: (C, H, W) of one image of integers; height and width can be halved as often as there are scales.
+        shape: ``(C, H, W)`` of one image of integers; height and width can be halved as often as there are scales.
         levels: number of levels n; the integers are from 0 to n - 1.
-        scales: L, the number of scales.
-        steps: K, the number of steps at each scale.
+        scales: number of scales, L in the paper.
+        steps: number of steps at each scale, K in the paper.
         hidden: channels inside the couplings' networks.
-        classes: number of classes where the flow is conditional on a label, given as context, one-hot, (B, classes): it
-            joins the input of every network, those of the priors, too. 0: unconditional.
-        lu: how the 1x1 convolutions are parametrised.
-        bounded: whether the couplings are :class:`BoundedGlowCoupling`, instead of those of the released code.
-        bounded_priors: whether the priors' scales are bounded, too (:class:`nflows_lib.networks.BoundedPrior`).
-        alpha: of a logit that pixels pass first, which Glow does not have; None: they are only scaled.
-        noise: channels inside the networks of two couplings that draw the noise of the dequantization given the image,
-            not the label (:class:`VariationalDequantize`); 0: it is uniform, as in Glow.
-        precision: what the couplings' networks compute in.
+        classes: number of classes if the flow is conditional on a label, which the context gives one-hot,
+            ``(B, classes)``. It joins the input of every network, including those of the priors. 0: unconditional.
+        lu: how the 1x1 convolutions are parametrised, as in :class:`~nflows_lib.convolution.Invertible1x1Conv`.
+        bounded: whether the couplings are :class:`~nflows_lib.coupling.BoundedGlowCoupling`, instead of those of the
+            released code.
+        bounded_priors: whether the scale factors of the priors are bounded, too
+            (:class:`~nflows_lib.networks.BoundedPrior`).
+        alpha: margin of a logit in front of the first scale, which Glow does not have. None: pixels are only scaled.
+        noise: channels inside the networks of two couplings that draw the dequantization noise given the image, not the
+            label (:class:`~nflows_lib.dequantization.VariationalDequantize`). 0: the noise is uniform, as in Glow.
+        precision: type that the couplings' networks compute in.
 
     Raises:
-        ValueError: scales, steps or hidden is below 1, classes is 1 or negative, noise is negative, alpha is not in
-            (0, 1/2), or a scale meets an odd size.
+        ValueError: if scales, steps or hidden is below 1, classes is 1 or negative, noise is negative, alpha is not
+            between 0 and 1/2, or a squeeze meets an odd height or width.
     """
     if classes < 0 or classes == 1:
         raise ValueError(f"classes: expected 0 or at least 2, got {classes}")
@@ -221,25 +236,28 @@ def cglow(
     conditioning: int = 64,
     precision: torch.dtype = torch.float32,
 ) -> Flow:
-    """Conditional Glow (Lu and Huang 2020): the density p(y | x) of an image y given a context x, an image or a vector.
+    """Conditional Glow (Lu and Huang 2020): the density of an image y given a context x, an image or a vector.
 
-    Glow's steps, each of whose layers has a conditioning network of its own: ActNorm and 1x1 convolution take what it
-    gives as part of their parameters; the network of a coupling, and that of a prior, sees it beside its input. Scales
-    are bounded (:class:`BoundedGlowCoupling`). The defaults are those of the released code for photographs of horses.
+    It has Glow's steps, and each of their layers has a conditioning network of its own. ActNorm and 1x1 convolution add
+    the output of this network to their parameters. The network of a coupling or of a prior gets, in addition to its
+    input, features of the context, or the context itself if it is a vector. Scale factors are bounded
+    (:class:`~nflows_lib.coupling.BoundedGlowCoupling`). The defaults are those of the released code for photographs of
+    horses.
 
     Args:
-        shape: (C, H, W) of y, integers; height and width can be halved as often as there are scales.
-        context_shape: of x, numbers that are floats: (K,), or (K, H', W'), with H' and W' those of y, or those halved
-            or doubled alike any number of times so long as they are no smaller than y's after the first squeeze.
+        shape: ``(C, H, W)`` of y, integers; height and width can be halved as often as there are scales.
+        context_shape: shape of x, floats: ``(K,)``, or ``(K, H', W')``. H' and W' are those of y, or those of y all
+            halved or doubled the same number of times, as long as they are no smaller than y's after the first squeeze.
         levels: number of levels n of y; the integers are from 0 to n - 1.
-        scales: L, the number of scales.
-        steps: K, the number of steps at each scale.
+        scales: number of scales.
+        steps: number of steps at each scale.
         hidden: channels inside the couplings' networks.
         conditioning: channels inside the conditioning networks, and of the features that couplings and priors see.
-        precision: what all these networks compute in.
+        precision: type that all these networks compute in.
 
     Raises:
-        ValueError: scales, steps, hidden or conditioning is below 1, or a size does not fit.
+        ValueError: if scales, steps, hidden or conditioning is below 1, a squeeze meets an odd height or width, or
+            context_shape does not fit shape.
     """
     check_positive(conditioning=conditioning)
     check_context_shape(context_shape)
@@ -276,7 +294,7 @@ def _glow_of(
     steps: int,
     hidden: int,
 ) -> Flow:
-    """Glow's arrangement, after a start, of steps and priors, each built for its channels and (height, width)."""
+    """Glow's arrangement of steps and priors after a start; each is built for its channels and (height, width)."""
     check_positive(scales=scales, steps=steps, hidden=hidden)
 
     def from_scale_on(shape: Shape, left: int) -> list[Layer]:
@@ -286,9 +304,8 @@ def _glow_of(
             layers += step(channels, size)
         if left == 1:
             return layers
-        conditioned = prior(
-            channels, size
-        )  # before the inner layers, so that a seed gives the weights that it always gave
+        # The prior is built before the inner layers: in this order, a seed gives the weights of earlier versions.
+        conditioned = prior(channels, size)
         return [*layers, FactorOut((channels, *size), from_scale_on((channels // 2, *size), left - 1), conditioned)]
 
     return Flow([*start, *from_scale_on(shape, scales)], StandardNormal(), shape)

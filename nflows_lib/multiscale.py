@@ -1,4 +1,4 @@
-"""Reaching images: trade resolution for channels, and let half of the vector go early."""
+"""Layers of multi-scale flows: trade resolution for channels, and factor out half of the channels."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from nflows_lib.convolution import ChannelPermutation
 
 
 class Squeeze(Bijection):
-    """Each 2x2 square of pixels becomes four channels: (C, H, W) to (4 C, H/2, W/2) (Dinh et al. 2016, section 3.6).
+    """A squeeze: each 2x2 square of pixels becomes four channels (Dinh et al. 2016, section 3.6).
 
-    The pixel in row dy and column dx of a square of channel c goes to channel 4 c + 2 dy + dx. Only places change: the
-    log-determinant is 0.
+    Images ``(B, C, H, W)`` become ``(B, 4 C, H/2, W/2)``. The pixel in row :math:`d_y` and column :math:`d_x` of a
+    square of channel c goes to channel :math:`4 c + 2 d_y + d_x`. The values only change places, so the log-determinant
+    is 0.
 
     Raises:
-        ValueError: height or width is odd.
+        ValueError: if height or width is odd.
     """
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -39,43 +40,52 @@ class Squeeze(Bijection):
 
 
 class PhaseOrder(ChannelPermutation):
-    """Sort the channels of a :class:`Squeeze` by their place in the square: channel 4 c + phase to C k + c.
+    r"""A permutation that sorts the channels of a :class:`Squeeze` by their place in the 2x2 square.
 
-    The places come in the order top left, bottom right, top right, bottom left, as in RealNVP's reference code: so the
-    first half of the channels is a checkerboard of the pixels, and the second half the other colour.
+    The places come in the order top left, bottom right, top right, bottom left, as in RealNVP's reference code. So the
+    first half of the channels holds one colour of a checkerboard of the pixels, and the second half the other colour.
+    Let C be the number of channels before the squeeze: the place that is number k in this order goes from channel
+    :math:`4 c + \text{place}` to channel :math:`C k + c`.
 
     Args:
-        channels: 4 C, of the squeezed image.
+        channels: number of channels 4 C of the squeezed image.
 
     Raises:
-        ValueError: channels is no multiple of 4.
+        ValueError: if channels is not a multiple of 4.
     """
 
     def __init__(self, channels: int) -> None:
         if channels < 4 or channels % 4:
             raise ValueError(f"channels: expected a multiple of 4, got {channels}")
-        phases = torch.tensor([0, 3, 1, 2])  # 2 dy + dx
+        phases = torch.tensor([0, 3, 1, 2])  # 2 d_y + d_x of each place
         super().__init__((4 * torch.arange(channels // 4) + phases[:, None]).flatten())
 
 
 class FactorOut(Bijection):
-    """Half of the channels is finished; the other half goes on through further layers (Dinh et al. 2016, section 3.6).
+    r"""Factoring out: half of the channels is finished, the other half goes on (Dinh et al. 2016, section 3.6).
 
-    x = (x1, x2) becomes the flat vector (eps, inner(x1)), finest scale first. The finished half is standardised given
-    the one that goes on, eps = (x2 - mu(x1)) exp(-s(x1)), so that the base density stays N(0, I) for every piece and a
-    temperature scales all of them alike (the learned prior of Kingma and Dhariwal 2018; without one eps = x2). The
-    log-determinant is -sum s, plus that of the inner layers.
+    The input :math:`x = (x_1, x_2)` becomes the flat vector of :math:`\eta` and then :math:`f(x_1)`, where :math:`f` is
+    the inner layers: the finest scale comes first. The finished half is standardised given the half that goes on:
 
-    It comes last in a list of layers: what follows would see a flat vector. Inner lists may end in a FactorOut again.
+    .. math::
+
+        \eta = (x_2 - \mu(x_1)) \odot e^{-s(x_1)}
+
+    So the base density stays :math:`\mathcal{N}(0, \mathbf{I})` for every piece of the latent, and a temperature
+    multiplies all pieces alike. The network of :math:`\mu` and :math:`s` is the learned prior of Kingma and Dhariwal
+    2018; without a network, :math:`\eta = x_2`. The log-determinant is :math:`-\sum s`, plus that of the inner layers.
+
+    A FactorOut is the last in a list of layers, because a layer after it would see a flat vector. The list of inner
+    layers may end in another FactorOut.
 
     Args:
-        shape: (C, H, W) of one example that comes in; C is even.
-        layers: what the first half of the channels goes through.
-        prior: network from (B, C/2, H, W) to (B, C, H, W), first mu, then s, called as ``prior(x1, context)``; None:
-            mu = 0 and s = 0.
+        shape: ``(C, H, W)`` of one example that comes in; C is even.
+        layers: the inner layers, which the first half of the channels goes through.
+        prior: network from ``(B, C/2, H, W)`` to ``(B, C, H, W)``, called as ``prior(x1, context)``; it gives first
+            :math:`\mu`, then :math:`s`. None: both are 0.
 
     Raises:
-        ValueError: C is odd, or an inner layer cannot take what reaches it.
+        ValueError: if C is odd, or an inner layer cannot take the shape that reaches it.
     """
 
     def __init__(self, shape: Shape, layers: Iterable[Layer], prior: nn.Module | None = None) -> None:
@@ -125,14 +135,17 @@ class FactorOut(Bijection):
 
 
 def split_latent(layers: Chain, z: Tensor) -> list[Tensor]:
-    """The latent's pieces, finest scale first, coarsest last: (B, D) to images (B, C_i, H_i, W_i).
+    """Split a latent into its pieces, finest scale first: ``(B, D)`` to images ``(B, C_i, H_i, W_i)``.
 
-    ``torch.cat([piece.flatten(1) for piece in pieces], 1)`` puts them together again. A flow without a
-    :class:`FactorOut` has one piece, z itself.
+    ``torch.cat([piece.flatten(1) for piece in pieces], 1)`` joins them again. Without a :class:`FactorOut` there is one
+    piece, z itself.
 
     Args:
-        layers: the flow's ``chain``.
-        z: a latent, as :meth:`Flow.encode` gives it.
+        layers: the ``chain`` of the flow.
+        z: a latent, as :meth:`~nflows_lib.flow.Flow.encode` gives it.
+
+    Raises:
+        ValueError: if z has another shape than the flow's latent.
     """
     last = layers[-1] if len(layers) else None
     if not isinstance(last, FactorOut):

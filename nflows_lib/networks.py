@@ -1,4 +1,4 @@
-"""The inside of a coupling or of a prior: ordinary networks, which are never inverted and may compute anything."""
+"""Networks for the inside of a coupling or of a prior. They are never inverted, so they may compute anything."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ class MLP(nn.Module):
         hidden: width of every hidden layer.
         depth: number of hidden layers.
         activation: builds the nonlinearity after each hidden layer.
-        context: size of the context vector, which is appended to the input; 0 where there is none.
+        context: size of the context vector, which is appended to the input; 0 if there is no context.
+
+    Raises:
+        ValueError: if inputs, outputs, hidden or depth is below 1.
     """
 
     def __init__(
@@ -47,7 +50,11 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers, zeroed(nn.Linear(hidden, outputs)))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """(B, inputs) and, where the network has one, a context (B, context) to (B, outputs)."""
+        """Map vectors ``(B, inputs)`` and, if the network has one, a context ``(B, context)`` to ``(B, outputs)``.
+
+        Raises:
+            ValueError: if the network has a context, and context is None or of another shape.
+        """
         if self.context:
             check_shape("context", context, (self.context,))
             x = torch.cat([x, context], dim=1)
@@ -55,21 +62,27 @@ class MLP(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A convolutional network from images to images of the same height and width (Dinh et al. 2016, section 4.1).
+    r"""A convolutional network of residual blocks, which keeps height and width (Dinh et al. 2016, section 4.1).
 
-    The input enters as [h, -h] and a ReLU, which keeps both signs. A 3x3 convolution, residual blocks of two, and a
-    1x1 skip connection from the first layer and from each block to a sum; from that, through a ReLU, a 1x1 convolution
-    makes the output. All weights are normalised (Salimans and Kingma 2016). There is no batch norm inside, so the
-    output for one image depends on no other.
+    The input x enters as :math:`[\operatorname{ReLU}(x), \operatorname{ReLU}(-x)]`, which keeps both signs. A 3x3
+    convolution follows, then residual blocks of two 3x3 convolutions each. 1x1 skip connections add up the output of
+    the first convolution and of each block. A ReLU and a 1x1 convolution turn this sum into the output.
+
+    All weights are normalised, :math:`w = g\, v / \lVert v \rVert` (Salimans and Kingma 2016). The network has no batch
+    normalisation, so the output for one image does not depend on the other images of the batch.
 
     Args:
         inputs: channels that come in.
         outputs: channels that go out.
         hidden: channels of every hidden layer.
         blocks: number of residual blocks.
-        context: channels of the context, an image or a vector, which joins the input; 0 where there is none.
-        precision: what the convolutions compute in; the output is float32 all the same. bfloat16 is several times
-            faster on a GPU, and on a processor that has instructions for it.
+        context: channels of the context, an image or a vector, which joins the input; 0 if there is no context.
+        precision: type that the convolutions compute in; the output has the type of the input in any case. bfloat16 is
+            several times faster on a GPU, and on a processor that has instructions for it.
+
+    Raises:
+        ValueError: if inputs, outputs or hidden is below 1, blocks is negative, or precision is neither float32 nor
+            bfloat16.
     """
 
     def __init__(
@@ -96,7 +109,13 @@ class ResNet(nn.Module):
         self.last = _conv(hidden, outputs, 1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """(B, inputs, H, W) and, if there is one, a context, (B, context, ...), to (B, outputs, H, W)."""
+        """Map images ``(B, inputs, H, W)`` and, if the network has one, a context to ``(B, outputs, H, W)``.
+
+        The context is an image ``(B, context, H, W)``, or a vector ``(B, context)``, which is repeated at every pixel.
+
+        Raises:
+            ValueError: if the network has a context, and context is None or of another shape.
+        """
         with computing_in(self.precision, x):
             h = self.first(_joined([x.relu(), (-x).relu()], context, self.context))
             total = self.skips[0](h)
@@ -107,12 +126,14 @@ class ResNet(nn.Module):
 
 
 class ActNormConv(nn.Module):
-    """A convolution and an ActNorm after it, in one: the scales multiply the weights, the shift is the bias.
+    """A convolution followed by an ActNorm, computed as one convolution.
+
+    The scale factors of the ActNorm multiply the weights, and its shift is the bias.
 
     Args:
         inputs: channels that come in.
         outputs: channels that go out.
-        size: of the kernel, odd; height and width stay as they are.
+        size: height and width of the kernel, odd; the image keeps its height and width.
     """
 
     def __init__(self, inputs: int, outputs: int, size: int) -> None:
@@ -123,29 +144,37 @@ class ActNormConv(nn.Module):
         self.register_buffer("initialized", torch.tensor(False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, H, W) to (B, outputs, H, W)."""
+        """Map images ``(B, inputs, H, W)`` to ``(B, outputs, H, W)``."""
         weight = self.weight * self.log_scale.exp()[:, None, None, None]
         return F.conv2d(x, weight, self.bias, padding="same")
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Let this batch leave with mean 0 and variance 1 in every channel, unless an earlier call has done so."""
+        """Make this batch leave with mean 0 and variance 1 per channel. Do nothing if an earlier call has done so.
+
+        Raises:
+            ValueError: if a channel that leaves is constant or not finite.
+        """
         if not self.initialized:
             standardise_first(self, F.conv2d(x, self.weight, padding="same"))
 
 
 class GlowNet(nn.Module):
-    """The network of Glow's couplings, from images to images of the same height and width (Kingma and Dhariwal 2018).
+    """The network of Glow's couplings, which keeps height and width (Kingma and Dhariwal 2018).
 
-    A 3x3 convolution, a 1x1 and a 3x3. After the first two an ActNorm, as in their code, and a ReLU; the last starts
-    at zero, so that a coupling starts with the same scale everywhere (section 3.3).
+    It has three convolutions: 3x3, 1x1 and 3x3. After each of the first two come an ActNorm, as in the paper's code,
+    and a ReLU. The last one starts at zero, so that a coupling starts with the same scale factor everywhere (section
+    3.3).
 
     Args:
         inputs: channels that come in.
         outputs: channels that go out.
         hidden: channels of both hidden layers.
-        context: channels of the context, an image or a vector, which joins the input; 0 where there is none.
-        precision: as of :class:`ResNet`.
+        context: channels of the context, an image or a vector, which joins the input; 0 if there is no context.
+        precision: type that the convolutions compute in, as in :class:`ResNet`.
+
+    Raises:
+        ValueError: if inputs, outputs or hidden is below 1, or precision is neither float32 nor bfloat16.
     """
 
     def __init__(
@@ -164,25 +193,28 @@ class GlowNet(nn.Module):
         )
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Initialise both ActNorms from a first batch."""
+        """Initialise both ActNorms from a first batch and its context."""
         h = _joined([x], context, self.context)
         for layer in self.layers[:-1]:
             initialize_network(layer, h, None)
             h = layer(h)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """(B, inputs, H, W) and, if there is one, a context, (B, context, ...), to (B, outputs, H, W)."""
+        """Map images ``(B, inputs, H, W)`` and, if the network has one, a context to ``(B, outputs, H, W)``.
+
+        The context is as in :meth:`ResNet.forward`.
+        """
         with computing_in(self.precision, x):
             return finished(self.layers(_joined([x], context, self.context)), x)
 
 
 class ZeroConv(nn.Module):
-    """A 3x3 convolution that starts at zero: a learned prior that starts as the standard normal (Glow's code).
+    """A 3x3 convolution that starts at zero: as a learned prior, it starts as the standard normal (Glow's code).
 
     Args:
         inputs: channels that come in.
         outputs: channels that go out.
-        context: channels of the context, an image or a vector, which joins the input; 0 where there is none.
+        context: channels of the context, an image or a vector, which joins the input; 0 if there is no context.
     """
 
     def __init__(self, inputs: int, outputs: int, context: int = 0) -> None:
@@ -191,17 +223,22 @@ class ZeroConv(nn.Module):
         self.conv = zeroed(nn.Conv2d(inputs + context, outputs, 3, padding=1))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """As :meth:`GlowNet.forward`."""
+        """Map images ``(B, inputs, H, W)`` and, if the network has one, a context to ``(B, outputs, H, W)``.
+
+        The context is as in :meth:`ResNet.forward`.
+        """
         return finished(self.conv(_joined([x], context, self.context)), x)
 
 
 class BoundedPrior(nn.Module):
-    """The network of a learned prior with its log-scale, the second half of what it gives, kept within [-g, g].
+    r"""The network of a learned prior, with a bounded log-scale.
 
-    It becomes g tanh(.), with one learned gain g, which starts at 1, as in the couplings: both directions stay tame.
+    The second half of what the inner network gives, :math:`h`, becomes the log-scale :math:`g \tanh h`, with one
+    learned gain :math:`g`, which starts at 1, as in the couplings. So the log-scale stays within :math:`[-g, g]`, and
+    neither direction can divide by a number close to 0.
 
     Args:
-        network: called as ``network(x, context)``; gives (B, 2 C, H, W).
+        network: the inner network, called as ``network(x, context)``; gives ``(B, 2 C, H, W)``.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -210,28 +247,28 @@ class BoundedPrior(nn.Module):
         self.gain = nn.Parameter(torch.ones(()))
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Initialise the network from a first batch."""
+        """Initialise the inner network from a first batch and its context."""
         initialize_network(self.network, x, context)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """As of the network."""
+        """Return the output of the inner network, ``(B, 2 C, H, W)``, with its second half bounded."""
         mean, log_scale = self.network(x, context).chunk(2, dim=1)
         return torch.cat([mean, self.gain * log_scale.tanh()], dim=1)
 
 
 def check_precision(precision: torch.dtype) -> None:
-    """Raise a ValueError unless networks compute in it."""
+    """Raise a ValueError unless the precision is ``torch.float32`` or ``torch.bfloat16``."""
     if precision not in (torch.float32, torch.bfloat16):
         raise ValueError(f"precision: expected torch.float32 or torch.bfloat16, got {precision}")
 
 
 def computing_in(precision: torch.dtype, x: Tensor) -> torch.autocast:
-    """While it is entered, convolutions on x's device compute in that precision."""
+    """Return a context manager inside which convolutions on x's device compute in that precision."""
     return torch.autocast(x.device.type, precision, enabled=precision != torch.float32)
 
 
 def _joined(parts: list[Tensor], context: Tensor | None, channels: int) -> Tensor:
-    """Images and a context with that number of channels, concatenated, in the layout where convolutions are fastest.
+    """The images and a context of that many channels, concatenated, in the layout in which convolutions are fastest.
 
     A context that is a vector is repeated at every pixel.
     """
@@ -246,22 +283,25 @@ def _joined(parts: list[Tensor], context: Tensor | None, channels: int) -> Tenso
 
 
 def channels_last(images: Tensor) -> Tensor:
-    """The images in memory pixel by pixel, all channels of a pixel together, where convolutions are fastest.
+    """Return the images with all channels of a pixel together in memory, the layout in which convolutions are fastest.
 
-    It is torch's memory format ``channels_last``, reached by operations that ``torch.func.vmap`` knows.
+    This is torch's memory format ``channels_last``, reached by operations that ``torch.func.vmap`` supports.
     """
     return images.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def finished(output: Tensor, x: Tensor) -> Tensor:
-    """In the type and the layout of x, examples or channels first: arithmetic on both is then several times faster."""
+    """Return a network's output in the type and the memory layout of x, examples first or channels first.
+
+    Arithmetic on two tensors of the same layout is several times faster.
+    """
     if x.dim() == 4 and x.stride(1) > x.stride(0):
         return output.to(x.dtype).transpose(0, 1).contiguous().transpose(0, 1)
     return output.to(x.dtype, memory_format=torch.contiguous_format)
 
 
 def zeroed(layer: nn.Conv2d | nn.Linear) -> nn.Module:
-    """The layer, with weights and biases of 0."""
+    """Set the layer's weights and biases to 0, and return the layer."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

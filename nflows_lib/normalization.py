@@ -13,12 +13,20 @@ from nflows_lib.bijection import AffineBijection, Bijection, ChannelBijection, S
 
 
 class DiagonalScaling(Bijection):
-    """z_i = exp(s_i) x_i with one learned log-scale s_i a dimension (Dinh et al. 2014, section 3.3).
+    r"""A learned scale factor for each dimension (Dinh et al. 2014, section 3.3).
 
-    The log-determinant is the sum of the s_i. They start at 0, the identity.
+    .. math::
+
+        z_i = e^{s_i} x_i
+
+    The log-determinant is :math:`\sum_i s_i`. The log-scales :math:`s_i` start at 0, so the layer starts as the
+    identity.
 
     Args:
         dims: number of dimensions D of one example, which is a vector.
+
+    Raises:
+        ValueError: if dims is below 1.
     """
 
     def __init__(self, dims: int) -> None:
@@ -41,20 +49,27 @@ class DiagonalScaling(Bijection):
 
 
 class FlowBatchNorm(ChannelBijection):
-    """z = (x - mean) / sqrt(variance + eps), for each dimension or channel (Dinh et al. 2016, section 3.7).
+    r"""Batch normalisation as a layer of a flow, for each dimension or channel (Dinh et al. 2016, section 3.7).
 
-    The log-determinant is -1/2 H W sum_c log(variance_c + eps); H W is 1 for vectors. In training mode mean and
-    variance are the batch's (under torchrun the whole one's), and the running averages follow them; in evaluation mode,
-    and in the inverse, they are the running averages. Only then is the layer a bijection of each example: in training
-    mode one example's z depends on the others, and the round trip does not close (chapter 3, F15 and F16).
+    .. math::
+
+        z_c &= \frac{x_c - \mu_c}{\sqrt{\nu_c + \delta}} \\
+        \log\left|\det \mathbf{J}\right| &= -\frac{H W}{2} \sum_c \log(\nu_c + \delta)
+
+    :math:`H W` is the number of pixels, 1 for vectors. In training mode the means :math:`\mu_c` and variances
+    :math:`\nu_c` are those of the batch (under torchrun, of the batches of all processes together), and the running
+    averages follow them. In evaluation mode, and in the inverse in either mode, the running averages are used.
+
+    Only in evaluation mode is the layer a bijection of each example. In training mode an example's z depends on the
+    other examples of the batch, and the inverse does not return x (chapter 3, F15 and F16).
 
     Args:
-        channels: C, of vectors (B, C) or images (B, C, H, W).
-        eps: added to the variance.
+        channels: number of channels C of vectors ``(B, C)`` or images ``(B, C, H, W)``.
+        eps: :math:`\delta`, which is added to the variance.
         momentum: weight of the newest batch in the running averages.
 
     Raises:
-        ValueError: in training mode, a batch has a single value a channel: its variance says nothing.
+        ValueError: if a batch in training mode has only one value per channel, whose variance says nothing.
     """
 
     def __init__(self, channels: int, eps: float = 1e-4, momentum: float = 0.1) -> None:
@@ -68,9 +83,9 @@ class FlowBatchNorm(ChannelBijection):
         mean, variance = self.running_mean, self.running_variance
         if self.training:
             if x[:, 0].numel() < 2:
-                raise ValueError(f"x: expected several values a channel in training mode, got shape {tuple(x.shape)}")
+                raise ValueError(f"x: expected several values per channel in training mode, got shape {tuple(x.shape)}")
             variance, own = torch.var_mean(x.transpose(0, 1).flatten(1), dim=1, correction=0)
-            # Under torchrun each process holds a part of the batch; these are the mean and variance of all of it.
+            # Under torchrun each process holds a part of the batch: take mean and variance over all parts.
             mean = mean_over_processes(own)
             variance = mean_over_processes(variance + (own - mean).square())
             self.running_mean.lerp_(mean.detach(), self.momentum)
@@ -84,18 +99,24 @@ class FlowBatchNorm(ChannelBijection):
 
 
 class ActNorm(AffineBijection):
-    """z = exp(s) x + b, with one learned log-scale s and shift b a channel (Kingma and Dhariwal 2018, section 3.1).
+    r"""A learned scale factor and shift per channel, set from a first batch (Kingma and Dhariwal 2018, section 3.1).
 
-    The log-determinant is H W sum_c s_c; H W is 1 for vectors. :meth:`initialize` sets s and b so that a first batch
-    leaves with mean 0 and variance 1 in every channel; from then on they are ordinary parameters, and one example's z
-    depends on no other. Whether that has been done is part of the state (a buffer): a layer that was trained, saved and
-    loaded is not initialised again.
+    .. math::
+
+        z_c &= e^{s_c} x_c + b_c \\
+        \log\left|\det \mathbf{J}\right| &= H W \sum_c s_c
+
+    :math:`H W` is the number of pixels, 1 for vectors. :meth:`initialize` sets :math:`s` and :math:`b` so that a first
+    batch leaves with mean 0 and variance 1 in every channel. From then on they are ordinary parameters, and an
+    example's z does not depend on other examples. Whether the layer has been initialised is part of its state (a
+    buffer): a layer that was trained, saved and loaded is not initialised again.
 
     Args:
-        channels: C, of vectors (B, C) or images (B, C, H, W).
+        channels: number of channels C of vectors ``(B, C)`` or images ``(B, C, H, W)``.
 
     Raises:
-        ValueError: it is used before it was initialised, or initialised from a batch in which a channel is constant.
+        ValueError: if the layer is used before it is initialised, or if a channel of the first batch is constant or not
+            finite.
     """
 
     def __init__(self, channels: int) -> None:
@@ -103,7 +124,7 @@ class ActNorm(AffineBijection):
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("initialized", torch.tensor(False))
-        self._ready = False  # the buffer's value, cached: to read the buffer would make the CPU wait for the GPU
+        self._ready = False  # the buffer's value, cached: reading the buffer would force a GPU sync
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.check_channels("x", x)
@@ -121,22 +142,26 @@ class ActNorm(AffineBijection):
         return (z - _per_channel(bias, z)) * _per_channel((-log_scale).exp(), z)
 
     def log_scale_and_bias(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """s and b, (C,) each, the same for all examples; or (B, C)."""
+        """Return s and b: ``(C,)`` each if all examples share them, ``(B, C)`` each if they depend on the context."""
         return self.log_scale, self.bias
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Standardise this batch, unless an earlier call has done so with another."""
+        """Set s and b so that this batch leaves standardised. Do nothing if an earlier call has set them.
+
+        Raises:
+            ValueError: if a channel of the batch is constant or not finite.
+        """
         if not self.initialized:
             super().check_channels("x", x)
             standardise_first(self, x)
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         super()._load_from_state_dict(*args, **options)
-        self._ready = False  # what was loaded may be the state of a layer that was never initialised
+        self._ready = False  # the loaded state may be that of a layer that was never initialised
 
     def check_channels(self, name: str, x: Tensor) -> None:
-        """Raise a ValueError, too, if the layer was never initialised."""
+        """Raise a ValueError if x has another number of channels, or if the layer was never initialised."""
         super().check_channels(name, x)
         if torch.compiler.is_compiling() or self._ready:
             return
@@ -146,9 +171,10 @@ class ActNorm(AffineBijection):
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """The mean over the processes that train together (torchrun), each of which gives a tensor of the same shape.
+    """Return the mean of a tensor over the processes that train together (torchrun).
 
-    Gradients flow back through the mean to every process. A process that trains alone gets its own values back.
+    Each process calls it with a tensor of the same shape. Gradients flow back through the mean to every process. A
+    process that trains alone gets its own values back.
     """
     if not dist.is_available() or not dist.is_initialized():
         return values
@@ -156,7 +182,7 @@ def mean_over_processes(values: Tensor) -> Tensor:
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """The sum. What one process gives acts on the losses of all of them, so its gradients are summed as well."""
+    """The sum over processes. The values of one process act on the losses of all, so the gradients are summed, too."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -170,7 +196,11 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 def standardise_first(layer: nn.Module, x: Tensor) -> None:
-    """Set log-scale and bias so that x, scaled and shifted, has mean 0 and variance 1 a channel; and the flag."""
+    """Set the layer's log-scale and bias so that x leaves with mean 0 and variance 1 per channel, and set its flag.
+
+    Raises:
+        ValueError: if a channel of x is constant or not finite.
+    """
     std, mean = first_statistics(x)
     layer.log_scale.copy_(-std.log())
     layer.bias.copy_(-mean / std)
@@ -178,10 +208,10 @@ def standardise_first(layer: nn.Module, x: Tensor) -> None:
 
 
 def first_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Standard deviation and mean of each channel of a first batch, (C,) each, to initialise an ActNorm from.
+    """Return the standard deviation and the mean of each channel of a first batch, ``(C,)`` each.
 
     Raises:
-        ValueError: a channel is constant, so that no scale would give it a variance of 1, or not finite.
+        ValueError: if a channel is constant, so that no scale factor gives it a variance of 1, or is not finite.
     """
     values = x.transpose(0, 1).flatten(1)
     broken = (~values.isfinite().all(1)).nonzero().flatten().tolist()
@@ -194,5 +224,5 @@ def first_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """(C,) or (B, C) shaped so that it broadcasts against (B, C, ...)."""
+    """(C,) or (B, C), shaped so that it broadcasts against (B, C, ...)."""
     return values.view(*values.shape, *[1] * (x.dim() - 2))

@@ -1,4 +1,4 @@
-"""``python -m nflows_lib.notebook chapters/01_nice.ipynb``: see :mod:`nflows_lib.experiments.notebooks`."""
+"""The entry of ``python -m nflows_lib.notebook PATH``: see :mod:`nflows_lib.experiments.notebooks`."""
 
 import sys
 

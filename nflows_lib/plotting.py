@@ -1,4 +1,4 @@
-"""Pictures of flows: density heat maps, warped grids, sheets of images, curves, each drawn into axes it is given."""
+"""Pictures of flows: density heat maps, warped grids, sheets of images and curves, each drawn into given axes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nflows_lib.data import tile
 from nflows_lib.flow import Flow
 
-# Okabe and Ito's palette: told apart by colour-blind readers, on white and in print.
+# Okabe and Ito's palette: colour-blind readers can tell its colours apart, on white and in print.
 COLOURS = {
     "blue": "#0072B2",
     "vermilion": "#D55E00",
@@ -28,7 +28,7 @@ COLOURS = {
 
 
 def style() -> None:
-    """The book's look: call it once, in a chapter's first cell."""
+    """Set the look of the book's figures. A chapter calls it once, in its first cell."""
     plt.rcParams.update(
         {
             "axes.grid": True,
@@ -39,7 +39,7 @@ def style() -> None:
             "figure.constrained_layout.use": True,
             "figure.constrained_layout.w_pad": 0.1,
             "figure.dpi": 100,
-            "figure.facecolor": "white",  # not transparent: labels stay readable on the dark theme
+            "figure.facecolor": "white",  # not transparent, so that labels stay readable on the dark theme
             "font.size": 11,
             "grid.alpha": 0.25,
             "image.cmap": "magma",
@@ -52,7 +52,7 @@ def style() -> None:
 
 
 def grid(extent: float, n: int) -> Tensor:
-    """The points of an n x n grid over [-extent, extent] squared, (n * n, 2), x running fastest."""
+    """Return the points of an n x n grid from -extent to extent in both directions, ``(n * n, 2)``; x runs fastest."""
     line = torch.linspace(-extent, extent, n)
     y, x = torch.meshgrid(line, line, indexing="ij")
     return torch.stack([x, y], dim=-1).reshape(-1, 2)
@@ -67,11 +67,17 @@ def density(
     points: Tensor | None = None,
     n: int = 200,
 ) -> AxesImage:
-    """Heat map of exp(log_prob) over [-extent, extent] squared, with points drawn on it.
+    """Draw a heat map of a density over a square around the origin, with points on it if they are given.
 
-    log_prob: a function of points on the CPU; a flow, or a method of one, is given points on its own device.
+    Args:
+        ax: the axes to draw into.
+        log_prob: log-density in nats: a function of points ``(B, 2)`` on the CPU. A flow, or a method of one, gets the
+            points on its own device.
+        extent: half the side of the square.
+        points: points to draw on the heat map, ``(N, 2)``.
+        n: number of pixels of the heat map per side.
     """
-    owner = getattr(log_prob, "__self__", log_prob)  # of a method, the flow
+    owner = getattr(log_prob, "__self__", log_prob)  # the flow, if log_prob is a method of one
     device = next(owner.parameters()).device if isinstance(owner, nn.Module) else None
     values = log_prob(grid(extent, n).to(device)).exp().reshape(n, n).cpu().numpy()
     side = (-extent, extent)
@@ -85,9 +91,19 @@ def density(
 
 @torch.no_grad()
 def warp(axes: Sequence[Axes], flow: Flow, points: Tensor, *, extent: float = 3.5, lines: int = 15) -> None:
-    """A square grid on the data plane and points, as they are and after each layer: one of the axes for each.
+    """Draw a square grid and points on the data plane, as they are and after each layer of the flow.
 
-    The points keep one colour throughout: left to right in the data.
+    The points keep one colour throughout, from left to right in the data.
+
+    Args:
+        axes: one for the data, then one per layer.
+        flow: a flow on the plane.
+        points: ``(N, 2)``.
+        extent: half the side of the grid.
+        lines: number of lines of the grid in each direction.
+
+    Raises:
+        ValueError: if the number of axes is not the number of layers plus 1.
     """
     if len(axes) != len(flow.chain) + 1:
         raise ValueError(f"axes: expected {len(flow.chain) + 1}, one for the data and each layer, got {len(axes)}")
@@ -108,7 +124,10 @@ def warp(axes: Sequence[Axes], flow: Flow, points: Tensor, *, extent: float = 3.
 
 
 def mesh_lines(extent: float, lines: int, n: int) -> Tensor:
-    """Horizontal lines, then vertical ones, over [-extent, extent] squared: n points each, (2 * lines, n, 2)."""
+    """Return the lines of a grid, first the horizontal and then the vertical ones: ``(2 * lines, n, 2)``.
+
+    Each line has n points, from -extent to extent.
+    """
     smooth, ticks = torch.linspace(-extent, extent, n), torch.linspace(-extent, extent, lines)
     rows = torch.stack([torch.stack([smooth, torch.full_like(smooth, t)], -1) for t in ticks])
     return torch.cat([rows, rows.flip(-1)])
@@ -120,7 +139,7 @@ def images(ax: Axes, batch: Tensor, *, columns: int, levels: int, shape: Sequenc
 
 
 def sheet(ax: Axes, picture: np.ndarray, title: str = "") -> None:
-    """Draw one picture, (height, width, 1 or 3 channels) in [0, 1], without axes."""
+    """Draw one picture, ``(height, width, channels)`` with 1 or 3 channels in [0, 1], without axes."""
     ax.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set(xticks=[], yticks=[], title=title)
     ax.grid(False)
@@ -128,7 +147,7 @@ def sheet(ax: Axes, picture: np.ndarray, title: str = "") -> None:
 
 
 def curves(ax: Axes, series: Mapping[str, Sequence[float]], *, ylabel: str) -> None:
-    """One line for each named series of values, a value a training step."""
+    """Draw one line per named series, with one value per training step, and a legend."""
     for name, values in series.items():
         ax.plot(range(1, len(values) + 1), values, label=name)
     ax.set(xlabel="training step", ylabel=ylabel)

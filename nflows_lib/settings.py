@@ -1,4 +1,4 @@
-"""The environment variables that a chapter and the library obey, read in one place."""
+"""The environment variables that control the chapters and the library, read in one place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 
 def preset() -> str:
-    """``NFLOWS_PRESET``: "quick" (the default: embedded data, minutes on a CPU) or "full" (the paper's data, size)."""
+    """Return ``NFLOWS_PRESET``: "quick" (the default) or "full".
+
+    "quick" means embedded data and minutes on a CPU, "full" means the data and the model of the paper.
+
+    Raises:
+        ValueError: if the variable has another value.
+    """
     value = os.environ.get("NFLOWS_PRESET", "quick")
     if value not in ("quick", "full"):
         raise ValueError(f'NFLOWS_PRESET: expected "quick" or "full", got {value!r}')
@@ -22,7 +28,11 @@ def preset() -> str:
 
 
 def seed(offset: int = 0) -> int:
-    """A seed for one experiment: its own number, shifted by 1000 times ``NFLOWS_SEED`` (0 by default)."""
+    """Return the seed of one experiment: its own number plus 1000 times ``NFLOWS_SEED`` (0 by default).
+
+    Raises:
+        ValueError: if the variable is not a whole number from 0 on.
+    """
     value = os.environ.get("NFLOWS_SEED", "0")
     if not value.isdecimal():
         raise ValueError(f"NFLOWS_SEED: expected a whole number from 0 on, got {value!r}")
@@ -30,44 +40,52 @@ def seed(offset: int = 0) -> int:
 
 
 def device(prefer_gpu: bool | None = None) -> torch.device:
-    """``NFLOWS_DEVICE``: "cuda", "mps" or "cpu", where a chapter's flows and data and a run are computed.
+    """Return ``NFLOWS_DEVICE``, "cuda", "mps" or "cpu": the device on which chapters and runs compute.
 
-    Where it is CUDA, convolutions of float32 numbers are from then on computed in float32. By PyTorch's default they
-    are computed in TF32, with 10 bits behind the point, which is too coarse for a round trip.
+    If the device is CUDA, convolutions of float32 numbers are computed in float32 from then on. By PyTorch's default
+    they are computed in TF32, whose mantissa of 10 bits is too coarse for a round trip.
 
     Args:
-        prefer_gpu: whether CUDA is taken if the variable is not set and PyTorch finds a GPU. None: for the full preset.
+        prefer_gpu: whether CUDA is taken if the variable is not set and PyTorch finds a GPU. None: only for the full
+            preset.
 
     Raises:
-        ValueError: the variable names another device, or one that PyTorch does not find.
+        ValueError: if the variable names another device, or one that PyTorch does not find.
     """
-    import torch  # not at the top: the other settings are read without a wait for it
+    import torch  # imported here: reading the other settings should not wait for it
 
     gpus = [name for name in ("cuda", "mps") if torch.get_device_module(name).is_available()]
     prefer_gpu = preset() == "full" if prefer_gpu is None else prefer_gpu
     value = os.environ.get("NFLOWS_DEVICE", "cuda" if prefer_gpu and "cuda" in gpus else "cpu")
     if value not in [*gpus, "cpu"]:
         expected = " or ".join(f'"{name}"' for name in [*gpus, "cpu"])
-        raise ValueError(f"NFLOWS_DEVICE: expected {expected}, what PyTorch finds here, got {value!r}")
+        raise ValueError(f"NFLOWS_DEVICE: expected {expected}, a device that PyTorch finds here, got {value!r}")
     if value == "cuda":
         torch.backends.cudnn.allow_tf32 = False
     return torch.device(value)
 
 
 def data_folder() -> Path:
-    """``NFLOWS_DATA``: the folder that holds downloaded data sets, ``data/`` beside the library by default."""
+    """Return ``NFLOWS_DATA``: the folder of the downloaded data sets, by default ``data/`` next to the library."""
     return Path(os.environ.get("NFLOWS_DATA", Path(__file__).resolve().parent.parent / "data"))
 
 
 def progress() -> bool:
-    """``NFLOWS_PROGRESS``: 0 turns progress bars off, as for notebooks whose output is stored."""
+    """Return whether progress bars are shown. ``NFLOWS_PROGRESS=0`` hides them from notebooks with stored outputs."""
     return os.environ.get("NFLOWS_PROGRESS", "1") != "0"
 
 
 def progress_bar(total: int | None, unit: int, initial: int = 0, shown: bool = True, delay: float = 0) -> tqdm:
-    """A bar that counts units of so many images and shows images per second, if :func:`progress` lets it.
+    """Return a bar that shows images per second, if :func:`progress` allows it.
 
-    In a log file it writes a line every half minute. Nothing is shown of what ends within ``delay`` seconds.
+    In a log file it writes one line every half minute.
+
+    Args:
+        total: number of units until the end, or None if it is not known.
+        unit: number of images per unit.
+        initial: number of units that are done already.
+        shown: False hides the bar.
+        delay: seconds until the bar appears.
     """
     return tqdm(
         total=total,

@@ -20,16 +20,16 @@ from nflows_lib.evaluation import log_likelihoods, mean_and_error
 from nflows_lib.flow import Flow, check_context, check_data
 from nflows_lib.normalization import mean_over_processes
 
-# From a batch to a batch; where the flow is conditional, from a batch and its context to the same two.
+# Maps a batch to a batch; if the flow is conditional, a batch and its context to a batch and its context.
 Augment = Callable[[Tensor], Tensor] | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(repr=False)
 class History:
-    """What a training run leaves behind. Losses are mean negative log-likelihoods in nats per example.
+    r"""The losses and gradient norms of a training run. A loss is the mean of :math:`-\log p(x)` in nats.
 
-    ``loss`` and ``grad_norm`` have one value per step; ``held_out`` has triples (steps taken, loss on the held-out
-    data, its standard error over examples).
+    ``loss`` and ``grad_norm`` have one value per step. ``held_out`` has one triple per evaluation: number of steps
+    taken, loss on the held-out data, and its standard error over examples.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -37,7 +37,11 @@ class History:
     held_out: list[tuple[int, float, float]] = field(default_factory=list)
 
     def add(self, loss: float, grad_norm: float) -> None:
-        """Append one step's values; raise :class:`NonFiniteLoss` if one of them is not finite."""
+        """Append the loss and the gradient norm of one step.
+
+        Raises:
+            NonFiniteLoss: if one of them is not finite.
+        """
         for values, value in ((self.loss, loss), (self.grad_norm, grad_norm)):
             values.append(value)
             if not math.isfinite(value):
@@ -50,23 +54,34 @@ class History:
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss, or the norm of its gradient, became NaN or infinite. ``history`` ends with that value."""
+    """The error of a run whose loss or gradient norm became NaN or infinite. Its ``history`` ends with that value."""
 
     def __init__(self, history: History) -> None:
         self.history = history
         finite = math.isfinite(history.loss[-1])
         what, value = ("gradient's norm", history.grad_norm[-1]) if finite else ("loss", history.loss[-1])
         super().__init__(
-            f"the {what} is {value} at step {len(history.loss)}; the flow holds the parameters that gave it, "
-            "and this error's .history the run so far"
+            f"the {what} is {value} at step {len(history.loss)}; the flow holds the parameters that gave this value, "
+            "and .history of this error holds the run so far"
         )
 
 
 class Average:
-    """Exponential moving average of a flow's parameters, beside the flow: avg = d avg + (1 - d) current.
+    r"""An exponential moving average of a flow's parameters, kept in a copy of the flow.
 
-    The memory is short at first, d = min(decay, (1 + n) / (10 + n)) after n updates: otherwise the very first
-    parameters would stay in the average for 1 / (1 - decay) steps.
+    After each update the average is :math:`d` times itself plus :math:`1 - d` times the current parameters. After n
+    updates
+
+    .. math::
+
+        d = \min\left(\text{decay}, \frac{1 + n}{10 + n}\right)
+
+    so that the memory is short at first. With a constant :math:`d`, the very first parameters would stay in the average
+    for about :math:`1 / (1 - d)` steps.
+
+    Args:
+        flow: the flow that is trained.
+        decay: largest :math:`d`, in [0, 1).
     """
 
     def __init__(self, flow: nn.Module, decay: float) -> None:
@@ -76,32 +91,34 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the flow's present parameters into the average."""
+        """Take the flow's current parameters into the average."""
         n = self.updates
         kept = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
         torch._foreach_lerp_(*self.pairs, 1 - kept)
         self.updates += 1
 
     def flow(self) -> nn.Module:
-        """A flow with the averaged parameters, and with the buffers that the trained flow has now."""
+        """Return a flow with the averaged parameters and the current buffers of the trained flow."""
         for averaged, current in zip(self.averaged.buffers(), self.current.buffers(), strict=True):
             averaged.copy_(current.detach())
         return self.averaged
 
 
 class Shuffle:
-    """Which examples come next: whole batches, from a new permutation of all examples in every epoch.
+    """The order of the examples: full batches from a new permutation of all examples in every epoch.
 
-    The permutation is as long as there are examples, and on the device on which it will index them.
+    Args:
+        batch_size: number of examples per batch.
+        permutation: gives a new permutation of all examples, on the device on which it will index them.
     """
 
     def __init__(self, batch_size: int, permutation: Callable[[], Tensor]) -> None:
         self.batch_size, self.permutation = batch_size, permutation
         self.order = torch.empty(0, dtype=torch.long)  # this epoch's permutation
-        self.position = 0  # how many of the order have been used
+        self.position = 0  # number of entries of the order that have been used
 
     def next(self) -> Tensor:
-        """Indices of the next batch, (batch_size,)."""
+        """Return the indices of the next batch, ``(batch_size,)``."""
         if self.position + self.batch_size > len(self.order):
             self.order, self.position = self.permutation(), 0
         index = self.order[self.position : self.position + self.batch_size]
@@ -120,22 +137,22 @@ def update(
     clip: float | None = None,
     average: Average | None = None,
 ) -> None:
-    """One training step: a batch's mean -log p(x), its gradient, and the optimizer's step along it.
+    r"""Take one training step, with the optimizer, on the mean of :math:`-\log p(x)` over a batch.
 
-    Loss and gradient norm go into the history. To read them, the CPU waits for a GPU once per step.
+    The loss and the gradient norm go into the history. Reading them makes the CPU wait for a GPU once per step.
 
     Args:
         flow: a flow, or a wrapper of one that averages gradients over processes.
-        optimizer: of the parameters that are trained.
-        history: gets the loss (over all processes) and the norm of the gradient before clipping.
+        optimizer: holds the parameters that are trained.
+        history: gets the loss (averaged over all processes) and the norm of the gradient before clipping.
         batch: ``(B, *shape)``; it is not checked again.
-        context: one row for each example, where the flow is conditional.
-        factor: what the optimizer's learning rates are multiplied by in this step.
-        clip: largest norm of the gradient; a longer one is scaled down to it. None: no clipping.
-        average: is updated after the step.
+        context: one row per example, if the flow is conditional.
+        factor: factor on the optimizer's learning rates in this step.
+        clip: largest norm of the gradient; a longer gradient is scaled down to it. None: no clipping.
+        average: moving average that is updated after the step. None: no averaging.
 
     Raises:
-        NonFiniteLoss: the loss or the norm is not finite; no parameter has been changed.
+        NonFiniteLoss: if the loss or the gradient norm is not finite. No parameter has been changed in this step.
     """
     loss = -flow(batch, context, validate=False).mean()
     optimizer.zero_grad()
@@ -175,37 +192,45 @@ def fit(
     draws: int = 1,
     callback: Callable[[Flow, History], None] | None = None,
 ) -> History:
-    """Minimise the mean of -log p(x) over minibatches. Afterwards the flow is trained and in evaluation mode.
+    r"""Train a flow: minimise the mean of :math:`-\log p(x)` over minibatches.
 
-    Batches are whole ones from a new shuffle in every epoch. All randomness comes from torch's global generator: call
-    ``torch.manual_seed`` for a run that repeats. Neither evaluations nor the callback disturb it. The data are checked
-    once, before the first step. Long runs that must outlive a kill have a trainer of their own,
-    :func:`nflows_lib.experiments.trainer.train`, around the same :func:`update`.
+    Afterwards the flow is in evaluation mode.
+
+    Batches are full and come from a new shuffle in every epoch. All randomness comes from torch's global generator:
+    call ``torch.manual_seed`` first for a run that repeats. Evaluations and the callback do not change the generator's
+    state. The data are checked once, before the first step.
+
+    :func:`~nflows_lib.experiments.trainer.train` is the trainer of the long runs, which must survive a kill. It is
+    built around the same :func:`update`.
 
     Args:
-        flow: initialised on the first batch (:meth:`Flow.initialize`), then trained in place.
+        flow: initialised on the first batch (:meth:`~nflows_lib.flow.Flow.initialize`), then trained in place.
         data: all examples, ``(N, *flow.shape)``, on the flow's device, or on the CPU, from where each batch is copied.
         steps: number of updates.
-        context: one row for each example, where the flow is conditional.
-        augment: changes each batch before the flow sees it, on its device, the first one included; where there is a
-            context it is called with both and returns both. Held-out data stay as they are.
-        batch_size: examples for each update.
-        lr: learning rate of Adam, where no optimizer is given.
-        optimizer: takes the place of Adam; the schedule multiplies its learning rates.
-        clip: largest norm of the gradient; a longer one is scaled down to it. None: no clipping.
+        context: one row per example, if the flow is conditional.
+        augment: changes each batch, the first one included, on the flow's device before the flow sees it. If there is a
+            context, it is called with batch and context and returns both. Held-out data are not augmented.
+        batch_size: number of examples per update.
+        lr: learning rate of Adam, if no optimizer is given.
+        optimizer: used instead of Adam; the schedule multiplies its learning rates.
+        clip: largest norm of the gradient; a longer gradient is scaled down to it. None: no clipping.
         warmup: number of first steps over which the learning rate grows linearly to its full value.
-        cosine: let the learning rate fall to 0 along half a cosine; constant otherwise.
-        ema: decay of an exponential moving average of the parameters, in [0, 1). The average is what is evaluated,
-            and what the flow holds in the end. None: no averaging.
-        held_out: examples to evaluate on, with held_out_context where the flow is conditional.
-        evaluations: how many times, evenly over the run; the last is after the last step.
-        draws: draws of the noise that an evaluation averages over.
+        cosine: whether the learning rate falls to 0 along half a cosine; if not, it is constant.
+        ema: decay of an exponential moving average of the parameters, in [0, 1). The average is evaluated, and the flow
+            holds it in the end. None: no averaging.
+        held_out: examples to evaluate on.
+        held_out_context: contexts of the held-out examples, if the flow is conditional.
+        evaluations: number of evaluations, spread evenly over the run; the last is after the last step.
+        draws: number of draws of the noise that an evaluation averages over.
         callback: called after each step, and after its evaluation if there is one, with the flow and the history.
 
+    Returns:
+        the history of the run: losses and gradient norms.
+
     Raises:
-        ValueError: an argument is out of its range, the data are not the flow's, or the optimizer has parameters that
-            are not the flow's.
-        NonFiniteLoss: the loss or the norm of its gradient is NaN or infinite. Its history ends there.
+        ValueError: if an argument is out of its range, the data are not the flow's, or the optimizer has parameters
+            that are not the flow's.
+        NonFiniteLoss: if the loss or the gradient norm becomes NaN or infinite. The error's history ends there.
     """
     optimizer = optimizer or torch.optim.Adam(flow.parameters(), lr=lr, fused=True)
     check_steps(steps, warmup)
@@ -214,7 +239,7 @@ def fit(
     check_data(flow, data, context, ("data", "context"))
     keep_freed_memory()
     device = next(flow.parameters()).device
-    # A whole permutation goes to the data's device: to copy each batch's part, the CPU would wait for a GPU.
+    # The whole permutation goes to the data's device at once: copying each batch's part would force a GPU sync.
     shuffle = Shuffle(batch_size, lambda: torch.randperm(len(data)).to(data.device))
     history, average = History(), None
     flow.train()
@@ -243,7 +268,7 @@ def fit(
 def take(
     index: Tensor, data: Tensor, context: Tensor | None, augment: Augment | None, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """The examples of these indices and their contexts, on the device, augmented."""
+    """Return the examples at these indices and their contexts, augmented, on the device."""
     batch = data[index].to(device)
     if context is None:
         return (batch if augment is None else augment(batch)), None
@@ -252,26 +277,40 @@ def take(
 
 
 def rate_factor(step: int, progress: float, warmup: int, cosine: bool) -> float:
-    """What the learning rates are multiplied by: linear warm-up, and half a cosine over the progress from 0 to 1."""
+    """Return the factor on the learning rates at a step: linear warm-up times half a cosine, if there is one.
+
+    Args:
+        step: number of steps taken before this one.
+        progress: share of the run that is over, from 0 to 1, which the cosine follows.
+        warmup: number of steps of the warm-up.
+        cosine: whether the rate falls along half a cosine.
+    """
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
     return rise * 0.5 * (1 + math.cos(math.pi * progress)) if cosine else rise
 
 
 def is_due(evaluations: int, before: float, now: float) -> bool:
-    """Whether, of evaluations spread evenly over the progress from 0 to 1, one lies between before and now."""
+    """Return whether an evaluation falls between two points of the progress from 0 to 1.
+
+    Args:
+        evaluations: number of evaluations, spread evenly over the progress.
+        before: progress before this step.
+        now: progress after this step.
+    """
     return math.floor(evaluations * now + 1e-9) > math.floor(evaluations * before + 1e-9)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory, so that no step waits for the system to hand out the same pages again.
+    """Make glibc keep freed memory, so that no step waits for the system to hand out the same pages again.
 
-    glibc does so once it has seen a block of almost 32 MiB come and go. Without it, that took 12 % of Glow's steps.
+    glibc does so once a block of almost 32 MiB has been allocated and freed. Without this call, the waits took 12 % of
+    the time of Glow's steps.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def show(bar: tqdm, flow: Flow, history: History) -> None:
-    """One more step on the bar, with the loss, in bits/dim too where the data are discrete, and the gradient norm."""
+    """Advance the bar by one step; show the gradient norm and the loss, in bits/dim too if the data are discrete."""
     loss = history.loss[-1]
     bits = {} if flow.levels is None else {"bits/dim": f"{loss / (flow.dims * math.log(2)):.3f}"}
     postfix = {"loss": f"{loss:.2f}"} | bits | {"grad": f"{history.grad_norm[-1]:.1f}"}
@@ -280,7 +319,7 @@ def show(bar: tqdm, flow: Flow, history: History) -> None:
 
 
 def check_held_out(flow: Flow, held_out: Tensor | None, context: Tensor | None, evaluations: int, draws: int) -> None:
-    """Raise a ValueError unless there are data to evaluate on, if more than one evaluation is asked for."""
+    """Raise a ValueError unless the held-out data are the flow's, or are None and only one evaluation is asked for."""
     check_positive(evaluations=evaluations, draws=draws)
     if held_out is not None:
         check_data(flow, held_out, context, ("held_out", "held_out_context"))
@@ -293,7 +332,7 @@ def check_held_out(flow: Flow, held_out: Tensor | None, context: Tensor | None, 
 def check_options(
     flow: Flow, optimizer: Optimizer, examples: int, batch_size: int, clip: float | None, ema: float | None
 ) -> None:
-    """Raise a ValueError unless these are in their ranges, and the optimizer's parameters are the flow's."""
+    """Raise a ValueError unless these options are in their ranges and the optimizer's parameters are the flow's."""
     if not isinstance(batch_size, Integral) or not 1 <= batch_size <= examples:
         raise ValueError(f"batch_size: expected 1 to {examples}, the number of examples, got {batch_size}")
     if clip is not None and not clip > 0:
@@ -303,11 +342,11 @@ def check_options(
     own = {id(parameter) for parameter in flow.parameters()}
     others = sum(id(parameter) not in own for group in optimizer.param_groups for parameter in group["params"])
     if others:
-        raise ValueError(f"optimizer: expected parameters of this flow alone, got {others} that are not in it")
+        raise ValueError(f"optimizer: expected only parameters of this flow, got {others} not in it")
 
 
 def check_steps(steps: int, warmup: int) -> None:
-    """Raise a ValueError unless there is a step, and no more steps of warm-up than steps."""
+    """Raise a ValueError unless there is at least one step, and no more steps of warm-up than steps."""
     check_positive(steps=steps)
     if not isinstance(warmup, Integral) or not 0 <= warmup <= steps:
         raise ValueError(f"warmup: expected 0 to {steps}, the number of steps, got {warmup}")

@@ -716,7 +716,7 @@ def test_batch_norm_needs_several_values_a_channel_to_train(shape):
     layer = FlowBatchNorm(3)
     x = torch.zeros(shape)
     before = copy.deepcopy(layer.state_dict())
-    message = f"x: expected several values a channel in training mode, got shape {shape}"
+    message = f"x: expected several values per channel in training mode, got shape {shape}"
     with pytest.raises(ValueError, match=re.escape(message)):
         layer(x)
     for name, value in layer.state_dict().items():

@@ -235,7 +235,7 @@ def test_features_are_computed_in_their_precision_and_are_given_in_single():
     ],
 )
 def test_a_context_of_another_size_is_named(context_shape, size):
-    message = f"context_shape: expected (K, H, W), with H and W {size} or twice, four times ... that, got"
+    message = f"context_shape: expected (K, H, W), with (H, W) = {size} times a power of 2, got"
     with pytest.raises(ValueError, match=f"^{re.escape(f'{message} {context_shape}')}$"):
         ConditionalNet(nn.Identity(), context_shape, size, 5)
 
@@ -696,7 +696,7 @@ def test_a_context_is_asked_for_and_has_its_shape(name):
         for context in (None, torch.zeros(5, shape[0] + 1, *shape[1:])):
             with pytest.raises(ValueError, match=f"^context: {expected}.*, got "):
                 call(context)
-        with pytest.raises(ValueError, match=r"^context: expected 5 rows, one for each example, got 1$"):
+        with pytest.raises(ValueError, match=r"^context: expected one row per example, 5 in all, got 1$"):
             call(torch.zeros(1, *shape))
 
 
@@ -757,9 +757,9 @@ def test_a_copy_of_cglow_has_the_same_likelihood(name):
         ({"hidden": 0}, "hidden: expected at least 1, got 0"),
         ({"conditioning": 0}, "conditioning: expected at least 1, got 0"),
         ({"shape": (1, 6, 4)}, "shape: expected (C, H, W) with even height and width, got (2, 3, 2)"),
-        ({"context_shape": (3, 6, 6)}, "context_shape: expected (K, H, W), with H and W (4, 4) or twice, four times"),
-        ({"context_shape": (3, 2, 2)}, "context_shape: expected (K, H, W), with H and W (4, 4) or twice, four times"),
-        ({"context_shape": (3, 8, 4)}, "context_shape: expected (K, H, W), with H and W (4, 4) or twice, four times"),
+        ({"context_shape": (3, 6, 6)}, "context_shape: expected (K, H, W), with (H, W) = (4, 4) times a power of 2"),
+        ({"context_shape": (3, 2, 2)}, "context_shape: expected (K, H, W), with (H, W) = (4, 4) times a power of 2"),
+        ({"context_shape": (3, 8, 4)}, "context_shape: expected (K, H, W), with (H, W) = (4, 4) times a power of 2"),
         ({"context_shape": ()}, "context_shape: expected (K,) or (K, H, W), got ()"),
     ],
 )

@@ -165,7 +165,7 @@ def test_a_slice_of_a_flow_has_the_shape_that_reaches_it():
 
 @pytest.mark.parametrize("part", [0, slice(None, None, 2), slice(None, None, -1)])
 def test_only_neighbouring_layers_make_a_flow(part):
-    with pytest.raises(ValueError, match=r"part: expected a slice of neighbouring layers, as in flow\[1:\], got"):
+    with pytest.raises(ValueError, match=r"part: expected a slice of consecutive layers, as in flow\[1:\], got"):
         small_nice()[part]
 
 
@@ -478,7 +478,7 @@ def test_a_context_has_one_row_for_each_example(conditional, rows):
     layers = [AdditiveCoupling(alternating_mask(2, 0), MLP(1, 1, 8, 1, context=5))] if conditional else [Rescale(2.0)]
     flow = Flow(layers, StandardNormal(), (2,))
     x, context = torch.zeros(3, 2), torch.zeros(rows, 5)
-    message = f"^context: expected 3 rows, one for each example, got {rows}$"
+    message = f"^context: expected one row per example, 3 in all, got {rows}$"
     for method in (flow, flow.log_prob, flow.bits_per_dim, flow.encode, flow.decode, flow.initialize):
         with pytest.raises(ValueError, match=message):
             method(x, context)
@@ -514,9 +514,9 @@ def test_a_context_that_is_one_number_has_no_rows():
     flow = Flow([Rescale(2.0)], StandardNormal(), (2,))
     x, context = torch.zeros(3, 2), torch.tensor(3.0)
     for method in (flow, flow.log_prob, flow.bits_per_dim, flow.encode, flow.decode, flow.initialize):
-        with pytest.raises(ValueError, match=r"^context: expected 3 rows, one for each example, got a single number$"):
+        with pytest.raises(ValueError, match=r"^context: expected one row per example, 3 in all, got a single number$"):
             method(x, context)
-    with pytest.raises(ValueError, match=r"^context: expected 1 rows, one for each example, got a single number$"):
+    with pytest.raises(ValueError, match=r"^context: expected one row per example, 1 in all, got a single number$"):
         flow.sample(1, context=context)
 
 
@@ -555,7 +555,7 @@ def test_flow_refuses_a_layer_that_does_not_fit(layer):
     ids=["two", "second", "inside a chain", "inside the first"],
 )
 def test_noise_belongs_at_the_first_position_alone(layers, position):
-    message = f"layers: expected a noise layer at position 0 alone, got UniformDequantize at position {position}"
+    message = f"layers: expected a noise layer only at position 0, got UniformDequantize at position {position}"
     with pytest.raises(ValueError, match=f"^{message}$"):
         Flow(layers(), StandardNormal(), (2,))
 

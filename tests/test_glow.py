@@ -1266,7 +1266,7 @@ def test_labels_are_asked_for_and_have_their_width():
             shape = r"\(B, 3\), got \(5, [24]\)$" if context is not None and context.dim() == 2 else r"\(B, 3, "
             with pytest.raises(ValueError, match=f"^context: expected shape {shape}"):
                 call(context)
-        with pytest.raises(ValueError, match=r"^context: expected 5 rows, one for each example, got 1$"):
+        with pytest.raises(ValueError, match=r"^context: expected one row per example, 5 in all, got 1$"):
             call(torch.zeros(1, 3))
 
 
@@ -1594,7 +1594,7 @@ def test_what_a_compiled_flow_still_checks(fresh_compiler):
             call(high, context)
     for bad, message in (
         ((k[:, :, :2], context), "x: expected shape (B, 1, 4, 4), got (24, 1, 2, 4)"),
-        ((k, context[:5]), "context: expected 24 rows, one for each example, got 5"),
+        ((k, context[:5]), "context: expected one row per example, 24 in all, got 5"),
         ((k, context[:, :2]), "context: expected shape (B, 3), got (24, 2)"),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

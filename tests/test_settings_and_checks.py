@@ -102,7 +102,7 @@ def test_a_device_that_is_named_is_taken(monkeypatch, gpus, named):
 def test_a_device_that_is_not_there_is_refused(monkeypatch, gpus, named):
     gpus("cuda")
     monkeypatch.setenv("NFLOWS_DEVICE", named)
-    message = f'NFLOWS_DEVICE: expected "cuda" or "cpu", what PyTorch finds here, got {named!r}'
+    message = f'NFLOWS_DEVICE: expected "cuda" or "cpu", a device that PyTorch finds here, got {named!r}'
     with pytest.raises(ValueError, match=message):
         settings.device()
 

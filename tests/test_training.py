@@ -365,7 +365,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step():
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"batch_size": 0}, "batch_size: expected 1 to 4, the number of examples, got 0"),
         ({"batch_size": 5}, "batch_size: expected 1 to 4, the number of examples, got 5"),
-        ({"context": torch.zeros(3, 1)}, "context: expected 4 rows, one for each example, got 3"),
+        ({"context": torch.zeros(3, 1)}, "context: expected one row per example, 4 in all, got 3"),
         ({"clip": 0.0}, "clip: expected a number above 0, got 0.0"),
         ({"clip": math.nan}, "clip: expected a number above 0, got nan"),
         ({"warmup": -1}, "warmup: expected 0 to 2, the number of steps, got -1"),
@@ -376,7 +376,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step():
         ({"evaluations": 2}, "held_out: expected data for 2 evaluations, got None"),
         (
             {"held_out": ZEROS, "held_out_context": ZEROS[:1]},
-            "held_out_context: expected 4 rows, one for each example, got 1",
+            "held_out_context: expected one row per example, 4 in all, got 1",
         ),
         ({"steps": 2.5}, "steps: expected a whole number, got 2.5"),
         ({"batch_size": 2.5}, "batch_size: expected 1 to 4, the number of examples, got 2.5"),
@@ -398,7 +398,7 @@ def test_an_optimizer_of_another_flow_is_refused():
     """As it happens in a notebook after the flow has been built again."""
     flow = scaling()
     optimizer = sgd(flow)
-    with pytest.raises(ValueError, match="optimizer: expected parameters of this flow alone, got 1 that are not in it"):
+    with pytest.raises(ValueError, match="optimizer: expected only parameters of this flow, got 1 not in it"):
         fit(scaling(), ZEROS, 2, batch_size=2, optimizer=optimizer)
     fit(flow, ZEROS, 2, batch_size=2, optimizer=optimizer)
 

@@ -144,8 +144,8 @@ def test_a_classifier_is_trained_by_fit():
     [
         (lambda m, y, c: m(y), "context: expected one row for each example, got None"),
         (lambda m, y, c: m.sample(4), "context: expected one row for each example, got None"),
-        (lambda m, y, c: m(y, c[:1]), "context: expected 4 rows, one for each example, got 1"),
-        (lambda m, y, c: m.sample(3, context=c), "context: expected 3 rows, one for each example, got 4"),
+        (lambda m, y, c: m(y, c[:1]), "context: expected one row per example, 4 in all, got 1"),
+        (lambda m, y, c: m.sample(3, context=c), "context: expected one row per example, 3 in all, got 4"),
         (lambda m, y, c: m(y.float(), c), "x: expected integers from 0 to 2, got torch.float32"),
         (lambda m, y, c: m(y + 3, c), "x: expected integers from 0 to 2, got values from 3 to 3"),
         (lambda m, y, c: m(y - 100, c), "x: expected integers from 0 to 2, got values from -100 to -100"),
