@@ -77,17 +77,38 @@ def test_the_tables_of_the_open_questions_follow_from_the_files(name):
 
 def test_the_samples_without_a_tanh_on_the_page_are_those_of_the_file():
     record = json.loads((archive.ROOT / "data" / "ablations" / "realnvp-tanh.json").read_text())
-    for arm, results in record["results"].items():
+    page = printed("03_realnvp.ipynb")
+    assert f"{record['command']}\ncommit {record['commit']}, {record['hardware']}\n" in page
+    for variant, results in record["results"].items():
         row = " ".join(f"{result['largest']:.0e}" for result in results)
-        assert f"{arm}: largest {row}\n" in printed("03_realnvp.ipynb")
+        assert f"{variant:>11}: {row}\n" in page
 
 
 def test_the_gap_of_the_moons_on_the_page_is_that_of_the_file():
     record = json.loads((archive.ROOT / "data" / "ablations" / "realnvp-moons.json").read_text())
-    for arm, results in record["results"].items():
+    page = printed("03_realnvp.ipynb")
+    assert f"{record['command']}\ncommit {record['commit']}, {record['hardware']}\n" in page
+    for variant, results in record["results"].items():
         gaps = [result["gap"] for result in results]
-        row = f"{arm}: worse by {statistics.mean(gaps):.3f} ± {statistics.stdev(gaps):.3f} nats\n"
-        assert row in printed("03_realnvp.ipynb")
+        assert f"{variant:>11}  {statistics.mean(gaps):.3f} ± {statistics.stdev(gaps):.3f}\n" in page
+
+
+def test_what_clipping_gains_on_the_page_follows_from_the_file():
+    record = json.loads((archive.ROOT / "data" / "ablations" / "realnvp-clipping.json").read_text())
+    page = printed("03_realnvp.ipynb")
+    assert f"{record['command']}\ncommit {record['commit']}, {record['hardware']}\n" in page
+
+    def mean_nats(variant):
+        return 64 * math.log(2) * statistics.mean(result["test"] for result in record["results"][variant])
+
+    for norm in ("no batch norm", "batch norm"):
+        gain = mean_nats(f"{norm}, not clipped") - mean_nats(f"{norm}, clipped at 1")
+        assert f"\n{norm}: clipping gains {gain:.1f} nats, mean of three seeds\n" in page
+    gradients = [result["gradient"] for result in record["results"]["no batch norm, not clipped"]]
+    first = [round(each[0]) for each in gradients]
+    usual = [round(statistics.median(each)) for each in gradients]
+    assert f"the longest of the first ten: {first}\n" in page
+    assert f"the median of the longest of each ten: {usual}\n" in page
 
 
 def test_the_table_of_f5_on_the_page_follows_from_the_file():
