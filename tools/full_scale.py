@@ -105,7 +105,7 @@ SECTIONS: dict[str, tuple[str, dict[str, str]]] = {
 EQUAL_UPDATES = (3_400, 6_600)
 
 # What is measured of the masks of these models: the row's name, where a record has it, and how many digits it is given.
-HORSES = ("cglow-horses-small", "unet-horses-small", "unet-horses-early")
+HORSES = {"c-Glow": "cglow-horses-small", "U-Net": "unet-horses-small", "U-Net, early": "unet-horses-early"}
 MASKS: dict[str, tuple[str, str, int]] = {
     "bits/dim": ("figure", "bits_per_dim", 3),
     "importance-weighted bound, {most} draws": ("measured", "bits_per_dim_most", 3),
@@ -466,11 +466,11 @@ The masks are binary, so these scores are small. No split of the set is publishe
 
 def masks() -> str:
     """How good the masks of three models are, by every measure, over the seeds of each run."""
-    records = {name: archive.load_seeds(name) for name in HORSES}
-    first = records["cglow-horses-small"][0]
+    records = {label: archive.load_seeds(name) for label, name in HORSES.items()}
+    first = records["c-Glow"][0]
     images, error = first["figure"]["images"], first["measured"]["iou_error"]
     few, most = first["measured"]["samples"], first["measured"]["most"]
-    early = records["unet-horses-early"]
+    early = records["U-Net, early"]
     rows = [
         row("parameters", *(f"{found[0]['parameters']:,}" for found in records.values())),
         row(
@@ -489,8 +489,9 @@ def masks() -> str:
             cells.append(f"{statistics.mean(values):,.{digits}f} ± {statistics.stdev(values):.{digits}f}")
         rows.append(row(name.format(few=few, most=most), *cells))
     return f"""\
-**Masks.** How good are the masks as predictions? The next table compares three models over {len(early)} seeds. The third one, `unet-horses-early`, is the U-Net
-stopped after three minutes, about where its held-out score was best (commit `{early[0]["commit"]}`, `{early[0]["command"]}`). The table has these measures:
+**Masks.** How good are the masks as predictions? The next table compares three models over {len(early)} seeds: *c-Glow* is `{HORSES["c-Glow"]}`, *U-Net* is
+`{HORSES["U-Net"]}`, and *U-Net, early* is `{HORSES["U-Net, early"]}`, the same U-Net stopped after three minutes, about where its held-out score was best (commit
+`{early[0]["commit"]}`, `{early[0]["command"]}`). The table has these measures:
 
 - *bits/dim*: as in the first table of this section; lower is better.
 - *importance-weighted bound*: minus the log of the mean likelihood over {most} draws of the noise, in bits/dim; lower is better. The U-Nets have no noise, so their two rows agree.
@@ -503,13 +504,14 @@ stopped after three minutes, about where its held-out score was best (commit `{e
 ```{{list-table}} Masks of the {images} test horses: mean ± standard deviation over {len(early)} seeds.
 :name: tab-full-scale-masks
 :header-rows: 1
+:widths: 37 21 21 21
 
 * - measure
-  - {f"{chr(10)}  - ".join(f"`{name}`" for name in records)}
+  - {f"{chr(10)}  - ".join(records)}
 {chr(10).join(rows)}
 ```
 
-An IoU of one run has a standard error of {error:.3f} over the {images} horses (`cglow-horses-small`, seed {first["seed"]}). {{doc}}`Chapter 6 <06_cglow>` says what each model is good for.
+An IoU of one run has a standard error of {error:.3f} over the {images} horses (c-Glow, seed {first["seed"]}). {{doc}}`Chapter 6 <06_cglow>` says what each model is good for.
 """
 
 

@@ -122,13 +122,16 @@ def test_the_table_of_the_horses_follows_from_the_records(page):
         for name in models
     ]
     head, parameters, updates, minutes, *rows = cells(page, "tab-full-scale-masks")
-    assert head == ["measure", *(f"`{name}`" for name in models)]
+    labels = ["c-Glow", "U-Net", "U-Net, early"]
+    assert head == ["measure", *labels]
     assert parameters[1:] == [f"{found[0]['parameters']:,}" for found in seeds]
     assert updates[1:] == [", ".join(f"{record['steps']:,}" for record in found) for found in seeds]
     assert minutes[1:] == [", ".join(f"{record['minutes']:.0f}" for record in found) for found in seeds]
     keys = ["bits_per_dim_most", "iou", "iou_most", "iou_one", "iou_cold", "iou_between", "area_covered"]
     keys += ["calibration_error", "shuffled"]
     definitions = page[page.index("**Masks.**") : page.index(":name: tab-full-scale-masks")]
+    for label, name in zip(labels, models, strict=True):
+        assert f"*{label}* is `{name}`" in definitions.replace("\n", " ")
     for (name, *found), key in zip(rows, ["bits_per_dim", *keys], strict=True):
         part, digits = ("figure" if key == "bits_per_dim" else "measured"), (0 if key == "shuffled" else 3)
         values = [[record[part][key] for record in runs_of] for runs_of in seeds]
