@@ -504,7 +504,7 @@ def masks() -> str:
 ```{{list-table}} Masks of the {images} test horses: mean ± standard deviation over {len(early)} seeds.
 :name: tab-full-scale-masks
 :header-rows: 1
-:widths: 37 21 21 21
+:widths: 31 23 23 23
 
 * - measure
   - {f"{chr(10)}  - ".join(records)}
