@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ def test_the_page_gives_figure_command_and_hardware_of_the_record(page, name):
     line = page[page.index(f"`{name}`, ours") :].split("\n* - ")[0]
     for part in (
         f"{figure['bits_per_dim']:.3f} ± {figure['error']:.3f}",
-        f"{record['steps']:,} steps",
+        f"{record['steps']:,} updates",
         f"{record['minutes']:.0f} minutes on",
     ):
         assert part in line
@@ -107,6 +108,61 @@ def test_what_falls_short_of_a_paper_says_by_how_much(page):
         assert abs(difference) == pytest.approx(float(away), abs=0.006)
 
 
+def cells(page: str, name: str) -> list[list[str]]:
+    """The rows of the page's table of that name."""
+    body = page[page.index(f":name: {name}\n") :].split("\n```")[0]
+    return [line.split("\n  - ") for line in body.split("\n* - ")[1:]]
+
+
+def test_the_table_of_the_horses_follows_from_the_records(page):
+    """Ten measures of three models over three seeds, each defined in the list before the table."""
+    models = ["cglow-horses-small", "unet-horses-small", "unet-horses-early"]
+    seeds = [
+        [json.loads((PRETRAINED / name / f"run{part}.json").read_text()) for part in ("", "-seed-1", "-seed-2")]
+        for name in models
+    ]
+    head, parameters, updates, minutes, *rows = cells(page, "tab-full-scale-masks")
+    labels = ["c-Glow", "U-Net", "U-Net, early"]
+    assert head == ["measure", *labels]
+    assert parameters[1:] == [f"{found[0]['parameters']:,}" for found in seeds]
+    assert updates[1:] == [", ".join(f"{record['steps']:,}" for record in found) for found in seeds]
+    assert minutes[1:] == [", ".join(f"{record['minutes']:.0f}" for record in found) for found in seeds]
+    keys = ["bits_per_dim_most", "iou", "iou_most", "iou_one", "iou_cold", "iou_between", "area_covered"]
+    keys += ["calibration_error", "shuffled"]
+    definitions = page[page.index("**Masks.**") : page.index(":name: tab-full-scale-masks")]
+    for label, name in zip(labels, models, strict=True):
+        assert f"*{label}* is `{name}`" in definitions.replace("\n", " ")
+    for (name, *found), key in zip(rows, ["bits_per_dim", *keys], strict=True):
+        part, digits = ("figure" if key == "bits_per_dim" else "measured"), (0 if key == "shuffled" else 3)
+        values = [[record[part][key] for record in runs_of] for runs_of in seeds]
+        assert found == [f"{statistics.mean(v):,.{digits}f} ± {statistics.stdev(v):.{digits}f}" for v in values]
+        measure = (
+            "IoU of two draws" if name == "IoU of two draws" else re.split(r",| of the average| of one| \(", name)[0]
+        )
+        assert f"- *{measure}*" in definitions
+    error = seeds[0][0]["measured"]["iou_error"]
+    assert f"a standard error of {error:.3f} over the {seeds[0][0]['figure']['images']} horses" in page
+
+
+def test_the_table_at_equal_cost_follows_from_the_records(page):
+    names = ["realnvp-cifar10-scales", "glow-cifar10-small", "glow-cifar10-bounded"]
+    head, *rows = cells(page, "tab-full-scale-equal")
+    limit = RECORDS[names[0]]["minutes"]
+    assert head == ["run", f"after {limit:.0f} minutes", "near 3,400 updates", "near 6,600 updates"]
+    for name, (run, in_time, *after) in zip(names, rows, strict=True):
+        record = RECORDS[name]
+        points = {step: value for step, value, _ in record["curve"]["held_out"]}
+        last = max(step for step in points if step * record["minutes"] / record["steps"] <= limit)
+        assert (run, in_time) == (f"`{name}`", f"{points[last]:.3f}")
+        for updates, cell in zip((3_400, 6_600), after, strict=True):
+            nearest = min(points, key=lambda step: abs(step - updates))
+            close = abs(nearest - updates) < 0.05 * updates
+            assert cell == (f"{points[nearest]:.3f} after {nearest:,}" if close else "–")
+    (gap,) = re.findall(r"the two Glows differ by ([\d.]+) bits/dim at most", page)
+    differences = [abs(float(rows[1][i].split()[0]) - float(rows[2][i].split()[0])) for i in (2, 3)]
+    assert float(gap) == pytest.approx(max(differences), abs=0.0011)
+
+
 def test_another_record_gives_another_page(monkeypatch):
     """A GPU, a longer run, a better figure: what the text says follows."""
 
@@ -119,7 +175,7 @@ def test_another_record_gives_another_page(monkeypatch):
     monkeypatch.setattr(archive, "load", better)
     text = full_scale.page()
     assert "No run on this page had a GPU" not in text
-    assert "The runs had NVIDIA H100, and 77 minutes at most." in text
+    assert "The runs had NVIDIA H100, and took 77 minutes at most." in text
     assert "CPU thread" not in text
     assert "above" not in re.sub(r"see above", "", text)
 
