@@ -298,6 +298,36 @@ def test_the_tables_of_chapter_4_follow_from_the_files():
             assert f"\n{arm:>{width}}  {statistics.mean(bits):.3f} ± {statistics.stdev(bits):.3f}\n" in page
 
 
+def test_the_tables_of_chapter_5_follow_from_the_files():
+    page = printed("05_glow.ipynb")
+    tables = [
+        (
+            "glow-first-updates",
+            ("start", "test"),
+            {"as it is": "first batch: patches", "from noise": "first batch: noise"},
+        ),
+        (
+            "glow-first-updates",
+            ("test",),
+            {"as it is": "sigmoid, zeros", "no zeros": "sigmoid, no zeros", "exp(h)": "exp, zeros"},
+        ),
+        ("glow-first-updates", ("test",), {"checkerboard": "checkerboard", "channel mask": "channel mask"}),
+        ("glow-mixing", ("test",), {name: name for name in ablations.glow.MIXERS}),
+        ("glow-depth", ("test", "broken"), {"8": "Glow's factor", "8, bounded": "bounded factor"}),
+    ]
+    for name, measures, variants in tables:
+        results = json.loads((archive.ROOT / "data" / "ablations" / f"{name}.json").read_text())["results"]
+        for variant, label in variants.items():
+            assert len(results[variant]) == 3
+            columns = [[run[measure] for run in results[variant]] for measure in measures]
+            cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in columns]
+            rows = [line.split("  ") for line in page.splitlines() if line.strip().startswith(label)]
+            assert [label, *cells] in [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    results = json.loads((archive.ROOT / "data" / "ablations" / "glow-first-updates.json").read_text())["results"]
+    stopped = " ".join(str(run["updates"]) for run in results["exp(h), no zeros"])
+    assert f"exp, no zeros: not finite at update {stopped}\n" in page
+
+
 def test_the_tables_of_chapter_6_follow_from_the_file():
     results = json.loads((archive.ROOT / "data" / "ablations" / "cglow-conditioning.json").read_text())["results"]
     page = printed("06_cglow.ipynb")
