@@ -334,14 +334,42 @@ def test_the_tables_of_chapter_6_follow_from_the_file():
     nats = {arm: [run["test"] * 32 * math.log(2) for run in runs] for arm, runs in results.items()}
     for arm in ("all three", "couplings only", "ActNorm and W only"):
         gains = [none - some for none, some in zip(nats["none"], nats[arm], strict=True)]
-        line = f"{arm:>18}: {statistics.mean(gains):+.1f} ± {statistics.stdev(gains):.1f} nats over the blind model\n"
+        line = f"{arm:>18}: {statistics.mean(gains):+.1f} ± {statistics.stdev(gains):.1f} nats over the blind flow\n"
         assert line in page
-    for row, measure in (("bits/dim", "test"), ("neighbours", "neighbours"), ("ink in the middle 80 %", "ink_covered")):
+    by_seed = " ".join(f"{run['margin']:.0f}" for run in results["all three"])
+    assert f"context advantage of all three, by seed: {by_seed} nats\n" in page
+    measures = {
+        "bits/dim": "test",
+        "bits/dim, importance-weighted": "test_closer",
+        "correlation of neighbours": "neighbours",
+        "ink: error / deviation": "ink_ratio",
+        "ink: coverage, 0.8 is due": "ink_covered",
+    }
+    for row, measure in measures.items():
         cells = ""
         for arm in ("all three", "independent pixels"):
             values = [run[measure] for run in results[arm]]
             cells += f"{statistics.mean(values):7.3f} ± {statistics.stdev(values):.3f}"
-        assert f"{row:27}{cells}\n" in page
+        assert f"\n{row:30}{cells}\n" in page
+
+
+def test_the_table_of_the_horses_follows_from_the_files():
+    page = printed("06_cglow.ipynb")
+    measures = {
+        "bits/dim": ("figure", "bits_per_dim"),
+        "bits/dim, importance-weighted": ("measured", "bits_per_dim_most"),
+        "IoU, mean of 100 draws": ("measured", "iou_most"),
+        "coverage, 0.8 is due": ("measured", "area_covered"),
+        "calibration error": ("measured", "calibration_error"),
+    }
+    for row, (part, measure) in measures.items():
+        cells = ""
+        for run in ("cglow-horses-small", "unet-horses-small", "unet-horses-early"):
+            files = sorted((archive.ROOT / "data" / "pretrained" / run).glob("run*.json"))
+            values = [json.loads(file.read_text())[part][measure] for file in files]
+            assert len(values) == 3
+            cells += f"{statistics.mean(values):7.3f} ± {statistics.stdev(values):.3f}"
+        assert f"\n{row:29}{cells}\n" in page
 
 
 def test_the_long_run_of_f6_on_the_page_is_that_of_the_file():
