@@ -749,7 +749,7 @@ def test_it_names_what_goes_wrong_in_public_code(name: str) -> None:
     entry, make = PUBLIC[name]
     failed = [finding for finding in make().examined() if finding.passed is False]
     assert entry in {finding.entry for finding in failed}, failed
-    assert failed[0].entry == entry, failed  # "fix the first one first"
+    assert failed[0].entry == entry, failed  # the doctor says: fix the first failure first
 
 
 # --- how it behaves ---------------------------------------------------------------------------------------------------
@@ -825,7 +825,7 @@ def test_a_reader_s_masked_coupling_is_examined_as_the_library_s_halves_are() ->
     }
     assert theirs["round trip"].passed
     assert theirs["log-det"].passed
-    assert theirs["scales"].measured == "bounded in 2 of 2 couplings"
+    assert theirs["scales"].measured == "the log-scale is bounded in 2 of 2 couplings"
     assert of(masked(MaskedUnbounded))["scales"].entry == "F12"
     assert of(masked(MaskedInput))["round trip"].entry == "F3"
 
@@ -846,8 +846,8 @@ def test_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     findings = doctor(f1(False).flow, vectors())
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "64 examples of (64,), 6 layers with an inverse, training mode"
-    assert printed[-1] == f"1 of {len(findings)} tests failed: fix the first one first"
+    assert printed[0] == "64 examples of shape (64,), 6 layers with an inverse, training mode"
+    assert printed[-1] == f"1 of {len(findings)} tests failed: fix the first failure first"
     failed = next(i for i, line in enumerate(printed) if line.startswith("✗"))
     assert re.fullmatch(r"✗ volume +no parameter moves a log-det", printed[failed])
     assert re.fullmatch(r"  cause +every learned layer keeps volume.* \[F1\]", printed[failed + 1])
@@ -877,7 +877,7 @@ def test_large_images_are_compared_on_a_corner() -> None:
     flow.initialize(batch)
     findings = {finding.test: finding for finding in doctor(flow, batch)}
     assert findings["log-det"].passed
-    assert findings["log-det"].measured.startswith("5 layers")
+    assert findings["log-det"].measured.startswith("agrees with autograd in 5 layers")
     assert findings["masks"].passed is None
     norm = next(module for module in flow.modules() if isinstance(module, ActNorm))
     norm.forward = lambda x, context=None: (2 * x, torch.zeros(len(x)))
@@ -990,7 +990,7 @@ def test_a_log_determinant_that_is_not_finite_is_laid_to_its_layer() -> None:
     layer = GlowCoupling(2, MLP(1, 2, 4, 1))
     nn.init.constant_(layer.network.layers[-1].bias, -1e3)
     finding = doctor(layer.eval(), torch.randn(16, 2))[0]
-    assert finding.measured == "GlowCoupling makes NaN or infinity of the data"
+    assert finding.measured == "GlowCoupling turns the data into NaN or infinity"
 
 
 def test_a_layer_that_says_that_it_has_no_inverse_is_passed_over() -> None:
@@ -1073,7 +1073,7 @@ def test_how_many_dimensions_are_counted() -> None:
     whole = small_nice()
     flow = Scored([*whole.chain], whole.base, whole.shape)
     flow.counted = 48
-    assert found(flow, vectors())["bits/dim"].cause == "D is 64, it counts 48"
+    assert found(flow, vectors())["bits/dim"].cause == "D is 64, but bits_per_dim counts 48"
     flow.counted = 128
     assert found(flow, vectors())["bits/dim"].entry == "F10"
 
@@ -1111,7 +1111,7 @@ def test_a_scale_that_can_shrink_without_limit_is_mentioned() -> None:
     torch.manual_seed(0)
     finding = found(Shrinking(), data.toy("moons", 64))["scales"]
     assert finding.passed
-    assert finding.measured == "bounded in 0 of 1 couplings; 1 can shrink without limit"
+    assert finding.measured == "the log-scale is bounded in 0 of 1 couplings; in 1 the scale can shrink to 0"
 
 
 def test_looking_at_the_scales_leaves_the_woken_copy_alone() -> None:
