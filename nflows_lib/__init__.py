@@ -1,9 +1,9 @@
 """nflows_lib: the shared library of a course on normalizing flows, from NICE to conditional Glow.
 
-One way through it: data enters at :mod:`~nflows_lib.data`, becomes a likelihood in :mod:`~nflows_lib.flow` by passing
-one list of :mod:`bijections <nflows_lib.bijection>`, is trained in :mod:`~nflows_lib.training`, judged in
-:mod:`~nflows_lib.evaluation` and shown by :mod:`~nflows_lib.plotting`. Two wings stand beside these modules, which
-import neither: ``nflows_lib.clinic`` examines a flow, ``nflows_lib.experiments`` holds the named runs and ablations.
+Data enter the library in :mod:`~nflows_lib.data` and go through one list of :mod:`bijections <nflows_lib.bijection>`,
+from which :mod:`~nflows_lib.flow` computes the likelihood. :mod:`~nflows_lib.training` trains the flow,
+:mod:`~nflows_lib.evaluation` scores it, and :mod:`~nflows_lib.plotting` draws it. Two packages build on these modules,
+which import neither: ``nflows_lib.clinic`` examines a flow, ``nflows_lib.experiments`` holds named runs and ablations.
 """
 
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """``nflows_lib.doctor``, imported when it is asked for: what needs no torch should not wait for it."""
+    """``nflows_lib.doctor``, imported at its first use, so that programs without torch need not wait for torch."""
     if name == "doctor":
         from nflows_lib.clinic import doctor
 
