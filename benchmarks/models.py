@@ -161,7 +161,7 @@ def glow(shape: Shape, scales: int, steps: int, hidden: int, precision: torch.dt
 
 
 def _channels(shape: Shape, scales: int) -> list[int]:
-    """The number of channels at each scale: a squeeze multiplies it by four, and half of them go on."""
+    """The channels at each scale: a squeeze makes four times as many, and half of them go on."""
     return [4 * shape[0] * 2**i for i in range(scales)]
 
 
@@ -185,7 +185,7 @@ def _scales(flow: Flow) -> list[list[Layer]]:
 
 
 def _normflows_glow(flow: Flow, shape: Shape, scales: int, steps: int, hidden: int, own: bool) -> Built:
-    """The Glow of normflows: if ``own``, with its own networks of the same convolutions and ActNorms, else with ours."""
+    """The Glow of normflows: if ``own``, with its own networks of the same layers, else with ours."""
     import normflows as nf
 
     def block(norm: ActNorm, mix: Invertible1x1Conv, coupling: GlowCoupling) -> nn.Module:
@@ -196,7 +196,7 @@ def _normflows_glow(flow: Flow, shape: Shape, scales: int, steps: int, hidden: i
         else:
             split.flows[1].param_map = network = copy.deepcopy(coupling.network)
             _interleave(network.layers[-1], coupling.network.layers[-1])
-        # Its forward goes from latent to data: its inverse, (z - t) exp(-s), is what we call forward.
+        # Its forward goes from latent to data; its inverse, (z - t) exp(-s), is our forward.
         _set(
             s=(theirs_norm.s, -norm.log_scale),
             t=(theirs_norm.t, -norm.bias * (-norm.log_scale).exp()),
@@ -237,7 +237,7 @@ def _interleave(target: nn.Conv2d, source: nn.Conv2d) -> None:
 
 
 def _copy_network(ours: GlowNet, theirs: nn.Sequential) -> None:
-    """Copy a network to normflows, whose ActNorms follow the convolutions; ours are parts of them."""
+    """Copy a network to normflows, whose ActNorms follow the convolutions; ours are in them."""
     first, _, second, _, last = ours.layers
     for i, layer in ((0, first), (3, second)):
         assert isinstance(layer, ActNormConv)
@@ -266,7 +266,7 @@ def _nflows_glow(flow: Flow, shape: Shape, scales: int, steps: int, hidden: int)
             norm = transforms.ActNorm(channels)
             ours, network = layers[i], copy.deepcopy(layers[i + 2].network)
             _set(s=(norm.log_scale, ours.log_scale), t=(norm.shift, ours.bias), i=(norm.initialized, torch.tensor(1)))
-            # 1 marks the half that changes. nflows factors out the first half, we the second, so the halves change places.
+            # 1 marks the half that changes. nflows factors out the first half, we the second: the halves change places.
             mask = [1] * (channels // 2) + [0] * (channels // 2)
             coupling = transforms.AffineCouplingTransform(mask, lambda inputs, outputs, network=network: network)
             parts += [norm, transforms.OneByOneConvolution(channels), coupling]

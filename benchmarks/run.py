@@ -288,17 +288,20 @@ def table(content: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    text = "Time the models in every installed library, write a JSON file and print a table."
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=text)
     parser.add_argument(
         "--models", nargs="+", choices=MODELS, default=list(MODELS), help="the models to measure (default: all)"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="the device (default: cpu)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="PyTorch's threads (default: the cores)")
-    parser.add_argument("--rounds", type=int, default=9, help="the number of rounds (default: 9)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", default=os.cpu_count(), help="PyTorch's threads (default: the cores)"
+    )
+    parser.add_argument("--rounds", type=int, metavar="N", default=9, help="the number of rounds (default: 9)")
     parser.add_argument("--seconds", type=float, default=0.5, help="the time of one measurement (default: 0.5)")
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile")
     parser.add_argument("--compile-seconds", type=float, default=180, help="the limit for compiling (default: 180)")
-    parser.add_argument("--out", type=Path, help="the file to write (default: benchmarks/DEVICE.json)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: benchmarks/DEVICE.json)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="torch.triangular_solve is deprecated")  # nflows calls it

@@ -96,9 +96,10 @@ def table(content: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
-    parser.add_argument("--threads", type=int, default=1, help="PyTorch's threads (default: 1)")
-    parser.add_argument("--rounds", type=int, default=7, help="the number of rounds (default: 7)")
+    text = "Time a training step of Glow against image size, depth and width, write a JSON file and print a table."
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=text)
+    parser.add_argument("--threads", type=int, metavar="N", default=1, help="PyTorch's threads (default: 1)")
+    parser.add_argument("--rounds", type=int, metavar="N", default=7, help="the number of rounds (default: 7)")
     parser.add_argument("--seconds", type=float, default=0.2, help="the time of one measurement (default: 0.2)")
     parser.add_argument(
         "--out", type=Path, default=HERE / "scaling.json", help="the file to write (default: benchmarks/scaling.json)"

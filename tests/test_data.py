@@ -332,7 +332,7 @@ def test_image_folder_numbers_its_classes_and_sorts(tmp_path):
     for grey, name in enumerate(["b/2.png", "b/10.PNG", "a/x/1.webp", "a/1.bmp", "c/1.JPEG", "c/0.jpg"]):
         save_picture(tmp_path / name, plain(40 * grey))
     (tmp_path / "a" / "notes.txt").write_text("no image")
-    (tmp_path / "0").mkdir()  # holds none, so it is no class
+    (tmp_path / "0").mkdir()  # holds no image, so it is not a class
     found = image_sets.image_folder(tmp_path, 8, "all")
     assert_images(found, (3, 8, 8), [0, 0, 1, 1, 2, 2])
     assert found.images[:, 0, 0, 0].tolist() == [120, 80, 40, 0, 200, 160]
@@ -382,10 +382,10 @@ def test_images_of_any_mode_become_rgb(tmp_path, mode):
 
 def test_image_folder_errors(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"folder: expected one with images \(.jpg, .*nowhere, which is no folder"
+        FileNotFoundError, match=r"folder: expected a folder with images \(.jpg, .*nowhere, which is not a folder"
     ):
         image_sets.image_folder(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=f"got {tmp_path}, which holds none"):
+    with pytest.raises(FileNotFoundError, match=f"got {tmp_path}, which holds no image"):
         image_sets.image_folder(tmp_path)
     save_picture(tmp_path / "1.png", plain(0))
     with pytest.raises(ValueError, match="size: expected at least 1, got 0"):
