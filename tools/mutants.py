@@ -144,7 +144,7 @@ class Break:
     replacement: str
 
     def place(self, root: Path) -> tuple[Path, int]:
-        """The file that holds the line, and the line's number, counted from 1; SystemExit if several lines or none match."""
+        """The line's file, and its number, counted from 1; SystemExit if several lines or none match."""
         found: list[tuple[Path, int]] = []
         for path in sorted((root / "nflows_lib").rglob("*.py")):
             text = path.read_text(encoding="utf-8")
