@@ -109,20 +109,21 @@ def _sample(options: argparse.Namespace) -> int:
 
 def _runs(options: argparse.Namespace) -> int:
     for name, run in table.RUNS.items():
-        paper = f"{run.paper[0]} bits/dim ({run.paper[1]})" if run.paper else "none"
+        paper = f"{run.paper[0]} bits/dim ({run.paper[1]})" if run.paper else "no result to compare with"
         try:
             figure = archive.load(name)["figure"]
             reached = f"{figure['bits_per_dim']:.3f} ± {figure['error']:.3f} bits/dim"
         except ValueError:
             reached = "no record yet"
-        print(f"{name}\n    {run.title}; {run.budget / 60:g} minutes\n    paper: {paper}\n    reached: {reached}")
+        budget = f"{run.budget / 60:g} minutes"
+        print(f"{name}\n    {run.title}\n    budget: {budget}\n    paper: {paper}\n    reached: {reached}")
     return 0
 
 
 def _figure(figure: dict[str, float]) -> str:
     return (
         f"test: {figure['bits_per_dim']:.4f} ± {figure['error']:.4f} bits/dim, {figure['nats']:.1f} nats on [0, 1); "
-        f"{figure['images']:,} images, {figure['draws']} draws of the noise each"
+        f"{figure['images']:,} images, {figure['draws']} draws of the noise per image"
     )
 
 
@@ -169,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     sample = _command(commands, "sample", "draw a run's samples into a PNG")
     sample.add_argument("--n", type=count, default=60, metavar="N", help="the number of samples (default: 60)")
     sample.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="the factor of the latents (default: 1)"
+        "--temperature", type=float, default=1.0, metavar="T", help="multiply the latents by T (default: 1)"
     )
     sample.add_argument(
         "--to", type=Path, default=Path("samples.png"), metavar="FILE", help="the PNG to write (default: samples.png)"
