@@ -1,15 +1,15 @@
-# Two commands matter: `make book` and `make test`. Each sets up .venv by itself, once.
+# The main commands are `make book` and `make test`. The first command that needs .venv sets it up.
 
 BIN   := .venv/bin
 READY := .venv/.ready
 
-# One chapter instead of all: make notebooks CHAPTER=chapters/01_nice.ipynb
+# To run one chapter instead of all: make notebooks CHAPTER=chapters/01_nice.ipynb
 CHAPTER ?= $(sort $(wildcard chapters/*.ipynb))
 
 # How many processes the tests use, each on one thread.
 JOBS ?= 2
 
-# Options of the benchmark: make bench BENCH=--compile
+# Options of the benchmark, for example: make bench BENCH=--compile
 BENCH ?=
 
 # The values of NFLOWS_SEED under which every check must hold.
@@ -24,7 +24,7 @@ NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# Outputs and results must not depend on who runs them: one thread, no progress bars.
+# Outputs must not depend on the machine, so there is one thread and no progress bar.
 test seeds notebooks: export OMP_NUM_THREADS := 1
 test seeds notebooks: export NFLOWS_PROGRESS := 0
 test seeds notebooks: export NFLOWS_DEVICE := cpu
@@ -54,13 +54,13 @@ notebooks: $(READY)  ## format and run the chapters in place, cut the clinic's p
 
 ablations: export OMP_NUM_THREADS := 1
 ablations: export NFLOWS_PROGRESS := 0
-ablations: $(READY)  ## run the open questions' experiments again and store their results
+ablations: $(READY)  ## run all ablations again and store their records
 	$(BIN)/python -m nflows_lib.ablations --jobs $(JOBS)
 
 full-scale: $(READY)  ## write the page on the long runs, and their tables, from the records
 	$(BIN)/python tools/full_scale.py
 
-# The other libraries are not part of the environment: they are installed the first time.
+# The other libraries are not part of the environment: the first `make bench` installs them.
 bench: $(READY)  ## time the library against normflows and nflows, and against a model's size: benchmarks/*.json
 	@$(BIN)/python -c "import nflows, normflows" 2>/dev/null || bash benchmarks/environment.sh
 	$(BIN)/python -m benchmarks.run $(BENCH)
@@ -69,8 +69,8 @@ bench: $(READY)  ## time the library against normflows and nflows, and against a
 lab: $(READY)  ## JupyterLab in the course's environment
 	$(BIN)/jupyter lab chapters
 
-# The markers in the file cover every Python and system that pyproject.toml allows. The benchmark's own file names the
-# other libraries alone: all that they import is in the first one.
+# The markers in the file cover every Python and system that pyproject.toml allows. The benchmark's own file names only
+# the other libraries, because all that they import is in the first file.
 lock: $(READY)  ## resolve both requirements.lock again
 	$(BIN)/uv pip compile pyproject.toml --extra data --extra book --extra dev --universal --python-version 3.11 \
 	    --generate-hashes --no-header --no-annotate --upgrade --quiet --output-file requirements.lock

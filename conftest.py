@@ -1,8 +1,8 @@
-"""Settings that must stand before torch is imported and before nbval starts its kernels, which inherit them."""
+"""Settings that must be made before torch is imported and before nbval starts its kernels, which inherit them."""
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker; results do not depend on the machine
-os.environ.setdefault("NFLOWS_PROGRESS", "0")  # a progress bar's rates would never compare equal
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread per worker, so that results do not depend on the machine
+os.environ.setdefault("NFLOWS_PROGRESS", "0")  # the rates in a progress bar differ in every run
 
-collect_ignore = ["chapters/assets/cover.py"]  # a script: to look for its doctests would run it and redraw the cover
+collect_ignore = ["chapters/assets/cover.py"]  # a script: looking for its doctests would run it and redraw the cover

@@ -1,5 +1,6 @@
-// A figure whose cell is tagged frames-CxR is a sheet of C by R frames. Show one at a time, with buttons and a slider.
-// Without this script, and on paper, the sheet stays as it is. The plotting function is nflows_lib.plotting.filmstrip.
+// A figure whose cell is tagged frames-CxR is a sheet of C by R frames. This script shows one frame at a time, with
+// buttons and a slider. Without the script, and in print, the reader sees the whole sheet. The sheet is drawn by
+// nflows_lib.experiments.sheets.filmstrip.
 document.addEventListener("DOMContentLoaded", () => {
   for (const cell of document.querySelectorAll('div.cell[class*="tag_frames-"]')) {
     const [, columns, rows] = cell.className.match(/tag_frames-(\d+)x(\d+)/).map(Number);
@@ -33,7 +34,7 @@ document.addEventListener("DOMContentLoaded", () => {
     next.addEventListener("click", () => show(Number(slider.value) + 1));
     slider.addEventListener("input", () => show(Number(slider.value)));
 
-    // The sheet's own proportions, known once it has loaded, give a frame's.
+    // A frame's proportions follow from the sheet's, which are known once the sheet has loaded.
     const fit = () => {
       view.style.aspectRatio = `${image.naturalWidth / columns} / ${image.naturalHeight / rows}`;
       show(1);

@@ -1,15 +1,16 @@
 """The same models in nflows_lib, normflows and nflows.
 
-Ours is built first; a peer is made *from* it and takes its parameters over. So the three agree in more than a
-description: where both can hold the same function, they give the same log-probabilities (:func:`check`).
+Our model is built first. The model of another library, a *peer*, is made from ours and takes over its parameters. So
+the models agree in more than a description: if a peer can hold the same function, it gives the same log-probabilities,
+and :func:`check` asserts that.
 
-What differs in the number of parameters, and nothing else does, is counted as ``extra`` and asserted:
+Peers differ in the number of parameters, which is counted as ``extra`` and asserted:
 
 - normflows' 1x1 convolution keeps L and U as two full matrices, and the diagonal a third time.
-- nflows' 1x1 convolution adds a bias. It has no diagonal scaling without one either: there its ActNorm takes the place.
+- nflows' 1x1 convolution adds a bias. nflows has no diagonal scaling without a bias either: its ActNorm replaces it.
 
-Two things in nflows cannot be copied: its Glow has the scale sigmoid(h + 2) + 0.001, and the permutation of its 1x1
-convolution stands on the other side of L and U.
+Two properties of nflows cannot be changed: its Glow has the scale factor sigmoid(h + 2) + 0.001, and the permutation of
+its 1x1 convolution is on the other side of L and U.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ COUPLINGS = (AdditiveCoupling, AffineCoupling, GlowCoupling)
 
 @dataclass(frozen=True)
 class Built:
-    """One model in one library, behind the same few functions.
+    """One model in one library, with the same few functions for every library.
 
-    module: what has the parameters.
-    log_prob, sample: as a user of the library calls them.
-    encode: data to latent, as a list of the latent's pieces; decode goes back.
-    extra: parameters beyond what every library has.
-    exact: has the parameters and the function of ours.
-    order: what our data's dimensions must be indexed by first; None: as they are.
+    module: the module that holds the parameters.
+    log_prob, sample: functions that call the library as its users do.
+    encode, decode: functions from data to the list of the latent's pieces, and back.
+    extra: the number of parameters that only this library needs.
+    exact: whether the model has the parameters and the function of ours.
+    order: the index by which the dimensions of our data are reordered first; None if they keep their order.
     """
 
     module: nn.Module
@@ -67,13 +68,13 @@ class Built:
 
 @dataclass(frozen=True)
 class Model:
-    """A model, its sizes as the benchmark takes them, and how to make it in each library.
+    """A model, the sizes that the benchmark gives it, and the functions that make it in each library.
 
-    build: ours, from the sizes.
-    parameters: how many every library has, from the sizes.
-    couplings: how many, from the sizes.
-    peers: {library: made from ours and the sizes}.
-    batch: examples at a time.
+    build: a function of the sizes that makes our model.
+    parameters: a function of the sizes that gives the number of parameters that every library needs.
+    couplings: a function of the sizes that gives the number of couplings.
+    peers: by library, a function of our model and the sizes that makes the library's model.
+    batch: the number of examples in a batch.
     """
 
     title: str
@@ -88,11 +89,11 @@ class Model:
         return _ours(self.build(**self.sizes | sizes))
 
     def libraries(self) -> list[str]:
-        """Ours and those of the others that are installed."""
+        """Our library and those of the other libraries that are installed."""
         return [OURS, *(name for name in self.peers if find_spec(name.split(",")[0]))]
 
     def make(self, flow: Flow, library: str, **sizes: Any) -> Built:
-        """The flow in that library, with the flow's parameters: a copy also for ours."""
+        """The flow in that library, with the flow's parameters; for our library a copy of the flow."""
         sizes = _plain(self.sizes | sizes)
         if library == OURS:
             return _ours(copy.deepcopy(flow))
@@ -100,19 +101,19 @@ class Model:
 
 
 def couplings(module: nn.Module) -> int:
-    """How many couplings a model has, whosever they are."""
+    """The number of couplings in a model of any library."""
     names = {*(kind.__name__ for kind in COUPLINGS), "AffineCouplingTransform", "AdditiveCouplingTransform"}
-    # By name, not by type: a peer may not be installed. The class or one of its bases must be a known one.
+    # Classes are compared by name, since a peer may not be installed. The class or one of its bases must be known.
     return sum(bool(names & {kind.__name__ for kind in type(part).__mro__}) for part in module.modules())
 
 
 def networks(flow: Flow) -> list[nn.Module]:
-    """The networks inside the couplings of ours, from data to latent."""
+    """The networks inside the couplings of our flow, from data to latent."""
     return [part.network for part in flow.modules() if isinstance(part, COUPLINGS)]
 
 
 def check(model: Model, flow: Flow, built: Built, x: Tensor, **sizes: Any) -> None:
-    """Raise an AssertionError unless this library's model is what it should be; x is a batch for ours."""
+    """Raise an AssertionError unless this library's model is right; x is a batch for our model."""
     sizes = _plain(model.sizes | sizes)
     expected = model.parameters(**sizes) + built.extra
     assert built.parameters == expected, f"expected {expected:,} parameters, got {built.parameters:,}"
@@ -122,7 +123,7 @@ def check(model: Model, flow: Flow, built: Built, x: Tensor, **sizes: Any) -> No
         pieces = built.encode(theirs)
         assert sum(piece[0].numel() for piece in pieces) == x[0].numel()
         error = (built.decode(pieces) - theirs).abs().max().item()
-        assert error < 1e-3, f"a round trip ends {error:.1e} away"
+        assert error < 1e-3, f"expected a round trip that returns x within 1e-3, got an error of {error:.1e}"
         assert built.sample(3).shape == (3, *x.shape[1:])
         log_p = built.log_prob(theirs)
         assert log_p.shape == (len(x),) and log_p.isfinite().all()
@@ -135,12 +136,12 @@ def _ours(flow: Flow) -> Built:
 
 
 def _plain(sizes: dict[str, Any]) -> dict[str, Any]:
-    """The sizes that all libraries share."""
+    """The sizes that all libraries take."""
     return {name: value for name, value in sizes.items() if name != "precision"}
 
 
 def _set(**values: tuple[Tensor, Tensor]) -> None:
-    """Copy the second of each pair into the first."""
+    """Copy the second tensor of each pair into the first."""
     with torch.no_grad():
         for target, source in values.values():
             target.copy_(source.reshape(target.shape))
@@ -160,7 +161,7 @@ def glow(shape: Shape, scales: int, steps: int, hidden: int, precision: torch.dt
 
 
 def _channels(shape: Shape, scales: int) -> list[int]:
-    """Channels at each scale: four times as many after a squeeze, half of them go on."""
+    """The channels at each scale: a squeeze makes four times as many, and half of them go on."""
     return [4 * shape[0] * 2**i for i in range(scales)]
 
 
@@ -173,7 +174,7 @@ def _glow_parameters(shape: Shape, scales: int, steps: int, hidden: int) -> int:
 
 
 def _scales(flow: Flow) -> list[list[Layer]]:
-    """Our layers scale by scale, without the squeeze and what factors out."""
+    """Our layers by scale, without squeezes and factor-outs."""
     layers, scales = flow.chain, []
     while True:
         last = layers[-1]
@@ -184,7 +185,7 @@ def _scales(flow: Flow) -> list[list[Layer]]:
 
 
 def _normflows_glow(flow: Flow, shape: Shape, scales: int, steps: int, hidden: int, own: bool) -> Built:
-    """own: with the networks of normflows, which are the same convolutions and ActNorms; else with ours."""
+    """The Glow of normflows: if ``own``, with its own networks of the same layers, else with ours."""
     import normflows as nf
 
     def block(norm: ActNorm, mix: Invertible1x1Conv, coupling: GlowCoupling) -> nn.Module:
@@ -195,7 +196,7 @@ def _normflows_glow(flow: Flow, shape: Shape, scales: int, steps: int, hidden: i
         else:
             split.flows[1].param_map = network = copy.deepcopy(coupling.network)
             _interleave(network.layers[-1], coupling.network.layers[-1])
-        # Its direction from latent to data is the one with formulas: (z - t) exp(-s) goes the way that we call forward.
+        # Its forward goes from latent to data; its inverse, (z - t) exp(-s), is our forward.
         _set(
             s=(theirs_norm.s, -norm.log_scale),
             t=(theirs_norm.t, -norm.bias * (-norm.log_scale).exp()),
@@ -216,7 +217,7 @@ def _normflows_glow(flow: Flow, shape: Shape, scales: int, steps: int, hidden: i
         last = i == scales - 1
         bases.append(nf.distributions.DiagGaussian((channels if last else channels // 2, *size), trainable=False))
         merges += [] if last else [nf.flows.Merge()]
-    # It counts scales from the latent.
+    # normflows counts scales from the latent.
     model = nf.MultiscaleFlow(bases[::-1], blocks[::-1], merges[::-1], class_cond=False)
     return Built(
         model,
@@ -229,14 +230,14 @@ def _normflows_glow(flow: Flow, shape: Shape, scales: int, steps: int, hidden: i
 
 
 def _interleave(target: nn.Conv2d, source: nn.Conv2d) -> None:
-    """normflows wants shift and h by turns, and subtracts the shift."""
+    """Copy a last layer for normflows, which takes shift and h in alternating channels and subtracts the shift."""
     for to, of in ((target.weight, source.weight), (target.bias, source.bias)):
         h, shift = of.chunk(2)
         _set(shift=(to[0::2], -shift), h=(to[1::2], h))
 
 
 def _copy_network(ours: GlowNet, theirs: nn.Sequential) -> None:
-    """Our ActNorms are part of the convolutions, theirs stand after them."""
+    """Copy a network to normflows, whose ActNorms follow the convolutions; ours are in them."""
     first, _, second, _, last = ours.layers
     for i, layer in ((0, first), (3, second)):
         assert isinstance(layer, ActNormConv)
@@ -251,7 +252,7 @@ def _copy_network(ours: GlowNet, theirs: nn.Sequential) -> None:
 
 
 def _nflows_glow(flow: Flow, shape: Shape, scales: int, steps: int, hidden: int) -> Built:
-    """With our networks: the library leaves them to its user."""
+    """The Glow of nflows, with our networks, because the library has none for it."""
     from nflows import transforms
     from nflows.distributions import StandardNormal as Normal
     from nflows.flows import Flow as TheirFlow
@@ -265,7 +266,7 @@ def _nflows_glow(flow: Flow, shape: Shape, scales: int, steps: int, hidden: int)
             norm = transforms.ActNorm(channels)
             ours, network = layers[i], copy.deepcopy(layers[i + 2].network)
             _set(s=(norm.log_scale, ours.log_scale), t=(norm.shift, ours.bias), i=(norm.initialized, torch.tensor(1)))
-            # 1 marks what changes. It finishes the first half, we the second: so the halves change places.
+            # 1 marks the half that changes. nflows factors out the first half, we the second: the halves change places.
             mask = [1] * (channels // 2) + [0] * (channels // 2)
             coupling = transforms.AffineCouplingTransform(mask, lambda inputs, outputs, network=network: network)
             parts += [norm, transforms.OneByOneConvolution(channels), coupling]
@@ -279,7 +280,7 @@ def _nflows_glow(flow: Flow, shape: Shape, scales: int, steps: int, hidden: int)
 
 
 class Bounded(nn.Module):
-    """A network of (shift, s) for each dimension, s as g tanh(s): what our AffineCoupling does itself."""
+    """A network that returns shift and g tanh(s) for each dimension; our AffineCoupling applies g tanh itself."""
 
     def __init__(self, network: nn.Module, gain: Tensor) -> None:
         super().__init__()
@@ -295,7 +296,7 @@ def _network_of(coupling: AffineCoupling | AdditiveCoupling) -> nn.Module:
     network = copy.deepcopy(coupling.network)
     if isinstance(coupling, AdditiveCoupling):
         return network
-    # Ours gives s, then the shift; both libraries want the shift first.
+    # Our network returns s, then the shift; both other libraries take the shift first.
     last = network.layers[-1]
     _set(weight=(last.weight, last.weight.roll(last.out_features // 2, 0)))
     _set(bias=(last.bias, last.bias.roll(last.out_features // 2, 0)))
@@ -303,7 +304,7 @@ def _network_of(coupling: AffineCoupling | AdditiveCoupling) -> nn.Module:
 
 
 def _halved_mlp(dims: int, hidden: int, depth: int, outputs: int) -> int:
-    """Parameters of an MLP from half of the dimensions, to ``outputs`` for each dimension of the other half."""
+    """The parameters of an MLP from half of the dimensions to ``outputs`` for each dimension of the other half."""
     return (dims // 2 + 1) * hidden + (depth - 1) * (hidden + 1) * hidden + (hidden + 1) * outputs * (dims // 2)
 
 
@@ -334,11 +335,13 @@ def _nflows(model: Any, extra: int, exact: bool) -> Built:
 def _normflows_points(flow: Flow, dims: int, couplings: int, hidden: int, depth: int) -> Built:
     import normflows as nf
 
-    assert dims == 2, "shift and scale by turns, which normflows wants, are one after the other for one dimension alone"
+    assert dims == 2, (
+        "normflows takes shift and scale in alternating order, which is our order only for one changed dimension"
+    )
     flows = []
     for layer in flow.chain:
         split = "channel" if layer.mask[0] else "channel_inv"
-        # Reversed, it multiplies and then adds on the way from data to latent, as we do.
+        # Reversed, its block multiplies and then adds from data to latent, as ours does.
         flows.append(nf.flows.Reverse(nf.flows.AffineCouplingBlock(_network_of(layer), True, "exp", split)))
     return _normflows(nf.NormalizingFlow(nf.distributions.DiagGaussian(dims, trainable=False), flows[::-1]), extra=0)
 
@@ -349,7 +352,7 @@ def _nflows_points(flow: Flow, dims: int, couplings: int, hidden: int, depth: in
     from nflows.flows import Flow as TheirFlow
 
     class Affine(transforms.AffineCouplingTransform):
-        """Its scale is a fixed sigmoid; this is where its own AdditiveCouplingTransform replaces it, too."""
+        """The affine coupling of nflows with exp instead of its fixed sigmoid as the scale factor."""
 
         def _scale_and_shift(self, transform_params: Tensor) -> tuple[Tensor, Tensor]:
             shift, log_scale = transform_params.chunk(2, dim=1)
@@ -366,7 +369,7 @@ def _normflows_nice(flow: Flow, dims: int, couplings: int, hidden: int, depth: i
     import normflows as nf
 
     *layers, scaling = flow.chain
-    # It cuts in the middle where we take even and odd: the fastest way it has, and the same model of sorted dimensions.
+    # normflows halves in the middle, its fastest way; ours are even and odd dimensions, so they are sorted first.
     order = torch.cat([layers[0].mask.nonzero().flatten(), (~layers[0].mask).nonzero().flatten()])
     flows = []
     for layer in layers:
@@ -420,7 +423,7 @@ MODELS: dict[str, Model] = {
         couplings=lambda dims, couplings, hidden, depth: couplings,
         peers={"normflows": _normflows_points, "nflows": _nflows_points},
     ),
-    # Neither peer has a logistic prior: a normal one for all, so that log-probabilities can be compared.
+    # Neither peer has a logistic prior, so all have a normal one and log-probabilities can be compared.
     "nice": Model(
         title="NICE on 784 dimensions, 4 additive couplings, MLPs of 5x1000, normal prior",
         sizes={"dims": 784, "couplings": 4, "hidden": 1000, "depth": 5},

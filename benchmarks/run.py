@@ -1,6 +1,6 @@
 """Measure the models of :mod:`benchmarks.models` in every library that is installed: ``make bench``.
 
-Writes a JSON file and prints a table; ``python -m benchmarks.run --help`` lists the options.
+The program writes a JSON file and prints a table; ``python -m benchmarks.run --help`` lists the options.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Task = Callable[[], object]
 
 
 def alternate(tasks: dict[str, Task], rounds: int, seconds: float, device: str) -> dict[str, list[float]]:
-    """Milliseconds of each task in each round. A round does one task after the other, for about ``seconds`` each."""
+    """Milliseconds of each task in each round; a round runs every task in turn, for about ``seconds`` each."""
     repeats = {}
     for name, task in tasks.items():
         for _ in range(WARM_UP):
@@ -67,7 +67,7 @@ def alternate(tasks: dict[str, Task], rounds: int, seconds: float, device: str) 
 
 
 def _time(task: Task, repeats: int, device: str) -> float:
-    """Mean seconds."""
+    """The mean time of one call, in seconds."""
     _wait(device)
     began = time.perf_counter()
     for _ in range(repeats):
@@ -85,7 +85,7 @@ def _wait(device: str) -> None:
 
 
 def training_step(parameters: Iterator[nn.Parameter], loss: Callable[[], Tensor]) -> Task:
-    """Forward, backward, Adam (fused for all). The gradients are freed at the end, for :func:`peak_memory`."""
+    """A training step: forward, backward, fused Adam; the gradients are freed at its end, for :func:`peak_memory`."""
     optimizer = torch.optim.Adam(parameters, lr=1e-4, fused=True)
 
     def step() -> None:
@@ -97,13 +97,13 @@ def training_step(parameters: Iterator[nn.Parameter], loss: Callable[[], Tensor]
 
 
 def networks_step(flow: Flow, x: Tensor) -> Task:
-    """The same for the couplings' networks alone, on the inputs that they get in the flow, in the same layout."""
+    """A training step of the couplings' networks alone, on the inputs that they get in the flow, in the same layout."""
     networks, inputs = models.networks(flow), []
     hooks = [network.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for network in networks]
     flow.log_prob(x)
     for hook in hooks:
         hook.remove()
-    # In the flow the gradient goes on to what is before a network, if that has parameters.
+    # In the flow the gradient goes on to the layers before a network, if they have parameters.
     inputs = [h.detach().requires_grad_(h.requires_grad) for h in inputs]
 
     def loss() -> Tensor:
@@ -119,19 +119,19 @@ def without_gradient(task: Task) -> Task:
 
 
 class _Alarm(BaseException):
-    """No Exception: a compiler catches those, and goes on."""
+    """An alarm that is not an Exception, since a compiler catches exceptions and goes on."""
 
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raise a TimeoutError in the block once it has run so long."""
+    """A context that raises a TimeoutError if its block runs longer than this."""
     import signal  # setitimer is not on Windows
 
     def stop(*_: object) -> None:
         raise _Alarm
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 5)  # again and again: where it is ignored once, in a callback say
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5)  # it repeats, since a callback may ignore it once
     try:
         yield
     except _Alarm:
@@ -142,7 +142,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 def compiled_step(flow: Flow, x: Tensor, seconds: float) -> tuple[Task | None, str]:
-    """A training step of the compiled flow, and how compiling went; no step where that failed or took too long."""
+    """A training step of the compiled flow, or None if compiling failed or took too long; and how compiling went."""
     from torch._dynamo.utils import counters
 
     counters.clear()
@@ -153,20 +153,20 @@ def compiled_step(flow: Flow, x: Tensor, seconds: float) -> tuple[Task | None, s
         with at_most(seconds):
             step()
             step()
-    except Exception as error:  # whatever a compiler's absence or its failure raises
+    except Exception as error:  # a missing or failing compiler may raise anything
         return None, f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     breaks = sum(counters["graph_break"].values())
     return step, f"compiled in {time.perf_counter() - began:.0f} s, graph breaks of {breaks} kinds"
 
 
 def measure(model: Model, options: argparse.Namespace) -> dict[str, Any]:
-    """All measures of one model."""
+    """All measures of one model, as the file holds them."""
     torch.manual_seed(0)
     device = options.device
     flow = model.ours().module.to(device)
-    x = torch.rand(model.batch, *flow.shape, device=device) - 0.5  # as dequantized images are: no noise is drawn here
+    x = torch.rand(model.batch, *flow.shape, device=device) - 0.5  # like dequantized images; the models draw no noise
     with torch.no_grad():
-        for parameter in flow.parameters():  # nothing is zero, and so nothing equal by chance
+        for parameter in flow.parameters():  # without zeros, no two results are equal by chance
             parameter.add_(0.02 * torch.randn_like(parameter))
     flow.initialize(x)
     built: dict[str, Built] = {library: model.make(flow, library) for library in model.libraries()}
@@ -207,7 +207,7 @@ def measure(model: Model, options: argparse.Namespace) -> dict[str, Any]:
         "notes": notes,
         "milliseconds": {},
     }
-    for name in (LOG_PROB, SAMPLE, STEP):  # what changes the parameters comes last
+    for name in (LOG_PROB, SAMPLE, STEP):  # the training step changes the parameters, so it comes last
         for one in built.values():
             one.module.train(name == STEP)
         found = alternate(tasks[name], options.rounds, options.seconds, device)
@@ -219,7 +219,7 @@ def measure(model: Model, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def summary(times: list[float], ours: list[float]) -> dict[str, Any]:
-    """What the file says of the rounds of one task. The ratio is that of its median to ours."""
+    """The file's entry for the rounds of one task; ``ratio`` is its median divided by ours."""
     rounded, ours = _rounded(times), _rounded(ours)
     median = statistics.median(rounded)
     return {
@@ -236,7 +236,7 @@ def _rounded(times: list[float]) -> list[float]:
 
 
 def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each bar, the ratio measured, and whether it is met; no ratio where what it needs was not measured."""
+    """Each bar, the measured ratio, and whether the bar is met; the ratio is None if it was not measured."""
     found = []
     for name, model, divisor, limit, goal in BARS:
         steps = results.get(model, {}).get("milliseconds", {}).get(STEP, {})
@@ -258,7 +258,7 @@ def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def processor() -> str:
-    """The CPU's name, where Linux tells it."""
+    """The CPU's name as Linux gives it, else "unknown"."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -267,7 +267,7 @@ def processor() -> str:
 
 
 def table(content: dict[str, Any]) -> str:
-    """The file's content to read."""
+    """The file's content as a table."""
     lines = [f"{content['processor']}, {content['threads']} threads, {content['hardware']}, torch {content['torch']}"]
     for result in content["models"].values():
         lines += ["", f"{result['title']}, batch {result['batch']}"]
@@ -288,19 +288,24 @@ def table(content: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which models")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch; the number of cores")
-    parser.add_argument("--rounds", type=int, default=9, help="times that each is measured, by turns")
-    parser.add_argument("--seconds", type=float, default=0.5, help="that a measurement takes, about")
-    parser.add_argument("--compile", action="store_true", help="measure torch.compile as well")
-    parser.add_argument("--compile-seconds", type=float, default=180, help="after which compiling is given up")
-    parser.add_argument("--out", type=Path, help="the file to write; benchmarks/cpu.json or cuda.json")
+    text = "Time the models in every installed library, write a JSON file and print a table."
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=text)
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=list(MODELS), help="the models to measure (default: all)"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="the device (default: cpu)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", default=os.cpu_count(), help="PyTorch's threads (default: the cores)"
+    )
+    parser.add_argument("--rounds", type=int, metavar="N", default=9, help="the number of rounds (default: 9)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="the time of one measurement (default: 0.5)")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile")
+    parser.add_argument("--compile-seconds", type=float, default=180, help="the limit for compiling (default: 180)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: benchmarks/DEVICE.json)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="torch.triangular_solve is deprecated")  # nflows calls it
-    keep_freed_memory()  # or whichever library frees a large block first would change the timings of the others
+    keep_freed_memory()  # else the library that first frees a large block would change the timings of the others
     began = time.monotonic()
     results = {}
     for name in options.models:

@@ -1,6 +1,6 @@
 """Time a training step of Glow against image size, depth and width: ``python -m benchmarks.scaling``.
 
-Beside each time stands the number of multiply-adds on paper. Writes ``benchmarks/scaling.json`` and prints a table.
+The program writes ``benchmarks/scaling.json`` and prints a table of times and of multiply-adds counted by hand.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from nflows_lib.experiments import archive
 from nflows_lib.training import keep_freed_memory
 
 BATCH = 32
-UPPER = 3  # how many of a sweep's largest sizes the exponents are fitted to
-# The size that grows, its values, and a model from it, as keywords of benchmarks.models.glow.
+UPPER = 3  # the exponents are fitted to this number of a sweep's largest sizes
+# By the size that grows: its values, and the model's other sizes, as keywords of benchmarks.models.glow.
 SWEEPS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "side": ((8, 16, 32, 64), {"scales": 2, "steps": 1, "hidden": 256}),
     "steps": ((1, 2, 4, 8, 16), {"shape": (3, 16, 16), "scales": 2, "hidden": 64}),
@@ -31,12 +31,12 @@ SWEEPS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 
 def sizes(name: str, value: int) -> dict[str, Any]:
-    """The model of one point of a sweep."""
+    """The sizes of the model at one point of a sweep."""
     return SWEEPS[name][1] | ({"shape": (3, value, value)} if name == "side" else {name: value})
 
 
 def multiply_adds(shape: tuple[int, int, int], scales: int, steps: int, hidden: int) -> int:
-    """Of one image's forward pass: all convolutions, at each pixel. A training step takes three times as many.
+    """Multiply-adds of all convolutions in the forward pass of one image; a training step takes three times as many.
 
     A step at a scale with C channels has a C x C product and the network's three convolutions: 3x3 from C/2 to hidden
     channels, 1x1 from hidden to hidden, 3x3 from hidden to C.
@@ -52,11 +52,12 @@ def multiply_adds(shape: tuple[int, int, int], scales: int, steps: int, hidden: 
 
 
 def exponent(values: list[float], costs: list[float]) -> float:
-    """The slope of the least-squares line through the last points, with a logarithm on both axes."""
+    """The slope of the least-squares line through the last points, on two logarithmic axes."""
     return float(np.polyfit(np.log(values[-UPPER:]), np.log(costs[-UPPER:]), 1)[0])
 
 
 def step_of(name: str, value: int) -> Task:
+    """A training step of the model at one point of a sweep."""
     torch.manual_seed(0)
     flow = models.glow(**sizes(name, value))
     x: Tensor = torch.rand(BATCH, *flow.shape) - 0.5
@@ -65,7 +66,7 @@ def step_of(name: str, value: int) -> Task:
 
 
 def sweeps(found: dict[str, list[float]]) -> dict[str, Any]:
-    """What the file says of each sweep, from the rounds of each point by the point's name."""
+    """The file's entry for each sweep, from the rounds of each point, by the point's name."""
     result = {}
     for name, (values, fixed) in SWEEPS.items():
         points = []
@@ -83,7 +84,7 @@ def sweeps(found: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def table(content: dict[str, Any]) -> str:
-    """The file's content to read."""
+    """The file's content as a table."""
     where = f"{content['processor']}, {content['threads']} threads, torch {content['torch']}"
     lines = [f"{where}, batch {content['batch']}"]
     for name, sweep in content["sweeps"].items():
@@ -95,11 +96,14 @@ def table(content: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
-    parser.add_argument("--rounds", type=int, default=7, help="times that each is measured, by turns")
-    parser.add_argument("--seconds", type=float, default=0.2, help="that a measurement takes, about")
-    parser.add_argument("--out", type=Path, default=HERE / "scaling.json", help="the file to write")
+    text = "Time a training step of Glow against image size, depth and width, write a JSON file and print a table."
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=text)
+    parser.add_argument("--threads", type=int, metavar="N", default=1, help="PyTorch's threads (default: 1)")
+    parser.add_argument("--rounds", type=int, metavar="N", default=7, help="the number of rounds (default: 7)")
+    parser.add_argument("--seconds", type=float, default=0.2, help="the time of one measurement (default: 0.2)")
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "scaling.json", help="the file to write (default: benchmarks/scaling.json)"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     keep_freed_memory()

@@ -1,9 +1,9 @@
 """The library of a course on normalizing flows, from NICE to conditional Glow.
 
-Data enter at :mod:`~nflows_lib.data`. A list of :mod:`bijections <nflows_lib.bijection>` in a :mod:`~nflows_lib.flow`
-turns them into a likelihood, :mod:`~nflows_lib.training` trains it, :mod:`~nflows_lib.evaluation` judges it and
-:mod:`~nflows_lib.plotting` shows it. These modules import neither of the package's two wings: ``nflows_lib.clinic``
-examines a flow, ``nflows_lib.experiments`` holds the named runs and ablations.
+Data enter the library in :mod:`~nflows_lib.data` and go through one list of :mod:`bijections <nflows_lib.bijection>`,
+from which :mod:`~nflows_lib.flow` computes the likelihood. :mod:`~nflows_lib.training` trains the flow,
+:mod:`~nflows_lib.evaluation` scores it, and :mod:`~nflows_lib.plotting` draws it. Two packages build on these modules,
+which import neither: ``nflows_lib.clinic`` examines a flow, ``nflows_lib.experiments`` holds named runs and ablations.
 """
 
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """Import ``nflows_lib.doctor`` when it is asked for, so that what needs no torch does not wait for it."""
+    """Import ``nflows_lib.doctor`` at its first use, so that programs without torch need not wait for torch."""
     if name == "doctor":
         from nflows_lib.clinic import doctor
 

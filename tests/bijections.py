@@ -1,7 +1,7 @@
-"""One dictionary of all bijections, each by a named constructor: what tests/test_bijections.py holds to the contract.
+"""One dictionary of all bijections, each with a named constructor; tests/test_bijections.py tests all of them.
 
-A new public ``Bijection`` in nflows_lib needs an entry here; without one the suite fails. A base class, which has no
-``forward`` of its own, is none.
+A new public ``Bijection`` in nflows_lib needs an entry here; without an entry the suite fails. A base class, which has
+no ``forward`` of its own, does not count.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BATCH = 4
 
 
 class ConvNet(nn.Module):
-    """The least network that can stand inside a coupling of images; a context, a vector, shifts its output."""
+    """The smallest network for a coupling of images; a context, which is a vector, shifts its output."""
 
     def __init__(self, inputs: int, outputs: int, context: int = 0) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class ConvNet(nn.Module):
 
 
 class Fixed(nn.Module):
-    """A network that gives these numbers for every example, and keeps what it was given."""
+    """A network that returns the same numbers for every example, and keeps its input."""
 
     def __init__(self, *output: float) -> None:
         super().__init__()
@@ -60,18 +60,19 @@ class Fixed(nn.Module):
 
 
 def mlp(shape: Shape, depth: int, context: int = 0, outputs: int = 1, parity: int = 0) -> MLP:
-    """From what an alternating mask passes to that many outputs for each number that it does not pass.
+    """A network from the numbers that an alternating mask leaves unchanged to ``outputs`` for each of the others.
 
-    Tanh rather than ReLU: smooth for finite differences, and never dead for a whole example.
+    Its activation is tanh, which is smooth for finite differences and never dead for a whole example.
     """
     passes = (shape[0] + 1 - parity) // 2
     return MLP(passes, outputs * (shape[0] - passes), hidden=8, depth=depth, activation=nn.Tanh, context=context)
 
 
 class Masked(Bijection):
-    """A coupling of vectors as the library had it before it cut them in two, and as a reader may write it.
+    """A masked coupling of vectors, as earlier versions of the library had it and as a reader may write it.
 
-    The network gets b x, as long as x, and its output is masked. With a gain it is affine, without one additive.
+    The network gets b x, which is as long as x, and its output is masked. With a gain the coupling is affine, without a
+    gain it is additive.
     """
 
     def __init__(self, mask: Tensor, network: nn.Module, affine: bool) -> None:
@@ -84,7 +85,7 @@ class Masked(Bijection):
         return self.gain * raw.tanh()
 
     def parts(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Log-scale and shift, 0 where the mask passes."""
+        """Log-scale and shift, which are 0 for the numbers that the mask leaves unchanged."""
         shift = self.network(x * self.mask, context)
         if self.gain is None:
             return torch.zeros_like(x), shift * ~self.mask
@@ -101,7 +102,7 @@ class Masked(Bijection):
 
 
 def used_batch_norm(shape: Shape) -> FlowBatchNorm:
-    """One whose running averages are no longer the identity's."""
+    """A flow batch norm whose running averages have moved from 0 and 1."""
     layer = FlowBatchNorm(shape[0])
     layer.running_mean.normal_()
     layer.running_variance.uniform_(0.2, 3.0)
@@ -109,12 +110,12 @@ def used_batch_norm(shape: Shape) -> FlowBatchNorm:
 
 
 def channel_couplings(shape: Shape, context: int = 0) -> list[Bijection]:
-    """Two affine couplings that change one half of the channels each."""
+    """Two affine couplings, each of which changes one half of the channels."""
     return [AffineCoupling(channel_mask(shape, parity), ConvNet(shape[0], 2 * shape[0], context)) for parity in (0, 1)]
 
 
 def glow_coupling(shape: Shape, context: int = 0, kind: type[GlowCoupling] = GlowCoupling) -> GlowCoupling:
-    """On images, or on vectors; of an odd number of channels the larger half changes."""
+    """A Glow coupling on images or on vectors; if the number of channels is odd, the larger half changes."""
     passes, outputs = shape[0] // 2, 2 * (shape[0] - shape[0] // 2)
     if len(shape) == 3:
         return kind(shape[0], ConvNet(passes, outputs, context))
@@ -122,7 +123,7 @@ def glow_coupling(shape: Shape, context: int = 0, kind: type[GlowCoupling] = Glo
 
 
 def learned_prior(shape: Shape, context: int = 0) -> ConvNet:
-    """From the half of (C, H, W) that goes on to mean and log-scale of the half that is finished."""
+    """A network from the half of (C, H, W) that goes on to mean and log-scale of the half that is factored out."""
     return ConvNet(shape[0] // 2, shape[0], context)
 
 
@@ -135,7 +136,7 @@ def conditional_conv(shape: Shape, context: Shape) -> Conditional1x1Conv:
 
 
 def seeing(network: nn.Module, shape: Shape) -> ConditionalNet:
-    """The network beside four features of an image of two channels, twice as high and wide as the input."""
+    """The network with features of a context as additional input: an image of 2 channels, twice as high and wide."""
     return ConditionalNet(network, (2, 2 * shape[1], 2 * shape[2]), shape[1:], features=4)
 
 
@@ -149,7 +150,7 @@ def image_prior(shape: Shape) -> BoundedPrior:
 
 
 def nested_factor_out(shape: Shape) -> FactorOut:
-    """Two deep: (C, H, W) to (C/2, H, W), squeezed to (2 C, H/2, W/2), of which (C, H/2, W/2) goes on."""
+    """A factor-out inside another one: (C/2, H, W) goes on, is squeezed to (2 C, H/2, W/2), and half of it goes on."""
     channels, height, width = shape
     half, squeezed = (channels // 2, height, width), (2 * channels, height // 2, width // 2)
     inner = FactorOut(squeezed, channel_couplings((channels, *squeezed[1:])), learned_prior(squeezed))
@@ -160,12 +161,12 @@ def nested_factor_out(shape: Shape) -> FactorOut:
 
 @dataclass(frozen=True)
 class Example:
-    """How to make a bijection for one example's shape, and the shapes to try.
+    """A function that makes a bijection for one example's shape, and the shapes to try.
 
-    context: the shape of one example's context, where the layer needs one.
-    any_shape: the layer takes more shapes than one; which are wrong, if any, is tested elsewhere.
-    to_domain: takes normal draws to where the layer is defined.
-    only_moves: the layer changes places and no values, so all layers of its kind do the same.
+    context: the shape of one example's context, if the layer needs a context.
+    any_shape: whether the layer takes more shapes than one; other tests cover its wrong shapes, if there are any.
+    to_domain: a function that maps normal draws to the layer's domain.
+    only_moves: whether the layer only moves values, so that all layers of its kind do the same.
     """
 
     make: Callable[[Shape], Bijection]
@@ -274,7 +275,7 @@ BIJECTIONS: dict[str, Example] = {
 
 @torch.no_grad()
 def randomize(module: nn.Module, scale: float = 0.5) -> None:
-    """Move every parameter by random numbers: zero-initialised layers and log-scales would hide errors."""
+    """Move every parameter by random numbers, since layers and log-scales that start at 0 would hide errors."""
     for parameter in module.parameters():
         parameter.add_(scale * torch.randn_like(parameter))
 
@@ -282,7 +283,7 @@ def randomize(module: nn.Module, scale: float = 0.5) -> None:
 def build(
     name: str, shape: Shape, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> tuple[Bijection, Tensor, Tensor | None]:
-    """The bijection with random parameters in evaluation mode, a batch (BATCH, *shape), its context if it needs one."""
+    """A bijection with random parameters in evaluation mode, a batch (BATCH, *shape), and a context or None."""
     example = BIJECTIONS[name]
     torch.manual_seed(seed)
     layer = example.make(shape).to(dtype)

@@ -1,6 +1,6 @@
-"""What several test files need: the built book, and a browser.
+"""Fixtures of several test files: the built book, and a browser.
 
-What only these need is imported in them: a lent machine with a GPU has neither.
+The fixtures import what only they need, because a lent machine with a GPU has neither the book's tools nor a browser.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import torch
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-# Here, since it must be done before any test's backward pass.
+# The device is installed here, because that must happen before any test's backward pass.
 PRETENDED = None if torch.cuda.is_available() else pretended_gpu.install()
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
-# The longest files of tests come first, after the chapters. The first one builds the book; those that need it as well
-# come later: another worker would wait for it.
+# The longest test files come first, after the chapters. The first file builds the book. Other files that need the book
+# come later, since another worker would wait for the build.
 LONGEST = [
     "test_book.py",
     "test_clinic.py",
@@ -72,7 +72,7 @@ def book(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 
 
 class Server(SimpleHTTPRequestHandler):
-    """Serves the book, and lets the browser keep what it has: the scripts of a page are most of its loading."""
+    """A server of the book that lets the browser cache files, since scripts take most of a page's loading time."""
 
     protocol_version = "HTTP/1.1"
 
@@ -85,7 +85,7 @@ class Server(SimpleHTTPRequestHandler):
 
 
 class WithoutMathematics(Server):
-    """Serves an empty script instead of MathJax, which takes long."""
+    """A server that sends an empty script instead of MathJax, which takes long to load."""
 
     def do_GET(self) -> None:
         if "/tex-chtml.js" not in self.path:
@@ -107,21 +107,21 @@ def served(book: Path, kind: type[Server]) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def site(book: Path) -> Iterator[str]:
-    """The address of the built book, served on this machine alone."""
+    """The address at which this machine serves the built book to itself."""
     with served(book, Server) as address:
         yield address
 
 
 @pytest.fixture(scope="session")
 def plain_site(book: Path) -> Iterator[str]:
-    """The same, but formulas stay as they are written."""
+    """The address of the same book without MathJax, so that formulas stay as they are written."""
     with served(book, WithoutMathematics) as address:
         yield address
 
 
 @pytest.fixture(scope="session")
 def pretended() -> pretended_gpu.PretendedGPU:
-    """The mode of the pretended GPU, to be entered."""
+    """The mode of the pretended GPU, which a test enters."""
     if PRETENDED is None:
         pytest.skip("a real GPU is there")
     return PRETENDED
@@ -129,7 +129,7 @@ def pretended() -> pretended_gpu.PretendedGPU:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """Chromium, as the system has it: Playwright's own is never downloaded."""
+    """The system's Chromium, since Playwright's own is never downloaded."""
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine (on Debian: apt-get install chromium)")
     from playwright.sync_api import sync_playwright

@@ -1,4 +1,4 @@
-"""What several tests ask of a density: does it integrate to 1, and do the samples follow it?"""
+"""Checks of a density that several tests share: whether it integrates to 1, and whether samples follow it."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-# Every statistical assertion rejects at five standard deviations, so a right library fails none of them by chance.
+# Every statistical assertion rejects at five standard deviations, so a correct library almost never fails by chance.
 FIVE_SIGMA = 5.7e-7
 
 LogProb = Callable[[Tensor], Tensor]
 
 
 def midpoints(low: float, high: float, points: int, dims: int) -> tuple[Tensor, float]:
-    """Centres of the cells of a regular grid, (points**dims, dims), float64, and the volume of one cell."""
+    """The centres of the cells of a regular grid, (points**dims, dims), float64, and the volume of one cell."""
     width = (high - low) / points
     axis = low + width * (torch.arange(points, dtype=torch.float64) + 0.5)
     return torch.cartesian_prod(*[axis] * dims).reshape(-1, dims), width**dims
 
 
 def gauss(points: int, dims: int) -> tuple[Tensor, Tensor]:
-    """Gauss's rule on the unit cube: nodes, (points**dims, dims), float64, and their weights, which sum to 1."""
+    """Gauss's rule on the unit cube: its nodes, (points**dims, dims), float64, and their weights, which sum to 1."""
     node, weight = (torch.from_numpy(values) / 2 for values in np.polynomial.legendre.leggauss(points))
     return torch.cartesian_prod(*[node + 0.5] * dims), torch.cartesian_prod(*[weight] * dims).prod(1)
 
 
 @torch.no_grad()
 def integral(log_prob: LogProb, dims: int, low: float = -30.0, high: float = 30.0, points: int = 600) -> float:
-    """Integral of the density over [low, high]^dims by the midpoint rule."""
+    """The integral of the density over [low, high]^dims by the midpoint rule."""
     grid, volume = midpoints(low, high, points, dims)
     return log_prob(grid).exp().sum().item() * volume
 
@@ -53,7 +53,7 @@ def assert_samples_follow(samples: Tensor, log_prob: LogProb, low: float, high: 
     observed = torch.bincount(index[:, 0] * cells + index[:, 1], minlength=cells**2).double()
     well_filled = expected > 10
     assert well_filled.sum() >= 10, "too few cells hold samples for the test to say anything"
-    # One last cell for all the rest, inside and out.
+    # One last cell counts all other samples, inside of the square and outside.
     expected = torch.cat([expected[well_filled], len(samples) - expected[well_filled].sum().reshape(1)])
     observed = torch.cat([observed[well_filled], len(samples) - observed[well_filled].sum().reshape(1)])
     statistic = ((observed - expected).square() / expected.clamp(min=1.0)).sum().item()

@@ -1,7 +1,7 @@
 """Execute chapters in place and bring them to one normal form: ``python tests/notebooks.py chapters/*.ipynb``.
 
-The normal form holds nothing that depends on when or where a chapter ran, so a diff shows what changed.
-``--check`` executes nothing and names what is not in that form; tests/book/test_notebooks.py asks the same.
+The normal form holds nothing that depends on when or where a chapter ran, so a diff shows what changed. ``--check``
+executes nothing and names what is not in the normal form; tests/book/test_notebooks.py makes the same check.
 """
 
 import argparse
@@ -22,13 +22,13 @@ MAX_FIGURE_BYTES = 100_000
 MAX_NOTEBOOK_BYTES = 1_500_000
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
-# An absolute path with a folder in it: it stands after nothing that would make it a fraction or an address.
+# An absolute path with a folder in it, if the text before it does not make it a fraction or an address.
 MACHINE_PATH = re.compile(r"(?<![\w/.:)\]}>~])/(?:[\w.+-]+/)+[\w.+-]*|\b[A-Z]:\\\w+")
 
 
 def execute(notebook: NotebookNode, folder: Path) -> None:
     """Run every cell with the environment's own kernel, in ``folder``."""
-    from nbclient import NotebookClient  # slow to import, and --check needs none of it
+    from nbclient import NotebookClient  # slow to import, and --check does not need it
 
     NotebookClient(
         notebook,
@@ -40,7 +40,7 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
 
 
 def shrink_figures(notebook: NotebookNode) -> None:
-    """Store each PNG with a palette of 256 colours where that is smaller: scatter plots take a third of the space."""
+    """Store each PNG with a palette of 256 colours if that is smaller, as it is for scatter plots, by two thirds."""
     for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
         if "image/png" in output.get("data", {}):
             original = base64.b64decode(output.data["image/png"])
@@ -51,9 +51,10 @@ def shrink_figures(notebook: NotebookNode) -> None:
 
 
 def normalise(notebook: NotebookNode) -> NotebookNode:
-    """A copy without timestamps, widget state, kernel details and tracebacks; streams merged; every cell with an id.
+    """A copy of the notebook without timestamps, widget state, kernel details and tracebacks.
 
-    A traceback goes because it names this machine's files: the page shows the error's name and message.
+    Streams are merged, and every cell has an id. Tracebacks are removed because they name this machine's files; the
+    page shows the error's name and message.
     """
     notebook = copy.deepcopy(notebook)
     notebook.metadata = NotebookNode(
@@ -78,7 +79,7 @@ def normalise(notebook: NotebookNode) -> NotebookNode:
 
 
 def problems(notebook: NotebookNode, size: int) -> list[str]:
-    """What keeps ``notebook`` (``size`` bytes on disk) from being committed, a line each."""
+    """The reasons why ``notebook`` (``size`` bytes on disk) must not be committed, one per line."""
     found = []
     if notebook != normalise(notebook):
         found.append("not in the normal form: run `make notebooks`")
@@ -125,7 +126,7 @@ def _cell_problems(cell: NotebookNode) -> list[str]:
 
 
 def text_of(output: NotebookNode) -> str:
-    """All that an output says in words."""
+    """All text of an output."""
     if output.output_type == "stream":
         return output.text
     if output.output_type == "error":

@@ -1,8 +1,8 @@
 """Name the numbers that an edit changed: ``python tests/numbers_since.py REVISION FILE ...``.
 
-For each file: numbers that the revision has and the working tree lacks (-), and the reverse (+), each with lines that
-hold it. A notebook's text (captions and alt texts with it), code and outputs are compared apart. Numbers within names,
-addresses, and LaTeX commands count too: what is printed is to be read, not to be trusted.
+For each file the script lists the numbers that the revision has and the working tree lacks (-), and the reverse (+),
+each with the lines that hold it. A notebook's text (with captions and alt texts), code and outputs are compared
+separately. Numbers within names, addresses and LaTeX commands count too, so read the list and judge each line.
 """
 
 import re

@@ -1,14 +1,14 @@
-"""A GPU that is pretended, so that the suite finds a tensor on the wrong device on a machine without a GPU.
+"""A pretended GPU, with which the suite finds tensors on the wrong device on a machine without a GPU.
 
 After :func:`install`, and while the mode that it returns is entered, PyTorch has a device "pretended". A tensor on it
-keeps its numbers in an ordinary tensor, and every operation is carried out with that one. But the tensor says that it
-lies on a GPU, and what a GPU refuses is refused: an operation on tensors of two devices, and a NumPy array of a tensor
-that was not copied to the CPU first. FakeTensorMode refuses the same, but has no numbers and no backward pass. Here
-checks of values, training, checkpoints and whole chapters run as they are. What a GPU lets pass is let pass: 0-dim
-tensors and indices on the CPU, and copies.
+keeps its numbers in an ordinary tensor, with which every operation is computed. But the tensor says that it is on a
+GPU, and what a GPU refuses is refused: an operation on tensors of two devices, and a NumPy array of a tensor that was
+not copied to the CPU first. FakeTensorMode refuses the same, but has no numbers and no backward pass; here checks of
+values, training, checkpoints and whole chapters run unchanged. What a GPU allows is allowed: 0-dim tensors and indices
+on the CPU, and copies.
 
-The device has a random state of its own, which ``torch.manual_seed`` seeds, as CUDA's. What this cannot show: kernels
-that compute something else on a GPU, torch.compile, and how long anything takes.
+The device has a random state of its own, which ``torch.manual_seed`` seeds, as it seeds CUDA's. The pretended GPU
+cannot show kernels that compute something else on a GPU, torch.compile, or how long anything takes.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ aten = torch.ops.aten
 NAME = "pretended"
 # Operations that take tensors of two devices: copies, and indices on the CPU into a tensor on a GPU.
 MIXING = {aten.copy_.default, aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
-# Operations whose result the CPU needs, so that it waits for all that was queued; as it does for a copy, either way.
+# Operations whose result the CPU needs, so that it waits for all queued work, as it does for a copy in either
+# direction.
 WAITING = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default}
 
 
 class OnGPU(Tensor):
-    """A tensor that says that it lies on the pretended GPU; ``held`` has its numbers."""
+    """A tensor that says that it is on the pretended GPU; ``held`` has its numbers."""
 
     held: Tensor
 
@@ -52,14 +53,14 @@ class OnGPU(Tensor):
         raise RuntimeError(f"{func} on the pretended GPU, while its mode is not entered")
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["held"], None  # a module that moves then exchanges whole tensors, not the data inside them
+        return ["held"], None  # a module that moves then replaces whole tensors, not the data inside them
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], meta: None, size: Any, stride: Any) -> OnGPU:
         return OnGPU(inner["held"])
 
     def tolist(self) -> Any:
-        return self.cpu().tolist()  # PyTorch's own refuses subclasses
+        return self.cpu().tolist()  # PyTorch's own method refuses subclasses
 
     def __format__(self, form: str) -> str:
         return format(self.held, form)
@@ -72,7 +73,7 @@ class OnGPU(Tensor):
 
 
 class PretendedGPU(TorchDispatchMode):
-    """Carries out every operation with the tensors that are held. ``waits`` counts how often the CPU waited."""
+    """A mode that computes every operation with the held tensors; ``waits`` counts how often the CPU waited."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +102,7 @@ class PretendedGPU(TorchDispatchMode):
         held_args, held_kwargs = tree_map_only(OnGPU, lambda tensor: tensor.held, (args, kwargs))
         with self._drawing(func):
             result = func(*held_args, **held_kwargs)
-        # What was changed in place comes out as the very tensor that went in.
+        # A tensor that was changed in place is returned as the same tensor.
         given = {id(tensor.held if isinstance(tensor, OnGPU) else tensor): tensor for tensor in tensors}
 
         def out(tensor: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ class PretendedGPU(TorchDispatchMode):
 
     @contextmanager
     def _drawing(self, func: Any) -> Iterator[None]:
-        """While it is entered, the CPU's generator stands for the GPU's, if the operation draws random numbers."""
+        """A context in which the CPU's generator has the GPU's state, if the operation draws random numbers."""
         if torch.Tag.nondeterministic_seeded not in func.tags:
             yield
             return
@@ -124,14 +125,14 @@ class PretendedGPU(TorchDispatchMode):
             torch.set_rng_state(before)
 
     def __enter__(self) -> PretendedGPU:
-        torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor(..., device=...) is an operation like others
+        torch._C._set_only_lift_cpu_tensors(True)  # makes torch.tensor(..., device=...) an operation like others
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         torch._C._set_only_lift_cpu_tensors(False)
 
-    # What PyTorch asks of the module of a device, as torch.cuda.
+    # What PyTorch asks of a device's module, such as torch.cuda.
 
     def manual_seed_all(self, seed: int) -> None:
         self.random_state = torch.Generator().manual_seed(seed).get_state()
@@ -161,12 +162,12 @@ class PretendedGPU(TorchDispatchMode):
 
 
 def install() -> PretendedGPU:
-    """Register the device with PyTorch, for the rest of this process, and return the mode that carries it out.
+    """Register the device with PyTorch for the rest of this process, and return the mode that computes on it.
 
-    It must be done before the process's first backward pass, for which PyTorch counts the devices once; and not beside
-    a real GPU, whose place it would take.
+    This must be done before the process's first backward pass, for which PyTorch counts the devices once. It must not
+    be done on a machine with a real GPU, which the pretended one would replace.
     """
-    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # not in every PyTorch
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # not every PyTorch has it
 
     gpu = PretendedGPU()
     _setup_privateuseone_for_python_backend(NAME, gpu)
@@ -178,7 +179,7 @@ def install() -> PretendedGPU:
 
 
 def _lowered(operation: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """The operation in the precision of autocast, as on a GPU."""
+    """The operation in autocast's precision, as on a GPU."""
     key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
     dtype = torch.get_autocast_dtype(NAME)
     with torch._C._ExcludeDispatchKeyGuard(key):

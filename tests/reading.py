@@ -1,8 +1,8 @@
 """Measure how long a chapter is to read: ``python tests/reading.py chapters/0*.ipynb``.
 
-All is counted before the exercises, dropdowns included. A formula or a reference within a sentence is one word;
-displayed equations, code blocks and table rules are none. A figure's caption belongs to the time for the figure.
-Folded cells have no visible lines, and a blank line of code is none.
+The script counts everything before the exercises, dropdowns included. A formula or a reference within a sentence is one
+word; displayed equations, code blocks and table rules count no words. A figure's caption belongs to the time for the
+figure. Folded cells have no visible lines, and blank lines of code do not count.
 """
 
 import ast
@@ -31,7 +31,7 @@ WORD = re.compile(r"[^\W_](?:[\w'’.,-]*\w)?")
 
 @dataclass
 class Length:
-    """What a chapter's reader has before the exercises."""
+    """How much a chapter gives its reader before the exercises."""
 
     words: int
     lines: int
@@ -40,13 +40,13 @@ class Length:
 
     @property
     def minutes(self) -> int:
-        """To the nearest five."""
+        """The reading time in minutes, to the nearest five."""
         seconds = self.words / WORDS_PER_MINUTE * 60 + self.lines * SECONDS_PER_LINE + self.figures * SECONDS_PER_FIGURE
         return 5 * round(seconds / 300)
 
 
 def parts(path: str, content: str) -> dict[str, str]:
-    """What a page's source says, by kind: text (of a notebook with captions and alt texts), code, outputs."""
+    """A page's source by kind: text (with the captions and alt texts of a notebook), code, outputs."""
     if not path.endswith(".ipynb"):
         return {"text": content}
     said = {"text": [], "code": [], "outputs": []}
@@ -86,7 +86,7 @@ def length(notebook: NotebookNode) -> Length:
 
 
 def bound_again(notebook: NotebookNode) -> dict[str, list[int]]:
-    """Names that several cells bind, with the places of these cells; what only folded cells bind is left out."""
+    """The names that several cells bind, with the places of these cells, without names that only folded cells bind."""
     places, shown = defaultdict(list), set()
     for place, cell in enumerate(notebook.cells):
         if cell.cell_type != "code":
@@ -100,7 +100,7 @@ def bound_again(notebook: NotebookNode) -> dict[str, list[int]]:
 
 
 def _bound(statement: ast.stmt) -> set[str]:
-    """Names that a statement at a cell's top level binds, but for the variables of loops."""
+    """The names that a statement at a cell's top level binds, except the variables of loops."""
     if isinstance(statement, ast.FunctionDef | ast.ClassDef):
         return {statement.name}
     if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):

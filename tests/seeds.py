@@ -2,10 +2,10 @@
 
     python tests/seeds.py --seeds 0 1 2 --jobs 2 chapters/*.ipynb
 
-Under every seed each check must hold and each cell must print what is stored, numbers after a sign ≈ apart
-(tests/sanitize.cfg). For every comparison inside a ``check`` the distance between its two sides is the check's slack:
-positive if it holds. The table gives its mean and standard deviation over the seeds, and names every comparison whose
-mean is less than three standard deviations from zero: such a claim fails under some seed that nobody has tried.
+Under every seed each check must hold and each cell must print what is stored, except numbers after a sign ≈
+(tests/sanitize.cfg). The slack of a comparison inside a ``check`` is the distance between its two sides, positive if
+the comparison holds. The table gives the slack's mean and standard deviation over the seeds, and names every comparison
+whose mean is less than three standard deviations from zero: such a claim may fail under a seed that was not tried.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SAFE = 3.0  # standard deviations between a slack's mean and zero
+SAFE = 3.0  # the least number of standard deviations between a slack's mean and zero
 SLACKS = {ast.Lt: "right - left", ast.LtE: "right - left", ast.Gt: "left - right", ast.GtE: "left - right"}
 
 
 class Margins(ast.NodeTransformer):
-    """Rewrites every comparison by size inside a ``check`` into a call that also notes its slack."""
+    """A transformer that turns every comparison by size inside a ``check`` into a call that also notes its slack."""
 
     def __init__(self) -> None:
         self.inside = False
@@ -57,7 +57,7 @@ class Margins(ast.NodeTransformer):
                 if isinstance(operator, ast.Lt | ast.LtE)
                 else ast.BinOp(left, ast.Sub(), right),
             )
-            # The node's position tells two comparisons of one wording apart.
+            # The node's position distinguishes two comparisons with the same text.
             name = ast.Constant(f"{node.lineno:03d}: {key}")
             terms.append(ast.Call(ast.Name("_noted", ast.Load()), [name, compared, slack], []))
         whole = terms[0] if len(terms) == 1 else ast.BoolOp(ast.And(), terms)
@@ -65,7 +65,7 @@ class Margins(ast.NodeTransformer):
 
 
 def masked(text: str) -> str:
-    """The text as nbval compares it: without the numbers that may differ."""
+    """The text as nbval compares it, without the numbers that may differ."""
     config = configparser.RawConfigParser()
     config.read(ROOT / "tests" / "sanitize.cfg", encoding="utf-8")
     pattern, replacement = config["measured"]["regex"], config["measured"]["replace"]
@@ -73,10 +73,10 @@ def masked(text: str) -> str:
 
 
 def run(chapter: Path) -> list[dict[str, Any]]:
-    """Run a chapter's cells under the environment's seed; of each the CPU seconds, its slacks and what went wrong."""
+    """Run a chapter's cells under the environment's seed, and return CPU seconds, slacks and failures of each cell."""
     import matplotlib
 
-    matplotlib.use("Agg")  # before pyplot is imported: there may be no screen
+    matplotlib.use("Agg")  # before pyplot is imported, since there may be no screen
     import matplotlib.pyplot as plt
 
     from nflows_lib.experiments import notebooks
@@ -131,7 +131,7 @@ def run_in_a_process(chapter: Path, seed: int) -> list[dict[str, Any]]:
 
 
 def report(chapter: Path, results: dict[int, list[dict[str, Any]]], every: bool) -> bool:
-    """Print what was found of a chapter; whether every check held and every text was the stored one."""
+    """Print a chapter's results, and return whether every check held and every text was the stored one."""
     slacks: dict[tuple[int, str], dict[int, float]] = defaultdict(dict)
     sound = True
     for seed, cells in results.items():
@@ -167,7 +167,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--every", action="store_true", help="list every comparison, not only the unsafe ones")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # one chapter, in this process
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # run one chapter in this process
     options = parser.parse_args()
     if options.here:
         os.chdir(options.chapters[0].parent)

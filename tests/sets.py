@@ -1,4 +1,4 @@
-"""Data sets of a few images, in the formats of the real files: what readers are tested on."""
+"""Small data sets in the formats of the real files, on which the functions that read them are tested."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nflows_lib import data
 
 
 def accept_small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have torchvision take files for the real ones, whatever their checksum."""
+    """Let torchvision accept files with any checksum as the real ones."""
     for module in ("cifar", "svhn", "celeba", "flowers102"):
         monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda path, md5: Path(path).exists())
 
@@ -28,12 +28,12 @@ def save_picture(path: Path, pixels: np.ndarray) -> None:
 
 
 def plain(grey: int, width: int = 12, height: int = 9) -> np.ndarray:
-    """A picture of one grey: (height, width, 3)."""
+    """A picture of a single grey, (height, width, 3)."""
     return np.full((height, width, 3), grey, np.uint8)
 
 
 def noise(n: int, shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
-    """n random images: (n, *shape), uint8."""
+    """n random images, (n, *shape), uint8."""
     return np.random.default_rng(seed).integers(256, size=(n, *shape), dtype=np.uint8)
 
 
@@ -56,7 +56,7 @@ def assert_masks(found: data.Images, n: int, size: int) -> None:
 
 
 def write_mnist(folder: Path, part: str, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """A header of big-endian integers, then bytes."""
+    """Write the files of MNIST, each a header of big-endian integers followed by bytes."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     for name, magic, values in (("images-idx3", 0x803, images), ("labels-idx1", 0x801, labels)):
@@ -66,7 +66,7 @@ def write_mnist(folder: Path, part: str, images: torch.Tensor, labels: torch.Ten
 
 
 def write_cifar10(folder: Path, images: np.ndarray, labels: Sequence[int]) -> None:
-    """Six batches with as many images each, (N, 3, 32, 32): five to train on, the last to test."""
+    """Write the files of CIFAR-10 with images (N, 3, 32, 32): five batches to train on, and an equal one to test."""
     batches = folder / "cifar-10-batches-py"
     batches.mkdir(parents=True, exist_ok=True)
     each = len(images) // 6
@@ -78,13 +78,13 @@ def write_cifar10(folder: Path, images: np.ndarray, labels: Sequence[int]) -> No
 
 
 def write_svhn(folder: Path, part: str, images: np.ndarray, labels: Sequence[int]) -> None:
-    """One file of MATLAB's; the digit 0 is written as 10."""
+    """Write a MATLAB file of SVHN, in which the digit 0 is written as 10."""
     y = np.array([[label or 10] for label in labels], np.uint8)
     scipy.io.savemat(folder / f"{part}_32x32.mat", {"X": images.transpose(2, 3, 1, 0), "y": y})
 
 
 def write_celeba(folder: Path, greys: Sequence[int], parts: Sequence[int]) -> None:
-    """Faces of one grey each; parts: 0 to train on, 1 for validation, 2 to test."""
+    """Write the files of CelebA with faces of a single grey; parts are 0 to train on, 1 for validation, 2 to test."""
     lists = folder / "celeba"
     names = [f"{i}.jpg" for i in range(len(greys))]
     for name, grey in zip(names, greys, strict=True):
@@ -101,7 +101,7 @@ def write_celeba(folder: Path, greys: Sequence[int], parts: Sequence[int]) -> No
 
 
 def write_flowers102(folder: Path, greys: Sequence[int], labels: Sequence[int], **parts: Sequence[int]) -> None:
-    """Photographs of one grey each, with labels from 1; parts: trnid, valid, tstid, each a list of numbers from 1."""
+    """Write the files of Flowers-102 with photographs of a single grey; labels and numbers in parts begin at 1."""
     place = folder / "flowers-102"
     for i, grey in enumerate(greys, 1):
         save_picture(place / "jpg" / f"image_{i:05d}.jpg", plain(grey))
@@ -110,14 +110,14 @@ def write_flowers102(folder: Path, greys: Sequence[int], labels: Sequence[int], 
 
 
 def write_flowers5(folder: Path, greys: Sequence[int]) -> None:
-    """Photographs of one grey each, of several sizes and suffixes: the first half are roses, the others tulips."""
+    """Write a folder of grey photographs of several sizes and suffixes: the first half are roses, the others tulips."""
     for i, grey in enumerate(greys):
         kind, suffix = ("rose", "tulip")[2 * i // len(greys)], ("jpg", "png", "jpeg", "png", "JPG", "png")[i % 6]
         save_picture(folder / "flowers5" / kind / f"{i:02d}.{suffix}", plain(grey, 90, 70 + 5 * i))
 
 
 def save_horse(folder: Path, name: str, grey: int, mask: str = "1.png", mode: str = "L", right: int = 6) -> None:
-    """A photograph of one grey, 12x9, and a mask, 24x18, that is bright in twice so many columns to the right."""
+    """Write a grey photograph, 12x9, and a mask, 24x18, whose rightmost columns, twice ``columns``, are bright."""
     save_picture(folder / "weizmann_horse_db" / "horse" / name, plain(grey))
     pixels = np.zeros((18, 24), np.uint8)
     pixels[:, 24 - 2 * right :] = 255
@@ -144,7 +144,7 @@ def _some_horses(folder: Path) -> None:
         save_horse(folder, f"horse{i:03d}.png", 22 * i)  # less, and they are each other's twins
 
 
-# By the data set's name in the table of runs: writes at least four images to train on, and two to test, to a folder.
+# By the data set's name in the table of runs: a function that writes at least four images to train on and two to test.
 SETS: dict[str, Callable[[Path], None]] = {
     "mnist": _some_mnist,
     "cifar10": lambda folder: write_cifar10(folder, noise(12, (3, 32, 32)), [i % 10 for i in range(12)]),

@@ -4,12 +4,13 @@
     python tests/smoke.py --preset quick --device pretended chapters/*.ipynb
 
 The chapters run as ``python -m nflows_lib.notebook`` would run them. In the full preset they have the full models and
-data, but every training takes at most 20 steps, and a named run takes them in small batches, all of them warm-up, and
-is judged on 40 images. (At the papers' size Glow needs its warm-up: after five steps of it the loss was infinite.) A
-check that does not hold is counted, and its cell goes on. Every cell tagged full-run must run, and no cell may fail
-because of a device; other cells that fail, for want of a trained or a shipped model, are listed. In the quick preset
-every cell must run, and every check hold. The device "pretended" is that of tests/pretended_gpu.py. With
-``--stand-ins`` the data sets are random numbers of their shapes, for a machine that has none of them.
+data, but every training takes at most 20 steps. A named run takes its steps in small batches, all of them in the
+warm-up, and is evaluated on 40 images. (At the papers' size Glow needs its warm-up: with a warm-up of five steps its
+loss was infinite.) A check that does not hold is counted, and its cell goes on. Every cell tagged full-run must run,
+and no cell may fail because of a device. Other cells that fail, because a trained or shipped model is missing, are
+listed. In the quick preset every cell must run and every check must hold. The device "pretended" is that of
+tests/pretended_gpu.py. With ``--stand-ins`` the data sets are random numbers of the same shapes, for a machine without
+the data sets.
 """
 
 import argparse
@@ -31,7 +32,7 @@ STEPS, IMAGES, HELD_OUT = 20, 240, 20
 
 
 def stand_in(shape: tuple[int, ...], levels: int = 256, context_shape: tuple[int, ...] | None = None) -> data.Images:
-    """As many random images as a test needs, with random labels, and contexts if they have some."""
+    """Random images with random labels, as many as a test needs, and with contexts if the data set has them."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(levels, (1000, *shape), generator=generator).byte()
     contexts = None if context_shape is None else torch.rand(1000, *context_shape, generator=generator)
@@ -39,7 +40,7 @@ def stand_in(shape: tuple[int, ...], levels: int = 256, context_shape: tuple[int
 
 
 def use_stand_ins() -> None:
-    """Random images instead of the data sets that the chapters read."""
+    """Replace the data sets that the chapters read by random images."""
     data.mnist = lambda part="train", folder=None: stand_in((1, 28, 28))
     data.cifar10 = lambda part="train", folder=None: stand_in((3, 32, 32))
     segmentation.horses = lambda part="train", folder=None, size=32: stand_in((1, size, size), 2, (3, size, size))
@@ -47,7 +48,7 @@ def use_stand_ins() -> None:
 
 
 def use_few_images() -> None:
-    """The named runs are trained and judged on a few of their images."""
+    """Let the named runs train and be evaluated on a few of their images."""
     images_of = runs.images_of
 
     def few(run: table.Run, part: str, folder: Path | None = None) -> data.Images:
@@ -58,13 +59,13 @@ def use_few_images() -> None:
 
 
 def shortened(run: table.Run, batch_size: int) -> table.Run:
-    """The run in small batches, all of them warm-up."""
+    """The run with small batches, all of them in the warm-up."""
     fewer = {**run.training, "batch_size": batch_size, "warmup": STEPS}
     return replace(run, held_out=HELD_OUT, training=fewer, metrics=None)
 
 
 def use_few_steps() -> list[str]:
-    """Trainings of at most 20 steps, and checks that do not raise. What is returned fills with the claims that fail."""
+    """Limit trainings to 20 steps, let checks not raise, and return a list that collects the claims that fail."""
     broken: list[str] = []
     fit, check = training.fit, checks.check
 
@@ -87,7 +88,7 @@ def use_few_steps() -> list[str]:
 
 
 def smoke(chapter: Path, full: bool, broken: list[str]) -> list[int]:
-    """Run a chapter; the numbers of the cells that failed."""
+    """Run a chapter and return the numbers of the cells that failed."""
     cells = notebooks.read_code_cells(chapter)
     failed, others = [], []
     broken.clear()
@@ -143,7 +144,7 @@ def main() -> int:
 
             stack.enter_context(install())
             settings.device = lambda prefer_gpu=None: torch.device(NAME, 0)
-        # The runs must not go on from, or be mistaken for, those of somebody's data folder.
+        # The runs must neither resume runs in the user's data folder nor be mistaken for them.
         archive.work_folder = lambda name: Path(folder) / name
         runs.train = partial(runs.train, steps=STEPS, draws=1)
         segmentation.metrics = partial(segmentation.metrics, samples=2, most=2)

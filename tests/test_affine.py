@@ -1,4 +1,4 @@
-"""Affine maps of the channels that stand side by side: a chain makes one product of them."""
+"""Tests of consecutive affine maps of the channels, which a chain merges into one product."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def made(name: str, shape: tuple[int, ...]) -> tuple[Chain, Tensor, Tensor]:
 
 
 def watched(chain: Chain) -> list[str]:
-    """The names of the layers as they are called; a chain whose layers are watched calls each of them."""
+    """The names of the layers that are called; a chain whose layers are watched calls each of them."""
     called: list[str] = []
     for layer in chain:
         layer.register_forward_hook(lambda layer, *_: called.append(type(layer).__name__))
@@ -71,7 +71,7 @@ def test_a_merged_round_trip_closes_in_float32(name):
 
 
 def test_neighbours_alone_are_merged(monkeypatch):
-    """Two pairs, a coupling between them: each pair is one product, and no layer of a pair is called."""
+    """Two pairs have a coupling between them: each pair is one product, and no layer of a pair is called."""
     products = []
     addmm = torch.addmm
     monkeypatch.setattr(torch, "addmm", lambda *args: products.append(args[1].shape) or addmm(*args))
@@ -85,14 +85,14 @@ def test_neighbours_alone_are_merged(monkeypatch):
 
 
 class Doubled(ActNorm):
-    """An ActNorm with a forward of its own, as a reader writes one."""
+    """An ActNorm with a forward of its own, as a reader writes it."""
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return 2 * x, x.new_zeros(len(x))
 
 
 class DoubledMap(Doubled):
-    """And one that says what map it is now."""
+    """The same ActNorm, which also says what its map is."""
 
     def as_affine(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return 2 * torch.eye(self.channels), torch.zeros(self.channels), torch.zeros(())
@@ -148,7 +148,7 @@ def test_an_empty_batch_passes():
 
 @pytest.mark.parametrize("name", AFFINE)
 def test_the_map_is_what_the_layer_says(name):
-    """A, b and the log-determinant of A against the layer's own forward, and against slogdet."""
+    """A, b and the log-determinant of A agree with the layer's own forward, and with slogdet."""
     shape = next(shape for shape in BIJECTIONS[name].shapes if len(shape) == 1)
     layer, x, context = build(name, shape)
     matrix, bias, log_det = layer.as_affine(context)

@@ -33,7 +33,7 @@ every_model_everywhere = pytest.mark.parametrize(("name", "library"), EVERY, ids
 
 
 def made(name: str, library: str) -> tuple[Flow, Built, Tensor]:
-    """A small model of ours with random parameters, the same in that library, and a batch."""
+    """A small model of ours with random parameters, the same model in another library, and a batch."""
     if library != OURS:
         pytest.importorskip(library.partition(",")[0])
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def made(name: str, library: str) -> tuple[Flow, Built, Tensor]:
 
 
 @every_model_everywhere
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of functions that the peers call and PyTorch deprecates
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the peers call functions that PyTorch deprecates
 def test_it_is_the_same_model(name: str, library: str) -> None:
     flow, built, x = made(name, library)
     models.check(MODELS[name], flow, built, x, **SMALL[name])
@@ -102,7 +102,7 @@ def test_networks_alone_see_what_they_see_in_the_flow() -> None:
 
 
 def verify(content: dict[str, Any]) -> None:
-    """Medians follow from the rounds, ratios from the medians, verdicts from the ratios."""
+    """Medians follow from the rounds, ratios from the medians, and verdicts from the ratios."""
     assert {"commit", "torch", "python", "hardware", "processor", "threads", "device", "versions"} <= content.keys()
     for result in content["models"].values():
         assert list(result["milliseconds"]) == [run.LOG_PROB, run.SAMPLE, run.STEP]
@@ -175,7 +175,9 @@ def test_multiply_adds_on_paper_are_those_that_pytorch_counts(size: dict[str, in
     step = scaling.step_of(name, value)
     with FlopCounterMode(display=False) as counter:
         step()
-    counted = counter.get_total_flops() / 2  # a multiply-add is two; the layers' parameters cost some, at no pixel
+    counted = (
+        counter.get_total_flops() / 2
+    )  # a multiply-add is two operations; the layers' parameters cost some as well
     expected = 3 * scaling.BATCH * scaling.multiply_adds(**scaling.sizes(name, value))
     assert counted == pytest.approx(expected, rel=0.05)
 

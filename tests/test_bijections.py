@@ -1,4 +1,4 @@
-"""Every bijection in tests/bijections.py keeps the contract of nflows_lib/bijection.py."""
+"""Tests that every bijection in tests/bijections.py keeps the contract of nflows_lib/bijection.py."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ every_case = pytest.mark.parametrize(("name", "shape"), CASES)
 
 
 def public_bijections() -> set[type[Bijection]]:
-    """Every public subclass of Bijection that a module of nflows_lib defines, but base classes without a forward."""
+    """Every public subclass of Bijection in nflows_lib, except base classes without a forward."""
     found = set()
     for info in pkgutil.walk_packages(nflows_lib.__path__, "nflows_lib."):
         if info.name.endswith("__main__"):
@@ -54,7 +54,7 @@ def test_every_public_bijection_has_an_entry():
     tested = {type(example.make(example.shapes[0])) for example in BIJECTIONS.values()}
     missing = {cls.__name__ for cls in public_bijections() - tested}
     assert not missing, f"no entry in tests/bijections.py for {', '.join(sorted(missing))}"
-    assert {AdditiveCoupling, Rescale} <= public_bijections()  # the walk does find them
+    assert {AdditiveCoupling, Rescale} <= public_bijections()  # the walk finds the subclasses
     assert not {Bijection, ChannelBijection} & public_bijections()
 
 
@@ -67,13 +67,13 @@ def test_every_entry_has_several_shapes(name):
 
 
 def jacobian(layer: Bijection, x: Tensor, context: Tensor | None) -> Tensor:
-    """dz/dx of one example, x of shape (1, *shape): (D, D)."""
+    """dz/dx of one example x of shape (1, *shape), as (D, D)."""
     matrix = torch.autograd.functional.jacobian(lambda v: layer(v, context)[0].flatten(), x)
     return matrix.reshape(x.numel(), x.numel())
 
 
 def as_latent(layer: Bijection, x: Tensor) -> Tensor:
-    """The numbers of x in the shape of the layer's output: something to invert."""
+    """The numbers of x in the shape of the layer's output, as a latent to invert."""
     return x.view(len(x), *layer.output_shape(tuple(x.shape[1:])))
 
 
@@ -106,7 +106,7 @@ def test_round_trip_both_ways(name, shape, dtype, bound):
 @every_case
 @torch.no_grad()
 def test_contribution_is_one_number_an_example(name, shape):
-    """And neither it nor z changes with the other examples of the batch."""
+    """Neither the contribution nor z changes with the other examples of the batch."""
     layer, x, context = build(name, shape)
     z, contribution = layer(x, context)
     assert contribution.shape == (len(x),)
@@ -194,7 +194,7 @@ def test_input_is_not_changed_in_place(name, shape):
 @every_case
 @torch.no_grad()
 def test_context(name, shape):
-    """An unconditional layer ignores it; a conditional one obeys it in both directions and misses it by name."""
+    """An unconditional layer ignores the context; a conditional one uses it both ways and names it if it is missing."""
     layer, x, context = build(name, shape)
     other = torch.randn(len(x), *(BIJECTIONS[name].context or (3,)), dtype=x.dtype)
     z = as_latent(layer, x)
@@ -211,7 +211,7 @@ def test_context(name, shape):
 @pytest.mark.parametrize(("name", "shape"), [case for case in CASES if BIJECTIONS[case.values[0]].context])
 @torch.no_grad()
 def test_each_example_has_a_context_of_its_own(name, shape):
-    """Another context for one example changes that one, in either direction, and no other."""
+    """Another context for one example changes this example, in both directions, and no other."""
     layer, x, context = build(name, shape)
     other = context.clone()
     other[1] = torch.randn_like(other[1])
@@ -241,7 +241,7 @@ def test_wrong_shapes_are_named(name, shape: Shape):
             with pytest.raises(ValueError, match=f"^{argument}: {expected}$"):
                 direction(bad, context)
     for wrong in wrong_shapes(shape):
-        # What comes is the layer's own argument; a factor-out's is the shape itself.
+        # The got value is the layer's own argument; a factor-out has the shape itself.
         expected, got = (shape, wrong) if isinstance(layer, FactorOut) else (wrong, shape)
         with pytest.raises(ValueError, match=f"expected .*{re.escape(str(expected))}.*, got {re.escape(str(got))}"):
             layer.output_shape(wrong)
@@ -269,9 +269,9 @@ def test_alternating_mask_errors(arguments, message):
 def network_output(
     layer: AdditiveCoupling | AffineCoupling, x: Tensor, context: Tensor | None, parts: int
 ) -> list[Tensor]:
-    """The parts of what a coupling's network gives, each in the shape of x, with zeros where the mask passes.
+    """The parts of a coupling network's output, each in the shape of x, with zeros where x is left unchanged.
 
-    The network sees b x if x are images, and the passing half alone if they are vectors.
+    The network sees b x if x are images, and only the unchanged half if they are vectors.
     """
     passes = layer.mask
     if x.dim() > 2:
@@ -282,7 +282,7 @@ def network_output(
 
 @pytest.mark.parametrize("name", [name for name in BIJECTIONS if name.startswith("additive_coupling")])
 def test_true_passes_and_only_that_feeds_the_network(name):
-    """z = x + (1 - b) t(x1); so the Jacobian has ones on its diagonal, and off it only where changed meets passing."""
+    """z = x + (1 - b) t(x1), so the Jacobian is 1 on its diagonal, and off it only x1 acts on changed numbers."""
     layer, x, context = build(name, BIJECTIONS[name].shapes[-1])
     z, _ = layer(x, context)
     passes = layer.mask
@@ -315,7 +315,7 @@ def test_coupling_refuses_a_mask_that_does_not_split(coupling, mask, message):
 
 @pytest.mark.parametrize(("coupling", "expected", "wrong"), [(AdditiveCoupling, 2, 1), (AffineCoupling, 4, 2)])
 def test_coupling_refuses_a_network_of_another_shape(coupling, expected, wrong):
-    """An output of shape (B, 1), or (B, 2) for two parts, would broadcast: a coupling, but not the one meant."""
+    """An output of shape (B, 1), or (B, 2) for two parts, would broadcast to a coupling that is not the one meant."""
     layer = coupling(alternating_mask(4, 0), MLP(2, wrong, hidden=3, depth=1))
     for direction in (layer, layer.inverse):
         with pytest.raises(
@@ -327,14 +327,14 @@ def test_coupling_refuses_a_network_of_another_shape(coupling, expected, wrong):
 @pytest.mark.parametrize(("coupling", "own"), [(AdditiveCoupling, []), (AffineCoupling, ["gain"])])
 @pytest.mark.parametrize("mask", [checkerboard_mask((1, 2, 2), 0), alternating_mask(3, 0)], ids=["image", "vector"])
 def test_coupling_moves_its_mask_with_the_module(coupling, own, mask):
-    """The mask is a buffer: a checkpoint holds it, and nothing that follows from it; all go to another device."""
+    """The mask is a buffer: a checkpoint holds it, but nothing that follows from it; all move to another device."""
     layer = coupling(mask, nn.Identity())
     assert list(layer.state_dict()) == [*own, "mask"]
     assert {buffer.device.type for buffer in layer.to("meta").buffers()} == {"meta"}
 
 
 class Seeing(Fixed):
-    """A network that data initialise: it keeps what it was given then, too."""
+    """A network that is initialised from data, and that also keeps the data of its initialisation."""
 
     initialize = Fixed.forward
 
@@ -346,10 +346,10 @@ MASKS += [torch.tensor([True, True, False, False, True, False, False])]
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("mask", MASKS, ids=lambda mask: "".join(map(str, mask.int().tolist())))
 def test_the_network_of_a_vector_coupling_sees_the_passing_half_and_answers_for_the_other(mask, parts):
-    """Exactly that half, in order, in both directions and at initialisation; each answer goes to its own place."""
+    """It sees exactly the unchanged half, in order, both ways and at initialisation; each output has its own place."""
     size = int((~mask).sum())
     shift = torch.arange(1.0, size + 1)
-    network = Seeing(*[0.0] * (parts - 1) * size, *shift)  # a log-scale of 0 where there is one
+    network = Seeing(*[0.0] * (parts - 1) * size, *shift)  # if there is a log-scale, it is 0
     layer = {1: AdditiveCoupling, 2: AffineCoupling}[parts](mask, network)
     x, context = torch.randn(3, len(mask)), torch.zeros(3, 1)
     expected = x.clone()
@@ -368,7 +368,7 @@ def test_the_network_of_a_vector_coupling_sees_the_passing_half_and_answers_for_
 @pytest.mark.parametrize("coupling", [AdditiveCoupling, AffineCoupling])
 @torch.no_grad()
 def test_a_vector_coupling_follows_the_mask_that_it_loads(coupling):
-    """The mask is in the state dict, and the halves follow from it: those of the constructor's mask are forgotten."""
+    """The mask is in the state dict, and the halves follow from it, not from the constructor's mask."""
     outputs = 2 if coupling is AdditiveCoupling else 4
     torch.manual_seed(0)
     masks = alternating_mask(4, 0), torch.tensor([False, False, True, True])
@@ -391,11 +391,11 @@ COUPLINGS = [case for case in CASES if case.values[0].startswith(("additive_coup
 
 @pytest.mark.parametrize(("name", "shape"), COUPLINGS)
 def test_couplings_work_under_vmap_and_jacrev(name, shape):
-    """torch.func sees one example at a time, and its Jacobians have the determinants that the layer states."""
+    """torch.func sees one example at a time, and its Jacobians have the layer's determinants."""
     layer, x, context = build(name, shape)
 
     def one_by_one(direction: Callable[[Tensor, Tensor | None], Tensor], batch: Tensor) -> tuple[Tensor, Tensor]:
-        """What a direction gives, flat, and its Jacobians."""
+        """The flat output of one direction, and its Jacobians."""
 
         def alone(v: Tensor, c: Tensor | None) -> Tensor:
             return direction(v[None], None if c is None else c[None]).flatten()
@@ -440,7 +440,7 @@ def test_checkerboard_mask_errors(arguments, message):
 
 
 def test_channel_mask():
-    """The first half of the channels passes, or the second; of three, the half is one."""
+    """The mask leaves the first or the second half of the channels unchanged; of three channels the half is one."""
     mask = channel_mask((4, 2, 3), 0)
     assert mask.dtype == torch.bool
     assert mask.shape == (4, 2, 3)
@@ -469,7 +469,7 @@ def test_channel_mask_errors(arguments, message):
 
 @pytest.mark.parametrize("name", [name for name in BIJECTIONS if name.startswith(("affine_", "channel_"))])
 def test_affine_coupling_is_its_formula(name):
-    """z = b x + (1 - b) (x e^s + t); the Jacobian's diagonal is 1 where it passes and e^s where it does not."""
+    """z = b x + (1 - b) (x e^s + t); the Jacobian's diagonal is 1 for unchanged numbers and e^s for the others."""
     layer, x, context = build(name, BIJECTIONS[name].shapes[-1])
     z, contribution = layer(x, context)
     passes = layer.mask
@@ -509,7 +509,7 @@ def test_affine_coupling_by_hand():
 @pytest.mark.parametrize("sign", [-1, 1])
 @torch.no_grad()
 def test_log_scale_stays_within_the_gain(gain, sign):
-    """A network that explodes reaches [-g, g] and no further, so that the layer can still be undone."""
+    """A network whose output explodes reaches [-g, g] and no more, so that the layer can still be inverted."""
     layer = AffineCoupling(alternating_mask(4, 0), Fixed(*[sign * 1e30] * 2, *[0.25] * 2))
     assert layer.gain.item() == 1
     layer.gain.fill_(gain)
@@ -521,7 +521,7 @@ def test_log_scale_stays_within_the_gain(gain, sign):
 
 
 def steps_of(layer: AffineCoupling, steps: int) -> list[set[str]]:
-    """Which parameters each step of gradient descent moves; the loss needs scales and shifts."""
+    """The parameters that each step of gradient descent moves; the loss needs scales and shifts."""
     x = torch.randn(16, *layer.mask.shape)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     moved = []
@@ -537,9 +537,9 @@ def steps_of(layer: AffineCoupling, steps: int) -> list[set[str]]:
 
 
 def test_affine_coupling_with_an_mlp_starts_as_the_identity_and_leaves_it():
-    """The first step moves the last layer, what becomes s and what becomes t, since the gain starts at 1.
+    """The first step moves the last layer, both its scale and its shift, because the gain starts at 1.
 
-    The second moves everything: the identity is no saddle from which a part of the layer cannot get away.
+    The second step moves everything: no part of the layer is stuck at the identity map.
     """
     torch.manual_seed(0)
     layer = AffineCoupling(alternating_mask(4, 1), MLP(2, 4, hidden=16, depth=2))
@@ -550,7 +550,7 @@ def test_affine_coupling_with_an_mlp_starts_as_the_identity_and_leaves_it():
     assert steps_of(layer, 1) == [{"network.layers.4.weight", "network.layers.4.bias"}]
     last = layer.network.layers[-1]
     for parameter in (last.weight, last.bias[:, None]):
-        assert (parameter != 0).any(1).all()  # every row stands for something that the layer changes
+        assert (parameter != 0).any(1).all()  # every row belongs to a number that the layer changes
     assert steps_of(layer, 1) == [{name for name, _ in layer.named_parameters()}]
 
 
@@ -561,7 +561,7 @@ def test_every_parameter_of_an_affine_coupling_with_a_resnet_moves_at_once():
 
 
 def test_affine_coupling_with_a_resnet_inside():
-    """Weight norm keeps it out of the dictionary, since it cannot be pickled; the contract is the same."""
+    """The contract is the same; weight norm cannot be pickled, so this coupling is not in the dictionary."""
     torch.manual_seed(0)
     shape = (2, 3, 4)
     layer = AffineCoupling(checkerboard_mask(shape, 1), ResNet(2, 4, hidden=5, blocks=2, context=3)).double()
@@ -587,7 +587,7 @@ batch_norm_shapes = pytest.mark.parametrize("shape", [(16, 3), (5, 3, 4, 2)], id
 
 
 def batch_of(shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Random, with a mean and a standard deviation of its own in every channel."""
+    """A random batch with another mean and standard deviation in every channel."""
     torch.manual_seed(0)
     scale, shift = torch.tensor([0.02, 1.0, 3.0]), torch.tensor([0.5, -2.0, 1.0])
     x = torch.randn(shape) * scale.view(1, 3, *[1] * (len(shape) - 2)) + shift.view(1, 3, *[1] * (len(shape) - 2))
@@ -595,14 +595,14 @@ def batch_of(shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def per_channel(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel."""
+    """The mean and the variance of each channel."""
     values = x.movedim(1, 0).reshape(x.shape[1], -1)
     return values.mean(1), (values - values.mean(1, keepdim=True)).square().mean(1)
 
 
 @batch_norm_shapes
 def test_batch_norm_in_training_mode(shape):
-    """Mean 0 and variance v / (v + eps) in every channel, and -1/2 H W log(v + eps) summed over the channels."""
+    """Every channel has mean 0 and variance v / (v + eps); the log-det is the sum of -1/2 H W log(v + eps)."""
     x = batch_of(shape)
     layer = FlowBatchNorm(3, eps=1e-3).double()
     z, contribution = layer(x)
@@ -610,7 +610,7 @@ def test_batch_norm_in_training_mode(shape):
     new_mean, new_variance = per_channel(z)
     torch.testing.assert_close(new_mean, torch.zeros_like(new_mean), rtol=0, atol=1e-12)
     torch.testing.assert_close(new_variance, variance / (variance + 1e-3))
-    assert new_variance[0] < 0.5  # an eps that counts
+    assert new_variance[0] < 0.5  # an eps that is not negligible
     torch.testing.assert_close(z, nn.functional.batch_norm(x, None, None, training=True, eps=1e-3))
     positions = x[0, 0].numel()
     expected = -0.5 * positions * (variance + 1e-3).log().sum()
@@ -621,7 +621,7 @@ def test_batch_norm_in_training_mode(shape):
 @pytest.mark.parametrize("momentum", [0.1, 0.75])
 @torch.no_grad()
 def test_batch_norm_keeps_running_averages(shape, momentum):
-    """running = (1 - momentum) running + momentum batch, from 0 and 1; evaluation and the inverse read, never write."""
+    """running = (1 - momentum) running + momentum batch, from 0 and 1; evaluation and the inverse only read them."""
     x = batch_of(shape)
     layer = FlowBatchNorm(3, momentum=momentum).double()
     mean, variance = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
@@ -660,7 +660,7 @@ def test_batch_norm_learns_through_the_statistics_of_the_batch():
 @batch_norm_shapes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_process_has_the_statistics_of_its_batch_to_the_bit(shape, dtype):
-    """Nothing is rounded that would not be without other processes; gradients are those of the plain formula."""
+    """Other processes add no rounding to a process alone; gradients are those of the plain formula."""
     x = batch_of(shape, dtype).requires_grad_()
     layer = FlowBatchNorm(3, momentum=1.0).to(dtype)
     z, contribution = layer(x)
@@ -683,7 +683,7 @@ def test_one_process_has_the_statistics_of_its_batch_to_the_bit(shape, dtype):
 
 @torch.no_grad()
 def test_batch_norm_is_a_bijection_in_evaluation_mode_only():
-    """The lesson (F15, F16): in training mode nothing of the contract holds, in evaluation mode everything does."""
+    """The lesson of F15 and F16: the contract holds in evaluation mode, and no part of it in training mode."""
     x = batch_of((4, 3))
     layer = used_batch_norm((3,)).double()
 
@@ -694,10 +694,10 @@ def test_batch_norm_is_a_bijection_in_evaluation_mode_only():
     torch.testing.assert_close(matrix.sum(1), torch.zeros(12, dtype=torch.float64), rtol=0, atol=1e-9)
     assert torch.linalg.slogdet(matrix).logabsdet < -50
     assert contribution.sum().abs() < 50
-    # Nor is it the log-determinant of one example's part of it.
+    # Nor is the contribution the log-determinant of one example's part of that map.
     own = torch.linalg.slogdet(matrix[:3, :3]).logabsdet
     assert (own - contribution[0]).abs() > 0.5
-    # One example's z depends on the others, and the inverse, with the running averages, does not lead back.
+    # One example's z depends on the others, and the inverse, which uses the running averages, does not return x.
     others = torch.cat([x[:1], 2 * x[1:]])
     assert (layer(others)[0][0] - z[0]).abs().max() > 0.1
     assert (layer.inverse(z) - x).abs().max() > 0.1
@@ -768,7 +768,7 @@ ALPHAS = [1e-6, 1e-3, 0.05, 0.25, 0.45]
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_logit_against_autograd(alpha):
-    """log((1 - 2 alpha) / (p (1 - p))) of p = alpha + (1 - 2 alpha) u, and what autograd says of the formula."""
+    """The log-det is log((1 - 2 alpha) / (p (1 - p))) with p = alpha + (1 - 2 alpha) u, as autograd computes it."""
     u = torch.linspace(0, 1, 101, dtype=torch.float64)[:, None].requires_grad_()
     y, contribution = Logit(alpha)(u)
     p = alpha + (1 - 2 * alpha) * u
@@ -798,7 +798,7 @@ def test_logit_is_finite_at_both_ends(alpha):
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_inverse_logit_is_bounded(alpha):
-    """From alpha / (1 - 2 alpha) below 0 to as much above 1, which it reaches at the ends of the real line."""
+    """Its values end alpha / (1 - 2 alpha) below 0 and as much above 1, at the ends of the real line."""
     z = torch.tensor([[-1e30, -30.0, 0.0, 30.0, 1e30]], dtype=torch.float64)
     u = Logit(alpha).inverse(z)[0]
     beyond = alpha / (1 - 2 * alpha)

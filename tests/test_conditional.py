@@ -1,4 +1,4 @@
-"""Conditional Glow: its networks, each of its layers by hand, and what the whole model owes to the context."""
+"""Tests of conditional Glow: its networks, each of its layers by hand, and the effect of the context on the model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from nflows_lib.normalization import ActNorm
 
 # --- from a context to numbers ----------------------------------------------------------------------------------------
 
-# A context's shape, and the sizes that its image is halved to.
+# A context's shape, and the sizes to which its image is halved.
 CONTEXTS: dict[Shape, list[tuple[int, int]]] = {
     (1,): [],
     (5,): [],
@@ -47,7 +47,7 @@ every_context = pytest.mark.parametrize("context_shape", CONTEXTS, ids=lambda sh
 
 
 def conditioning(context_shape: Shape, outputs: int = 7, hidden: int = 6, **options) -> ConditioningNetwork:
-    """With random numbers in its last layer, too."""
+    """A conditioning network with random numbers also in its last layer."""
     torch.manual_seed(0)
     network = ConditioningNetwork(context_shape, outputs, hidden, **options)
     randomize(network.layers[-1])
@@ -68,7 +68,7 @@ def test_a_conditioning_network_gives_a_vector_for_each_context(context_shape):
 @every_context
 @torch.no_grad()
 def test_a_conditioning_network_is_its_formula(context_shape):
-    """3x3 convolutions with stride 2 until 16 pixels are left, two linear layers, ReLUs between them all."""
+    """3x3 convolutions with stride 2 until 16 pixels are left, then two linear layers, with ReLUs in between."""
     network = conditioning(context_shape).double()
     context = torch.randn(3, *context_shape, dtype=torch.float64)
     *inside, first, last = [layer for layer in network.layers if list(layer.parameters())]
@@ -93,7 +93,7 @@ def test_only_the_last_layer_of_a_conditioning_network_starts_at_zero(context_sh
 
 @pytest.mark.parametrize("context_shape", [(5,), (2, 5, 9)])
 def test_a_conditioning_network_leaves_zero(context_shape):
-    """The first step moves the last layer alone; after that every parameter has a gradient."""
+    """The first step moves only the last layer; after it every parameter has a gradient."""
     torch.manual_seed(0)
     network = ConditioningNetwork(context_shape, 7, 16)
     context, target = torch.randn(8, *context_shape), torch.randn(8, 7)
@@ -172,11 +172,11 @@ def test_other_precisions_are_refused():
             make()
 
 
-# --- features of a context beside an input ----------------------------------------------------------------------------
+# --- features of a context as additional input ------------------------------------------------------------------------
 
 
 class Told(nn.Module):
-    """Keeps what it is given, and gives zeros."""
+    """A network that keeps its inputs and returns zeros."""
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         self.first = (x, context)
@@ -191,7 +191,7 @@ class Told(nn.Module):
 )
 @torch.no_grad()
 def test_a_network_sees_features_of_the_context_of_the_input_s_size(full, size):
-    """3x3 convolutions with stride 2 down to it, one more that keeps the size, a ReLU after each; x as it is."""
+    """3x3 convolutions with stride 2 go down to that size, one more keeps it; ReLUs follow each; x is unchanged."""
     torch.manual_seed(0)
     network = ConditionalNet(Told(), (3, *full), size, 5).double()
     x, context = torch.randn(2, 2, *size).double(), torch.randn(2, 3, *full).double()
@@ -229,7 +229,7 @@ def test_features_are_computed_in_their_precision_and_are_given_in_single():
         ((3, 8, 4), (4, 4)),
         ((3, 4, 8), (4, 4)),
         ((3, 9, 8), (4, 4)),
-        ((3, 2, 2), (4, 4)),  # half the size: no convolution makes an image larger
+        ((3, 2, 2), (4, 4)),  # the context has half the size, and no convolution makes an image larger
         ((3, 1, 1), (4, 4)),
         ((3, 2, 4), (4, 8)),
     ],
@@ -241,7 +241,7 @@ def test_a_context_of_another_size_is_named(context_shape, size):
 
 
 def test_the_log_scale_of_a_bounded_prior_is_a_gain_times_a_tanh():
-    """And the mean is as the network gives it; the network is told of the context, and of the first batch."""
+    """The mean is the network's output; the network sees the context, and is initialised from the first batch."""
     torch.manual_seed(0)
     prior = BoundedPrior(ZeroConv(2, 4, 3))
     assert prior.gain.item() == 1
@@ -268,7 +268,7 @@ sizes = pytest.mark.parametrize("size", [(), (4, 2)], ids=["vectors", "images"])
 @sizes
 @torch.no_grad()
 def test_conditional_act_norm_is_its_formula_for_each_example(size):
-    """z = e^(s + tanh s(x)) y + b + b(x), and H W (sum of s + tanh s(x)); here the network's output is the context."""
+    """z = e^(s + tanh s(x)) y + b + b(x), log-det H W sum(s + tanh s(x)); here the network returns the context."""
     torch.manual_seed(0)
     layer = ConditionalActNorm(3, nn.Identity()).double()
     layer.initialize(spread((16, 3, *size)), torch.zeros(16, 6).double())
@@ -285,7 +285,7 @@ def test_conditional_act_norm_is_its_formula_for_each_example(size):
 @sizes
 @torch.no_grad()
 def test_the_first_batch_leaves_a_conditional_act_norm_standardised(size):
-    """Whatever the contexts: their part starts at 0. A state that is loaded is not initialised again."""
+    """Contexts do not matter, since their part starts at 0; a loaded state is not initialised again."""
     x, context = spread((16, 3, *size)), torch.randn(16, 5).double()
     layer, other = (ConditionalActNorm(3, conditioning((5,), 6)).double() for _ in range(2))
     nn.init.zeros_(layer.network.layers[-1].weight)
@@ -307,7 +307,7 @@ def test_the_first_batch_leaves_a_conditional_act_norm_standardised(size):
 
 @torch.no_grad()
 def test_a_conditional_act_norm_stays_tame():
-    """A network that explodes moves each log-scale by 1 and no further."""
+    """A network whose output explodes moves each log-scale by 1 and no more."""
     for sign in (-1, 1):
         layer = ConditionalActNorm(3, Fixed(*[sign * 1e30] * 3, *[0.25] * 3))
         layer.initialize(spread((16, 3), torch.float32))
@@ -318,7 +318,7 @@ def test_a_conditional_act_norm_stays_tame():
 
 
 def conditional_conv(channels: int, seed: int = 0) -> Conditional1x1Conv:
-    """The network's output is the context."""
+    """A conditional convolution whose network returns the context."""
     torch.manual_seed(seed)
     layer = Conditional1x1Conv(channels, nn.Identity()).double()
     randomize(layer, 0.3)
@@ -326,7 +326,7 @@ def conditional_conv(channels: int, seed: int = 0) -> Conditional1x1Conv:
 
 
 def matrices_of(layer: Conditional1x1Conv, context: Tensor) -> Tensor:
-    """P L(x) (U(x) + diag(s(x))), built entry by entry: (B, C, C)."""
+    """P L(x) (U(x) + diag(s(x))), built entry by entry, as (B, C, C)."""
     channels, matrices = layer.channels, []
     for raw in context:
         numbers = layer.factors + raw.view(channels, channels).tanh()
@@ -344,7 +344,7 @@ def matrices_of(layer: Conditional1x1Conv, context: Tensor) -> Tensor:
 @sizes
 @torch.no_grad()
 def test_conditional_conv_is_its_formula_for_each_example(channels, size):
-    """At every pixel W(x) y, with the sign of det W the same for all contexts, and H W log|det W(x)|."""
+    """Every pixel becomes W(x) y; det W has one sign for all contexts, and the log-det is H W log|det W(x)|."""
     layer = conditional_conv(channels)
     y, context = torch.randn(6, channels, *size).double(), torch.randn(6, channels**2).double()
     matrices = matrices_of(layer, context)
@@ -361,7 +361,7 @@ def test_conditional_conv_is_its_formula_for_each_example(channels, size):
 @pytest.mark.parametrize("seed", range(4))
 @torch.no_grad()
 def test_no_context_makes_a_conditional_conv_singular(seed):
-    """With outputs of +-1000 a number moves by 1: det W(x) keeps its sign, its log stays within C, W^-1 is finite."""
+    """With outputs of +-1000 an entry moves by 1: det W(x) keeps its sign, its log is within C, W^-1 is finite."""
     layer = conditional_conv(6, seed)
     y, context = torch.randn(20, 6).double(), 1e3 * torch.randn(20, 36).double()
     context[0], context[1] = 1e3, -1e3
@@ -378,7 +378,7 @@ def test_no_context_makes_a_conditional_conv_singular(seed):
 
 @torch.no_grad()
 def test_a_conditional_conv_starts_as_a_random_rotation():
-    """The same for every context: that of the unconditional layer from the same draws."""
+    """It is the same for every context, and equals the unconditional layer from the same draws."""
     network = ConditioningNetwork((3,), 25, 4)
     torch.manual_seed(0)
     layer = Conditional1x1Conv(5, network)
@@ -395,7 +395,7 @@ def test_a_conditional_conv_starts_as_a_random_rotation():
 )
 @torch.no_grad()
 def test_a_network_of_another_size_is_named(make, outputs):
-    """One that would broadcast, too."""
+    """This includes a network whose output would broadcast."""
     for wrong in (1, 2, 3, outputs + 1):
         layer = make(3, Fixed(*[0.0] * wrong))
         layer.initialize(torch.randn(8, 3))
@@ -423,7 +423,7 @@ def contexts_of(name: str, n: int) -> Tensor:
 
 
 def fresh(name: str, levels: int = 32, **options) -> Flow:
-    """Initialised on every level, and no more."""
+    """A small conditional Glow that is initialised on every level and not changed otherwise."""
     torch.manual_seed(0)
     shape, context_shape, scales = MODELS[name]
     options = {"steps": STEPS, "hidden": HIDDEN, "conditioning": CONDITIONING, **options}
@@ -433,14 +433,14 @@ def fresh(name: str, levels: int = 32, **options) -> Flow:
 
 
 def small(name: str, scale: float = 0.1, **options) -> Flow:
-    """Then moved by random numbers, in evaluation mode."""
+    """The same flow with parameters moved by random numbers, in evaluation mode."""
     flow = fresh(name, **options)
     stir(flow, scale)
     return flow.eval()
 
 
 def places_of(flow: Flow) -> dict[str, nn.Module]:
-    """The network of each layer and prior that the context has a say in, by the layer's name."""
+    """The networks of the layers and priors that depend on the context, by the layer's name."""
     found = {}
     for label, module in flow.named_modules():
         if isinstance(module, ConditionalActNorm | Conditional1x1Conv | BoundedGlowCoupling):
@@ -451,7 +451,7 @@ def places_of(flow: Flow) -> dict[str, nn.Module]:
 
 
 def last_layer(network: nn.Module) -> nn.Module:
-    """The one that starts at zero."""
+    """The network's layer that starts at zero."""
     last = [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     if isinstance(network, ConditionalNet | BoundedPrior):  # whose features come last in the list
         last = [
@@ -466,7 +466,7 @@ def last_layer(network: nn.Module) -> nn.Module:
 
 @every_model
 def test_cglow_is_its_list_of_layers(name):
-    """Glow's arrangement; each layer and each prior with a network of its own, the features as wide as told."""
+    """The order is Glow's; each layer and prior has a network of its own, with features of the given width."""
     shape, context_shape, scales = MODELS[name]
     flow = fresh(name, precision=torch.bfloat16)
     layers = list(flow.chain)
@@ -520,14 +520,14 @@ def test_cglow_has_the_defaults_of_the_released_code():
 def parameters_of_cglow(
     shape: Shape, context_shape: Shape, scales: int, steps: int, hidden: int, conditioning: int
 ) -> int:
-    """Counted by hand: what is learned for all, and a conditioning network or features for each layer and prior."""
+    """The number of parameters, counted by hand: the shared ones, and a conditioning network or features per layer."""
     channels_x, *full = context_shape
     pixels, halvings = list(full), 0
     while math.prod(pixels) > 16:
         pixels, halvings = [math.ceil(side / 2) for side in pixels], halvings + 1
 
     def convs(number: int) -> int:
-        """So many 3x3 convolutions from the context on, with biases."""
+        """The parameters of so many 3x3 convolutions with biases, from the context on."""
         widths = [channels_x, *[conditioning] * number]
         return sum(9 * a * b + b for a, b in itertools.pairwise(widths))
 
@@ -569,7 +569,7 @@ def test_cglow_starts_without_a_word_from_the_context(name):
 @every_model
 @torch.no_grad()
 def test_each_place_by_itself_makes_the_likelihood_depend_on_the_context(name):
-    """ActNorm, 1x1 convolution, coupling, prior, at every step and scale; and each image has a context of its own."""
+    """Places are ActNorm, 1x1 convolution, coupling and prior, at every step and scale; each image has its context."""
     flow, k, context = fresh(name).double(), levels_of(MODELS[name][0], 32)[:4], contexts_of(name, 4).double()
     other = context.clone()
     other[1] = 1 - context[1]
@@ -588,7 +588,7 @@ def test_each_place_by_itself_makes_the_likelihood_depend_on_the_context(name):
 
 @every_model
 def test_cglow_against_autograd(name):
-    """The log-determinant of the whole, from behind the noise on, and the way back, with a context for each example."""
+    """The log-determinant of the whole flow after the noise, and its inverse, with one context per example."""
     flow, shape = small(name).double(), MODELS[name][0]
     continuous = flow[1:]
     y, context = 32 * torch.rand(3, *shape, dtype=torch.float64), contexts_of(name, 3).double()
@@ -606,7 +606,7 @@ def test_cglow_against_autograd(name):
 
 
 def with_inputs(layers: Chain, y: Tensor, context: Tensor) -> Iterator[tuple[Layer, Tensor]]:
-    """Every layer but the last of a scale that is not the coarsest, with what reaches it."""
+    """Every layer, except the last one of a scale that is not the coarsest, with its input."""
     for layer in layers:
         if isinstance(layer, FactorOut):
             yield from with_inputs(layer.inner, y.chunk(2, dim=1)[0], context)
@@ -617,7 +617,7 @@ def with_inputs(layers: Chain, y: Tensor, context: Tensor) -> Iterator[tuple[Lay
 
 @every_model
 def test_cglow_with_networks_in_bfloat16_is_as_consistent(name):
-    """What is done with what they give is in single precision: log-determinants, and the way back."""
+    """The layers use the networks' outputs in single precision, so log-determinants and inverses stay exact."""
     flow, exact, shape = small(name, precision=torch.bfloat16), small(name), MODELS[name][0]
     flow, exact = (made[1:] for made in (flow, exact))
     y, context = 32 * torch.rand(3, *shape), contexts_of(name, 3)
@@ -637,7 +637,7 @@ def test_cglow_with_networks_in_bfloat16_is_as_consistent(name):
 @every_model
 @torch.no_grad()
 def test_encode_and_decode_every_level(monkeypatch, name):
-    """With noise off the very edges of a level, which float32 may round into the next."""
+    """The noise avoids the edges of a level, which float32 may round into the next level."""
     rand_like = torch.rand_like
     monkeypatch.setattr(torch, "rand_like", lambda like: 0.01 + 0.98 * rand_like(like))
     flow, k, context = small(name), levels_of(MODELS[name][0], 32), contexts_of(name, 32)
@@ -660,7 +660,10 @@ def test_one_example_does_not_depend_on_the_contexts_of_others(name):
 @pytest.mark.parametrize("context_shape", [(2,), (1, 2, 2)], ids=["vector", "image"])
 @torch.no_grad()
 def test_cglow_against_exact_enumeration(context_shape):
-    """P(k | x) of all 16 images of 2 x 2 bits, given either context: nearly 1 in all, and samples follow it."""
+    """P(k
+
+    x) of all 16 images of 2 x 2 bits sums to nearly 1 for either context, and samples follow it.
+    """
     torch.manual_seed(0)
     flow = cglow((1, 2, 2), context_shape, levels=2, scales=1, steps=1, hidden=4, conditioning=4).double()
     continuous = flow[1:]
@@ -679,7 +682,7 @@ def test_cglow_against_exact_enumeration(context_shape):
         found.append(probability)
         y = flow.sample(n, context=rows).flatten(1)
         counts = torch.bincount(y @ torch.tensor([8, 4, 2, 1]), minlength=16).double()
-        # What lies beyond the cube is clamped into it.
+        # Samples outside of the cube are clamped into it.
         error = 5 * (probability * (1 - probability) / n).sqrt() + (1 - probability.sum()).clamp(min=0)
         assert ((counts / n - probability).abs() < error).all()
     assert (found[0] - found[1]).abs().max() > 0.01
@@ -703,7 +706,7 @@ def test_a_context_is_asked_for_and_has_its_shape(name):
 @every_model
 @torch.no_grad()
 def test_samples_have_one_context_each(name):
-    """At temperature 0 each context has one image, and another context another."""
+    """At temperature 0 each context has one image, and another context has another image."""
     flow = small(name)
     context = contexts_of(name, 3)[torch.arange(7) % 3]
     x = flow.sample(7, context=context)
@@ -718,7 +721,7 @@ def test_samples_have_one_context_each(name):
 
 @every_model
 def test_every_network_of_a_context_learns(name):
-    """Of each, the first step reaches what starts at zero and nothing before it; after that all has a gradient."""
+    """The first step moves only what starts at zero in each network; after it every parameter has a gradient."""
     flow, k, context = fresh(name, hidden=16, conditioning=16), levels_of(MODELS[name][0], 32), contexts_of(name, 32)
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
     for step in range(4):

@@ -1,4 +1,4 @@
-"""Data sets: shapes, ranges, splits, repeatability, and the errors of what is not there."""
+"""Tests of data sets: shapes, ranges, splits, repeatability, and errors for missing files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_toy_points(name, n):
 
 @pytest.mark.parametrize("name", data.TOYS)
 def test_toy_fills_its_frame(name):
-    """Centred and of a size that a standard base density can begin with."""
+    """The points are centred, and their size suits a standard base density."""
     torch.manual_seed(0)
     points = data.toy(name, 2_000)
     assert (points.mean(0).abs() < 0.5).all()
@@ -61,7 +61,7 @@ def test_toy_repeats_with_the_seed_and_only_with_it(name):
         draws.append(data.toy(name, 50))
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
-    assert not torch.equal(data.toy(name, 50), draws[2])  # a second draw is another one
+    assert not torch.equal(data.toy(name, 50), draws[2])  # a second call draws other points
 
 
 def test_unknown_toy_is_named_with_the_known():
@@ -86,7 +86,7 @@ def test_mixture_samples_follow_its_density(mixture):
 
 
 def test_mixture_by_hand():
-    """At one mean of two, the other is 4 / 0.5 = 8 standard deviations away."""
+    """At one of two means, the other mean is 4 / 0.5 = 8 standard deviations away."""
     expected = math.log(0.5 * (1 + math.exp(-32)) / (2 * math.pi * 0.25))
     assert data.two_gaussians().log_prob(torch.tensor([[2.0, 0.0]])).item() == pytest.approx(expected)
 
@@ -132,7 +132,7 @@ def test_digits(part, n):
 
 
 def test_digits_split_is_disjoint_and_complete():
-    """The images number themselves here: parts of one order, whose union is the whole."""
+    """The images are replaced by their numbers: the parts follow one order, and their union is the whole set."""
     whole = data.digits("all")
     bunch = sklearn.datasets.load_digits()
     assert torch.equal(whole.images.squeeze(1).double(), torch.from_numpy(bunch.images))
@@ -189,7 +189,7 @@ def test_patches(part, size, n):
 
 @pytest.mark.parametrize(("part", "size"), [("train", 16), ("test", 16), ("test", 31), ("train", 50)])
 def test_patches_are_the_photographs_at_their_places(part, size):
-    """Row by row; training patches end before the border, test patches begin at it: no pixel is in both parts."""
+    """Patches go row by row; training patches end before the border, test patches begin at it."""
     patches = data.patches(part, size).images
     step, columns = (4, range(0, BORDER - size + 1, 4)) if part == "train" else (size, range(BORDER, 641 - size, size))
     expected = [
@@ -242,7 +242,7 @@ def test_missing_mnist_says_where_and_how(tmp_path, monkeypatch):
     message = str(caught.value)
     for part in (str(tmp_path), 'mnist("train", download=True)', str(tmp_path / "MNIST" / "raw"), "NFLOWS_DATA"):
         assert part in message
-    assert list(tmp_path.iterdir()) == []  # nothing fetched, nothing left behind
+    assert list(tmp_path.iterdir()) == []  # nothing is fetched or left behind
 
 
 def test_mnist_part_error(tmp_path):
@@ -255,7 +255,7 @@ def test_mnist_part_error(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder whose files torchvision takes for the real ones."""
+    """A folder whose files torchvision accepts as the real ones."""
     accept_small_files(monkeypatch)
     return tmp_path
 
@@ -332,7 +332,7 @@ def test_image_folder_numbers_its_classes_and_sorts(tmp_path):
     for grey, name in enumerate(["b/2.png", "b/10.PNG", "a/x/1.webp", "a/1.bmp", "c/1.JPEG", "c/0.jpg"]):
         save_picture(tmp_path / name, plain(40 * grey))
     (tmp_path / "a" / "notes.txt").write_text("no image")
-    (tmp_path / "0").mkdir()  # holds none, so it is no class
+    (tmp_path / "0").mkdir()  # holds no image, so it is not a class
     found = image_sets.image_folder(tmp_path, 8, "all")
     assert_images(found, (3, 8, 8), [0, 0, 1, 1, 2, 2])
     assert found.images[:, 0, 0, 0].tolist() == [120, 80, 40, 0, 200, 160]
@@ -348,7 +348,7 @@ def test_image_folder_without_classes(tmp_path):
 
 @pytest.mark.parametrize("upright", [True, False])
 def test_images_keep_their_middle(tmp_path, upright):
-    """A ramp of 100 columns and 40 rows: of 30 columns to the left and to the right nothing is left."""
+    """A ramp of 100 columns and 40 rows loses 30 columns on the left and on the right."""
     ramp = np.tile(np.arange(100, dtype=np.uint8), (40, 1))
     save_picture(tmp_path / "1.png", ramp.T if upright else ramp)
     image = image_sets.image_folder(tmp_path, 4, "all").images[0].float()
@@ -382,10 +382,10 @@ def test_images_of_any_mode_become_rgb(tmp_path, mode):
 
 def test_image_folder_errors(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"folder: expected one with images \(.jpg, .*nowhere, which is no folder"
+        FileNotFoundError, match=r"folder: expected a folder with images \(.jpg, .*nowhere, which is not a folder"
     ):
         image_sets.image_folder(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=f"got {tmp_path}, which holds none"):
+    with pytest.raises(FileNotFoundError, match=f"got {tmp_path}, which holds no image"):
         image_sets.image_folder(tmp_path)
     save_picture(tmp_path / "1.png", plain(0))
     with pytest.raises(ValueError, match="size: expected at least 1, got 0"):

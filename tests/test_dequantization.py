@@ -1,4 +1,4 @@
-"""The noise itself, and noise layers against exact enumeration of all discrete data."""
+"""Tests of the noise itself, and of noise layers against exact enumeration of all discrete data."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def test_extreme_noise_stays_on_its_level(monkeypatch, noise):
     y, _ = layer(k)
     assert torch.equal(y.floor(), k.float())
     assert torch.equal(layer.inverse(y), k)
-    assert (y.frac() > 0.9).all() == (noise > 0)  # the generator was indeed replaced
+    assert (y.frac() > 0.9).all() == (noise > 0)  # the generator was replaced
 
 
 def test_noise_is_uniform():
-    """Mean 1/2 and variance 1/12 within five standard errors, and the whole distribution."""
+    """The mean is 1/2 and the variance 1/12 within five standard errors, and the distribution is uniform."""
     torch.manual_seed(0)
     n = 20_000
     y, _ = UniformDequantize(4)(torch.full((n // 10, 10), 3))
@@ -65,7 +65,7 @@ def test_noise_is_fresh_for_every_value_example_and_call():
     layer = UniformDequantize(2)
     k = torch.zeros(50, 1, 5, 5, dtype=torch.long)
     noise = torch.stack([layer(k)[0], layer(k)[0]])
-    # Of 2,500 draws among 2^24 numbers, a fifth of one pair is expected to be equal.
+    # Among 2,500 draws of 2^24 numbers, a fifth of an equal pair is expected.
     assert noise.unique().numel() >= noise.numel() - 5
 
 
@@ -90,7 +90,7 @@ every_noise = pytest.mark.parametrize("make", [UniformDequantize, lambda levels:
 
 @every_noise
 def test_nan_becomes_level_0_with_a_warning(make):
-    """And nothing else changes for it; how many there were is said."""
+    """NaN changes nothing else, and the warning says how many there were."""
     z = torch.tensor([[math.nan, 1.5, math.inf], [16.2, math.nan, -math.inf]])
     with pytest.warns(UserWarning, match=r"^2 of 6 values are NaN and become level 0$") as caught:
         k = make(17).inverse(z)
@@ -137,7 +137,7 @@ every_level = pytest.mark.parametrize(
 
 
 def through_the_logit(levels: int, alpha: float) -> tuple[Flow, Tensor]:
-    """A flow on single values, and all the values there are."""
+    """A flow on single values, and all values of the data."""
     flow = Flow([UniformDequantize(levels), Rescale(1 / levels), Logit(alpha)], StandardNormal(), (1,))
     return flow, torch.arange(levels)[:, None]
 
@@ -151,14 +151,14 @@ def test_every_level_goes_through_the_logit_and_back(monkeypatch, levels, alpha,
     z = flow.encode(k)
     assert torch.equal(flow.decode(z), k)
     torch.testing.assert_close(z, torch.logit(alpha + (1 - 2 * alpha) * (k + noise) / levels), rtol=1e-3, atol=1e-3)
-    assert flow.decode(torch.tensor([[-1e4], [1e4]])).flatten().tolist() == [0, levels - 1]  # where no level is
+    assert flow.decode(torch.tensor([[-1e4], [1e4]])).flatten().tolist() == [0, levels - 1]  # beyond the levels
 
 
 @every_level
 @pytest.mark.parametrize("noise", [0.0, 1 - 2**-24], ids=["lowest", "highest"])
 @torch.no_grad()
 def test_extreme_noise_is_finite_behind_the_logit(monkeypatch, levels, alpha, noise):
-    """On the very edge of a level the way back may round into the next one, no further: float32 is as fine as that."""
+    """At the edge of a level the inverse may round into the next level and no further, as float32 allows."""
     flow, k = through_the_logit(levels, alpha)
     monkeypatch.setattr(torch, "rand_like", lambda like: torch.full_like(like, noise))
     assert flow(k).isfinite().all()
@@ -169,12 +169,12 @@ def test_extreme_noise_is_finite_behind_the_logit(monkeypatch, levels, alpha, no
 
 
 def every_value(levels: int, dims: int) -> Tensor:
-    """All discrete data there are, (levels^dims, dims)."""
+    """All values of discrete data, (levels^dims, dims)."""
     return torch.tensor(list(itertools.product(range(levels), repeat=dims)))
 
 
 class Staircase:
-    """A density on the unit cube, constant on each of its n^D cells: probability(cell) n^D."""
+    """A density on the unit cube that is constant, P(cell) n^D, on each of its n^D cells."""
 
     def __init__(self, probabilities: Tensor, levels: int) -> None:
         self.probabilities, self.levels = probabilities, levels
@@ -188,7 +188,7 @@ class Staircase:
 
 @pytest.mark.parametrize(("levels", "dims"), [(2, 1), (4, 1), (2, 3), (8, 2)])
 def test_a_density_constant_on_every_cell_gives_the_probabilities_exactly(levels, dims):
-    """Then the bound is an equality, for every draw of the noise: log p(k) = log P(k), and the P(k) sum to 1."""
+    """The bound is an equality for every draw of the noise: log p(k) = log P(k), and the P(k) sum to 1."""
     torch.manual_seed(0)
     probabilities = torch.rand(levels**dims).add(0.1)
     probabilities = (probabilities / probabilities.sum()).reshape([levels] * dims)
@@ -208,7 +208,7 @@ class Slope:
 
 @pytest.mark.parametrize(("levels", "dims"), [(2, 1), (5, 2), (3, 3)])
 def test_the_bound_on_a_slope(levels, dims):
-    """E log p = sum_i [log(2/n) + integral of log(k_i + eps)] - D log n, below log P(k)."""
+    """E log p = sum_i [log(2/n) + integral of log(k_i + eps)] - D log n, which is below log P(k)."""
     torch.manual_seed(0)
     k = every_value(levels, dims)
     flow = Flow([UniformDequantize(levels), Rescale(1 / levels)], Slope(), (dims,))
@@ -221,7 +221,7 @@ def test_the_bound_on_a_slope(levels, dims):
 
 
 def test_the_bound_of_a_real_flow():
-    """NICE with random parameters on 3 x 3 values: the density of its continuous part, integrated over each cell."""
+    """The density of NICE with random parameters is integrated over each of 3 x 3 cells."""
     torch.manual_seed(0)
     levels, dims = 3, 2
     flow = nice(dims, levels=levels, hidden=16, depth=1, activation=nn.Tanh, base=StandardLogistic())
@@ -237,12 +237,12 @@ def test_the_bound_of_a_real_flow():
         draws = flow(k.repeat(4_000, 1)).reshape(4_000, len(k))
     assert log_probability.exp().sum() < 1  # some of the mass lies outside the unit cube
     assert (bound < log_probability).all()
-    assert (log_probability - bound).max() > 0.01  # and the bound is a bound, not the value
+    assert (log_probability - bound).max() > 0.01  # the bound lies below log P(k)
     assert_mean(draws, bound)
 
 
 def assert_mean(draws: Tensor, expected: Tensor) -> None:
-    """The mean over the first dimension is the expected one within five standard errors."""
+    """Assert that the mean over the first dimension is the expected one within five standard errors."""
     draws = draws.double()
     error = draws.std(0) / math.sqrt(len(draws))
     assert ((draws.mean(0) - expected).abs() < 5 * error).all()
@@ -254,14 +254,14 @@ def assert_mean(draws: Tensor, expected: Tensor) -> None:
 
 @pytest.fixture
 def in_float64():
-    """The noise has the default type, and so have the networks built in here."""
+    """A fixture that makes float64 the default type, which noise and new networks then have."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
 
 def noise_layers(dims: int = 2, scale: float = 0.0) -> list[Bijection]:
-    """Two affine couplings that see k; random unless the scale is 0."""
+    """Two affine couplings that see k, with random parameters unless the scale is 0."""
     couplings = [
         AffineCoupling(alternating_mask(dims, i), mlp((dims,), 1, context=dims, outputs=2, parity=i)) for i in (0, 1)
     ]
@@ -275,7 +275,7 @@ def fix_noise(monkeypatch, v: Tensor) -> None:
 
 
 class Shift(Bijection):
-    """Noise in one dimension: v scaled by a and shifted by the context."""
+    """Noise in one dimension: v is scaled by a and shifted by the context."""
 
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -298,7 +298,7 @@ def test_untrained_variational_noise_is_uniform():
 
 
 def test_variational_noise_in_one_dimension_by_hand():
-    """eps = sigmoid(a v + c) of a logistic v: P(eps < e) = F((logit e - c) / a), and minus the log of its slope."""
+    """eps = sigmoid(a v + c) of a logistic v: P(eps < e) = F((logit e - c) / a), and log q is the log of its slope."""
     torch.manual_seed(0)
     layer = Shift(0.6)
     k = torch.tensor([0, 1, 2, 4]).repeat(2_000)[:, None]
@@ -313,7 +313,7 @@ def test_variational_noise_in_one_dimension_by_hand():
 
 @pytest.mark.parametrize("k", [[0, 0], [3, 1]])
 def test_log_q_is_the_density_of_the_noise(monkeypatch, in_float64, k):
-    """By autograd's Jacobian of eps with respect to v, and by its integral over the cell."""
+    """log q agrees with autograd's Jacobian of eps with respect to v, and q integrates to 1 over the cell."""
     torch.manual_seed(0)
     layer = VariationalDequantize(noise_layers(scale=0.4), 4)
     k = torch.tensor([k])
@@ -344,7 +344,10 @@ def test_log_q_is_the_density_of_the_noise(monkeypatch, in_float64, k):
 @pytest.mark.parametrize("levels", [3, 4])
 @torch.no_grad()
 def test_variational_noise_against_exact_enumeration(monkeypatch, in_float64, levels):
-    """E p(k + eps) / q(eps | k) = P(k), the density integrated over the cell; E log of it stays below log P(k)."""
+    """E p(k + eps) / q(eps
+
+    k) = P(k), the density integrated over the cell; E log of it is below log P(k).
+    """
     torch.manual_seed(0)
     dims = 2
     couplings = [AffineCoupling(alternating_mask(dims, i), mlp((dims,), 1, outputs=2, parity=i)) for i in (0, 1)]
@@ -374,10 +377,10 @@ def test_variational_noise_against_exact_enumeration(monkeypatch, in_float64, le
 
 
 def test_the_variational_bound_is_tight_where_q_is_the_posterior(in_float64):
-    """A logistic base on v = logit(eps) and the same noise: then one draw of log p(k) is log P(k), whichever it is."""
+    """With a logistic base on v = logit(eps) and the same noise, every draw of log p(k) is log P(k)."""
 
     class WithinLevel(Bijection):
-        """k + eps to logit(eps): the density of the data is that of eps, the same in every cell."""
+        """A layer from k + eps to logit(eps): the density of the data is that of eps, the same in every cell."""
 
         def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
             eps = x.frac()
@@ -415,7 +418,7 @@ def test_extreme_variational_noise_stays_on_its_level(monkeypatch, extreme):
 
 @pytest.mark.parametrize("shape", [(1, 3, 5), (3, 4, 2)])
 def test_variational_noise_of_images(shape):
-    """Bytes, a residual network that sees the image, checkerboards; the gradients reach all of it."""
+    """A residual network sees the image, with checkerboards and bytes; gradients reach every parameter."""
     torch.manual_seed(0)
     channels = shape[0]
     layers = [
@@ -433,7 +436,7 @@ def test_variational_noise_of_images(shape):
     assert torch.equal(dequantize.inverse(y), k.long())
     assert torch.equal(flow.decode(flow.encode(k)), k.long())
 
-    # The same noise for another image is other noise: the network sees k.
+    # The same draws give another image other noise, since the network sees k.
     torch.manual_seed(1)
     there = dequantize(k)[0] - k.float()
     torch.manual_seed(1)
@@ -446,7 +449,7 @@ def test_variational_noise_of_images(shape):
 
 
 class KeepsFirst(Shift):
-    """Keeps what initialises it."""
+    """A layer that keeps the batch that initialises it."""
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         self.first = (x.clone(), context)
@@ -455,7 +458,7 @@ class KeepsFirst(Shift):
 @pytest.mark.parametrize("levels", [2, 17, 256])
 @torch.no_grad()
 def test_the_layers_of_the_noise_are_initialised_from_logistic_noise_and_k(levels):
-    """Each behind the ones before it; bytes do, and the flow's own context is none of theirs, as in forward."""
+    """Each is initialised from the output of those before it, also on bytes, and without the flow's own context."""
     torch.manual_seed(0)
     layers = [KeepsFirst(0.6), KeepsFirst(2.0)]
     flow = Flow([VariationalDequantize(layers, levels), Rescale(1 / levels)], StandardNormal(), (4,))
@@ -470,7 +473,7 @@ def test_the_layers_of_the_noise_are_initialised_from_logistic_noise_and_k(level
 
 @torch.no_grad()
 def test_flow_initialises_an_act_norm_and_a_glow_net_inside_the_noise():
-    """As those of the flow itself: without it, the first call would ask for an initialisation that nothing gives."""
+    """Otherwise the first call would ask for an initialisation that no call can give."""
     torch.manual_seed(0)
     norm, network = ActNorm(2), GlowNet(1, 2, hidden=6, context=2)
     noise = VariationalDequantize([norm, GlowCoupling(2, network)], 16)
@@ -494,7 +497,7 @@ def test_flow_initialises_an_act_norm_and_a_glow_net_inside_the_noise():
 
 @pytest.mark.parametrize("make", [list, lambda: [ActNorm(2)], lambda: [GlowCoupling(2, MLP(1, 2, 4, 1, context=2))]])
 def test_initialising_the_noise_leaves_the_random_state_alone(make):
-    """Whether there is something to initialise or not."""
+    """This holds whether there is something to initialise or not."""
     dequantize = VariationalDequantize(make(), 16)
     k = torch.randint(16, (50, 2))
     torch.manual_seed(7)

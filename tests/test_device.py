@@ -128,7 +128,7 @@ OPTIONS = {"batch_size": 8, "lr": 1e-3, "clip": 50.0, "warmup": 2, "cosine": Tru
 
 
 def examples(name: str, device: torch.device, n: int = 40) -> tuple[nn.Module, Tensor, Tensor | None]:
-    """A model on its device, data for it, and contexts if it needs some."""
+    """A model on its device, data for it, and contexts if it needs them."""
     make, shape, context_shape = MODELS[name]
     torch.manual_seed(0)
     model = make().to(device)
@@ -182,7 +182,7 @@ def test_data_on_the_cpu_are_brought_to_the_flow(name, device):
 
 @pytest.mark.parametrize("name", ["glow, learned noise, bounded", "realnvp", "cglow"])
 def test_a_step_waits_for_the_gpu_once(name, pretended):
-    """The CPU reads a step's loss and gradient norm together, brings a shuffle per epoch, and waits no more."""
+    """The CPU reads a step's loss and gradient norm together, fetches one shuffle per epoch, and waits no more."""
     waits = []
     with pretended:
         for steps in (1, 11):
@@ -196,7 +196,7 @@ def test_a_step_waits_for_the_gpu_once(name, pretended):
 
 
 class Spoiled(Bijection):
-    """The identity, whose log-determinant or gradient is not finite in one training step, and in no later one."""
+    """The identity map, whose log-determinant or gradient is not finite in one training step and in no later one."""
 
     def __init__(self, at: int, what: str) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class Spoiled(Bijection):
 @pytest.mark.parametrize("at", [1, 7, 10])
 @pytest.mark.parametrize("fused", [True, False])
 def test_from_the_first_step_that_is_not_finite_nothing_changes(fused, at, what, device):
-    """History and parameters are those of the CPU: that step is not taken, and no later one."""
+    """History and parameters are those of the CPU: neither that step nor a later one is taken."""
     ends = []
     for place in (device, torch.device("cpu")):
         flow = Flow([Spoiled(at, what), DiagonalScaling(2)], StandardNormal(), (2,)).to(place)
@@ -240,7 +240,7 @@ def test_from_the_first_step_that_is_not_finite_nothing_changes(fused, at, what,
 
 @pytest.mark.parametrize("at", [3, 9])
 def test_a_run_goes_on_to_the_same_parameters(device, at, tmp_path, monkeypatch):
-    """The random state of the GPU is in the checkpoint: bit-equal, on a real one as well."""
+    """The checkpoint holds the GPU's random state, so parameters are equal to the bit, on a real GPU as well."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
     def run(folder: Path, stop: bool = False, **more: Any) -> tuple[dict[str, Tensor], History]:
@@ -394,7 +394,7 @@ def test_the_pretended_gpu_has_a_random_state_of_its_own(pretended):
 
 
 class Planted(Rescale):
-    """A layer with one of the faults that the suite must see: a tensor on the CPU, whatever device the batch is on."""
+    """A layer with one of the faults that the suite must find: a tensor that is always on the CPU."""
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x, torch.zeros(len(x))

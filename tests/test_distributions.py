@@ -1,4 +1,4 @@
-"""The base densities against scipy's, their integrals, their samples."""
+"""Tests of the base densities against scipy's, and of their integrals and samples."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_log_prob_sums_over_an_example(base, reference, shape):
     ("base", "one_dimension"), [(StandardNormal(), -0.5 * math.log(2 * math.pi)), (StandardLogistic(), -math.log(4))]
 )
 def test_highest_density_is_at_zero(base, one_dimension):
-    """D log 4 nats is the wall that a volume-preserving flow with a logistic prior walks into."""
+    """D log 4 nats is the limit of the loss of a volume-preserving flow with a logistic prior."""
     assert base.log_prob(torch.zeros(1, 784)).item() == pytest.approx(784 * one_dimension, rel=1e-6)
 
 

@@ -27,14 +27,14 @@ every_base = pytest.mark.parametrize(("base", "reference"), BASES, ids=["normal"
 
 
 def small_nice(dims: int = 2, base=None, levels: int | None = None, scale: float = 0.5) -> Flow:
-    """NICE with random parameters; every layer does something."""
+    """NICE with random parameters, in which every layer changes its input."""
     flow = nice(dims, levels=levels, couplings=3, hidden=8, depth=1, activation=nn.Tanh, base=base)
     randomize(flow, scale)
     return flow
 
 
 def image_flow() -> Flow:
-    """Two couplings of (2, 4, 4) images that change one colour of the chess board each."""
+    """Two couplings of (2, 4, 4) images, each of which changes one colour of the chess board."""
     shape = (2, 4, 4)
     couplings = [AdditiveCoupling(checkerboard_mask(shape, parity), ConvNet(2, 2)) for parity in (0, 1)]
     flow = Flow(couplings, StandardNormal(), shape)
@@ -43,7 +43,7 @@ def image_flow() -> Flow:
 
 
 class FixedContribution(Layer):
-    """Passes x on and adds the next of these numbers to log p, one a call: noise whose draws the test knows."""
+    """A layer that returns x and contributes the next of these numbers per call: noise whose draws the test knows."""
 
     def __init__(self, *values: float) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class FixedContribution(Layer):
 
 
 class DropHalf(Layer):
-    """Leaves only the first half of a vector, as a factor-out does for what follows it."""
+    """A layer that returns only the first half of a vector, as a factor-out does for the layers inside it."""
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x[:, : x.shape[1] // 2], x.new_zeros(len(x))
@@ -68,7 +68,7 @@ class DropHalf(Layer):
 
 
 class SetMean(Bijection):
-    """Shifts by minus the mean of the batch that initialises it; keeps what it saw."""
+    """A layer that subtracts the mean of the batch that initialises it, and keeps that batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def test_context_reaches_every_layer_in_both_directions():
 
 @every_base
 def test_log_prob_by_hand(base, reference):
-    """z = e^s x / 2 has a base density, so x has it at location 0 and scale 2 e^-s."""
+    """z = e^s x / 2 has the base density, so x has it with location 0 and scale 2 e^-s."""
     flow = Flow([Rescale(0.5), DiagonalScaling(3)], base, (3,)).double()
     log_scale = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
     with torch.no_grad():
@@ -223,7 +223,7 @@ def test_integrates_to_one_in_two_dimensions(base, reference):
 
 @every_base
 def test_samples_follow_a_known_density(base, reference):
-    """x = z / (1.5 e^s): location 0, known scale, and within five standard errors its standard deviation."""
+    """x = z / (1.5 e^s) has location 0 and a known scale; its standard deviation is within five standard errors."""
     torch.manual_seed(0)
     flow = Flow([Rescale(1.5), DiagonalScaling(2)], base, (2,))
     randomize(flow)
@@ -257,7 +257,7 @@ def test_samples_of_discrete_data_are_levels():
 
 
 def test_bits_per_dim_of_noise():
-    """A uniform density over n levels costs log2 n bits in every dimension."""
+    """A uniform density over n levels costs log2 n bits per dimension."""
 
     class Uniform:
         def log_prob(self, u: Tensor) -> Tensor:
@@ -274,7 +274,7 @@ def test_bits_per_dim_by_hand():
 
 
 def test_bits_per_dim_counts_the_dimensions_of_the_input():
-    """Not of what is left of it at the end of the chain."""
+    """It does not count the dimensions that are left at the end of the chain."""
     flow = Flow([DropHalf()], StandardNormal(), (8,))
     assert flow.bits_per_dim(torch.zeros(1, 8)).item() == pytest.approx(0.5 * 4 * math.log2(2 * math.pi) / 8)
 
@@ -383,7 +383,7 @@ def test_summary():
 
 
 def test_summary_indents_what_stands_inside_a_factor_out():
-    """Its own line counts the prior; the lines below go on from the half that comes in."""
+    """The factor-out's own line counts the prior; the lines below begin with the half that goes on."""
     layers = [Rescale(2.0), Squeeze(), FactorOut((8, 2, 4), [Squeeze(), PhaseOrder(16)], ConvNet(4, 8)), Rescale(1.0)]
     flow = Flow(layers, StandardNormal(), (2, 4, 8))
     prior = (4 * 4 * 9 + 4) + (4 * 8 * 9 + 8)
@@ -474,7 +474,7 @@ def test_a_first_batch_of_nothing_is_refused(flow, x):
 @pytest.mark.parametrize("conditional", [True, False])
 @pytest.mark.parametrize("rows", [0, 1, 2, 4])
 def test_a_context_has_one_row_for_each_example(conditional, rows):
-    """Whether anything reads it or not; one row is not spread over all."""
+    """This holds whether or not a layer reads the context; one row is not broadcast."""
     layers = [AdditiveCoupling(alternating_mask(2, 0), MLP(1, 1, 8, 1, context=5))] if conditional else [Rescale(2.0)]
     flow = Flow(layers, StandardNormal(), (2,))
     x, context = torch.zeros(3, 2), torch.zeros(rows, 5)
@@ -583,7 +583,7 @@ def test_sizes_of_zero_are_named(make, name):
 
 @pytest.mark.parametrize("kind", ["points", "images", "multi-scale"])
 def test_vmap_and_jacrev_go_through_log_prob_and_encode(kind):
-    """Per-example gradients and Jacobians, as ``torch.func`` takes them: the same as one example after the other."""
+    """Per-example gradients and Jacobians by ``torch.func`` equal those of one example after the other."""
     torch.manual_seed(0)
     if kind == "points":
         flow = small_nice()

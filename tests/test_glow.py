@@ -1,4 +1,4 @@
-"""Glow's parts and Glow: data-dependent starts, formulas by hand, what a checkpoint holds, labels, precision."""
+"""Tests of Glow and its layers: data-dependent starts, formulas by hand, checkpoints, labels, precision."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ both_kinds = pytest.mark.parametrize("lu", [True, False], ids=["lu", "plain"])
 
 
 def spread(shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Random, with a mean and a standard deviation of its own in each of three channels."""
+    """A random batch with another mean and standard deviation in each of three channels."""
     torch.manual_seed(0)
     scale, shift = torch.tensor([0.02, 1.0, 30.0]), torch.tensor([0.5, -20.0, 1.0])
     return (torch.randn(shape) * per_channel(scale, shape) + per_channel(shift, shape)).to(dtype)
@@ -55,7 +55,7 @@ def per_channel(values: Tensor, shape: Shape) -> Tensor:
 
 
 def mean_and_std(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each channel."""
+    """The mean and the standard deviation of each channel."""
     values = x.movedim(1, 0).reshape(x.shape[1], -1)
     mean = values.mean(1)
     return mean, (values - mean[:, None]).square().mean(1).sqrt()
@@ -69,7 +69,7 @@ def used_act_norm(shape: Shape = (16, 3), dtype: torch.dtype = torch.float32) ->
 
 @torch.no_grad()
 def stir(module: nn.Module, scale: float) -> None:
-    """Move every parameter by random numbers, in proportion to its own spread: small weights stay small ones."""
+    """Move every parameter by random numbers in proportion to its standard deviation: small weights stay small."""
     for parameter in module.parameters():
         spread = parameter.std(correction=0)
         parameter.add_(scale * torch.randn_like(parameter) * (spread if spread > 0 else 1.0))
@@ -126,7 +126,7 @@ def test_no_channel_is_refused(make, channels):
 
 @vectors_and_images
 def test_the_first_batch_leaves_standardised(shape):
-    """Mean 0 and standard deviation 1 in every channel, and H W sum s, where s = -log std."""
+    """Every channel has mean 0 and standard deviation 1; the log-det is H W sum s, where s = -log std."""
     x = spread(shape)
     layer = used_act_norm(shape, torch.float64)
     z, contribution = layer(x)
@@ -143,7 +143,7 @@ def test_the_first_batch_leaves_standardised(shape):
 @vectors_and_images
 @torch.no_grad()
 def test_act_norm_is_its_formula_in_either_mode(shape):
-    """z = e^s x + b, of each channel by itself, and s and b are parameters."""
+    """z = e^s x + b in each channel, and s and b are parameters."""
     x = spread(shape)
     layer = used_act_norm(shape, torch.float64)
     scale, bias = torch.tensor([2.0, 0.5, 3.0]).double(), torch.tensor([1.0, -1.0, 0.25]).double()
@@ -161,7 +161,7 @@ def test_a_second_initialisation_changes_nothing():
     layer = used_act_norm()
     state = copy.deepcopy(layer.state_dict())
     layer.initialize(9 + 3 * torch.randn(8, 3))
-    layer.initialize(torch.zeros(1, 7))  # it does not even look
+    layer.initialize(torch.zeros(1, 7))  # the layer does not look at the data
     assert_same_state(layer, state)
 
 
@@ -180,7 +180,7 @@ def by_checkpoint(layer: ActNorm, tmp_path) -> ActNorm:
 
 @pytest.mark.parametrize("duplicate", [by_state_dict, by_checkpoint, lambda layer, _: copy.deepcopy(layer)])
 def test_a_loaded_act_norm_is_not_initialised_again(tmp_path, duplicate):
-    """That it was done is part of the state: new data do not undo what was learned."""
+    """The flag is part of the state, so new data do not undo what was learned."""
     layer = used_act_norm()
     randomize(layer)  # as training does
     other = duplicate(layer, tmp_path)
@@ -189,7 +189,7 @@ def test_a_loaded_act_norm_is_not_initialised_again(tmp_path, duplicate):
     assert_same_state(other, layer.state_dict())
     assert torch.equal(other(x)[0], layer(x)[0])
     assert torch.equal(other.inverse(x), layer.inverse(x))
-    fresh = duplicate(ActNorm(3), tmp_path)  # and that it was not done is, too
+    fresh = duplicate(ActNorm(3), tmp_path)  # the state also says that it was not initialised
     with pytest.raises(ValueError, match=NOT_YET):
         fresh(x)
     fresh.initialize(x)
@@ -225,7 +225,7 @@ def constant_channels(shape: Shape, constant: list[int], value: float) -> Tensor
         (constant_channels((16, 3), [2], 0.1), [2]),  # no float32: a computed mean is not quite the value
         (constant_channels((5, 3, 4, 2), [0], 1 / 3), [0]),
         (constant_channels((5, 3, 4, 2), [0, 2], -1e6 / 7), [0, 2]),
-        (constant_channels((1, 3), [], 0.0), [0, 1, 2]),  # one row says nothing of any
+        (constant_channels((1, 3), [], 0.0), [0, 1, 2]),  # one row has no standard deviation
         (constant_channels((1, 3, 1, 1), [], 0.0), [0, 1, 2]),
     ],
     ids=["zero", "tenth", "third", "two", "one row", "one pixel"],
@@ -247,7 +247,7 @@ def test_constant_channels_are_refused_by_number(x, constant):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("broken", [[1], [0, 2]])
 def test_a_first_batch_that_is_not_finite_is_refused_by_channel(shape, bad, broken):
-    """One value is enough, and the layer is as before. NaN is told from a channel that is constant."""
+    """One value is enough, and the layer stays as it was. The message distinguishes NaN from a constant channel."""
     layer = ActNorm(3)
     state = copy.deepcopy(layer.state_dict())
     x = constant_channels(shape, [1 if broken == [0, 2] else 2], 4.0)
@@ -270,7 +270,7 @@ def test_a_convolution_that_is_not_finite_on_the_first_batch_is_refused():
 
 
 def test_that_an_act_norm_is_initialised_is_asked_once(monkeypatch):
-    """On a GPU each look at the buffer waits. A layer that was refused looks again."""
+    """On a GPU each look at the buffer makes the CPU wait; a layer that refused its batch looks again."""
     layer, x = ActNorm(3), spread((16, 3), torch.float32)
     for direction in (layer, layer.inverse):
         with pytest.raises(ValueError, match=NOT_YET):
@@ -285,7 +285,7 @@ def test_that_an_act_norm_is_initialised_is_asked_once(monkeypatch):
 
 
 def test_an_act_norm_remembers_nothing_that_its_state_does_not_say():
-    """What is remembered is no part of the state: a fresh layer believes the state dict, be it yes or no."""
+    """The cached answer is not part of the state: a new layer follows the state dict, whether yes or no."""
     used, x = used_act_norm(), spread((16, 3), torch.float32)
     used(x)
     no = copy.deepcopy(used.state_dict())
@@ -332,7 +332,7 @@ def test_each_act_norm_of_a_chain_sees_what_the_ones_before_it_make():
 
 @pytest.mark.parametrize("ema", [None, 0.5])
 def test_training_keeps_the_flag_of_an_act_norm(ema):
-    """The average, too: what comes out of fit needs no first batch."""
+    """This includes the average: a flow that fit returns needs no first batch."""
     torch.manual_seed(0)
     flow = Flow([ActNorm(2)], StandardNormal(), (2,))
     data = 3 * torch.randn(32, 2) + 5
@@ -348,14 +348,14 @@ def test_training_keeps_the_flag_of_an_act_norm(ema):
 
 
 def matrix_of(layer: Invertible1x1Conv) -> Tensor:
-    """W, column by column: what becomes of the unit vectors."""
+    """W, column by column, as the layer's outputs for the unit vectors."""
     some = next(layer.parameters())
     with torch.no_grad():
         return layer(torch.eye(layer.channels, dtype=some.dtype))[0].T
 
 
 def conv(channels: int, lu: bool, scale: float = 0.3, seed: int = 0) -> Invertible1x1Conv:
-    """In float64, with random parameters."""
+    """A 1x1 convolution in float64 with random parameters."""
     torch.manual_seed(seed)
     layer = Invertible1x1Conv(channels, lu).double()
     randomize(layer, scale)
@@ -366,7 +366,7 @@ def conv(channels: int, lu: bool, scale: float = 0.3, seed: int = 0) -> Invertib
 @pytest.mark.parametrize("size", [(2, 4), (2, 2), (1, 1)])
 @torch.no_grad()
 def test_conv_mixes_the_channels_at_every_pixel(lu, size):
-    """The same matrix for vectors and for each pixel, be they more or fewer than the channels; H W log|det W|."""
+    """Vectors and pixels, more or fewer than the channels, meet the same matrix; the log-det is H W log|det W|."""
     layer = conv(5, lu)
     weight = matrix_of(layer)
     assert (weight - weight.T).abs().max() > 0.1
@@ -388,7 +388,7 @@ def test_conv_mixes_the_channels_at_every_pixel(lu, size):
 @pytest.mark.parametrize("channels", [1, 2, 7, 12])
 @torch.no_grad()
 def test_lu_and_plain_are_the_same_map(channels):
-    """Of one matrix, in both directions."""
+    """Both forms of one matrix agree in both directions."""
     lu, plain = conv(channels, True), conv(channels, False)
     plain.weight.copy_(matrix_of(lu))
     for shape in ((6, channels), (2, channels, 3, 1)):
@@ -424,7 +424,7 @@ def test_lu_is_the_default():
 @both_kinds
 @pytest.mark.parametrize("channels", [1, 4, 6])
 def test_conv_learns_every_entry_of_its_matrix(lu, channels):
-    """C^2 numbers, and each gets a gradient from z alone; those of the determinant get one from log|det W|."""
+    """Each of C^2 numbers gets a gradient from z alone; those of the determinant get one from log|det W|."""
     layer = conv(channels, lu)
     (parameter,) = layer.parameters()
     assert parameter.numel() == channels**2
@@ -440,7 +440,7 @@ def test_conv_learns_every_entry_of_its_matrix(lu, channels):
 
 @torch.no_grad()
 def test_permutation_and_signs_of_lu_are_state_and_not_learned():
-    """Two layers that started from other matrices are the same after loading; both are moved with the module."""
+    """Two layers that started from other matrices are equal after loading; both buffers move with the module."""
     layer, other = conv(6, True), conv(6, True, seed=3)
     assert not torch.equal(layer.permutation, other.permutation)
     assert not torch.equal(layer.sign, other.sign)
@@ -457,7 +457,7 @@ def test_permutation_and_signs_of_lu_are_state_and_not_learned():
 
 @torch.no_grad()
 def test_lu_is_its_formula():
-    """W = P L (U + diag(s)): without P, unit lower times an upper matrix whose diagonal has the fixed signs."""
+    """W = P L (U + diag(s)): L has a unit diagonal, and the diagonal of the upper factor has the fixed signs."""
     layer = conv(6, True)
     product = layer.permutation.T @ matrix_of(layer)
     minors = torch.stack([torch.linalg.det(product[:n, :n]) for n in range(1, 7)])  # of L's ones, so those of U
@@ -468,7 +468,7 @@ def test_lu_is_its_formula():
 
 
 def descend(layer: Invertible1x1Conv, target: Tensor, steps: int) -> Tensor:
-    """Plain gradient descent towards a matrix."""
+    """Move a matrix towards another one by plain gradient descent."""
     x = torch.eye(len(target), dtype=target.dtype)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
     for _ in range(steps):
@@ -479,7 +479,7 @@ def descend(layer: Invertible1x1Conv, target: Tensor, steps: int) -> Tensor:
 
 
 def test_lu_cannot_become_singular():
-    """Drawn to -W, a start's negative in one row, a plain determinant goes through 0; that of LU keeps its sign."""
+    """On the way to a W with one row negated, a plain determinant goes through 0; that of LU keeps its sign."""
     signs = set()
     for lu in (True, False):
         torch.manual_seed(1)
@@ -515,7 +515,7 @@ def test_conv_of_many_channels_is_inverted_in_single_precision(lu):
 
 
 def test_channel_permutation_by_hand():
-    """z's channel i is x's channel order[i]; that is state."""
+    """Channel i of z is channel order[i] of x; the order is state."""
     layer = ChannelPermutation(torch.tensor([2, 0, 1]))
     x = torch.tensor([[10.0, 11.0, 12.0]])
     for batch in (x, x.view(1, 3, 1, 1).repeat(2, 1, 2, 3)):
@@ -537,7 +537,7 @@ def test_channel_permutation_refuses_what_is_none(order):
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float32])
 def test_an_order_of_another_type_is_refused(dtype):
-    """As an index it would select, or fail at the first call only."""
+    """As an index, a mask would select, and floats would fail only at the first call."""
     message = f"order: expected integers of type torch.int64, got {dtype}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         ChannelPermutation(torch.tensor([1, 0], dtype=dtype))
@@ -549,7 +549,7 @@ def test_channel_permutation_of_no_channel_is_refused():
 
 
 def test_an_order_is_compared_where_it_lies():
-    """Not on the default device, which may be another."""
+    """It is compared on its own device, not on the default device, which may be another."""
     order = torch.tensor([1, 0])
     with torch.device("meta"):
         layer = ChannelPermutation(order)
@@ -558,7 +558,7 @@ def test_an_order_is_compared_where_it_lies():
 
 @pytest.mark.parametrize("channels", [4, 8, 12])
 def test_the_order_of_phases_is_a_permutation_of_channels(channels):
-    """Its order is state, and it knows its channels."""
+    """Its order is state, and it knows its number of channels."""
     layer = PhaseOrder(channels)
     assert isinstance(layer, ChannelPermutation)
     assert layer.channels == channels
@@ -580,7 +580,7 @@ def logit(p: float) -> float:
 
 
 def test_coupling_in_numbers():
-    """x = (1; 2, 3), scales 3/4 and 1/2, shifts 1 and -1: z = (1; (2 + 1) 3/4, (3 - 1) 1/2). Most changes."""
+    """x = (1; 2, 3), scales 3/4 and 1/2, shifts 1 and -1: z = (1; (2 + 1) 3/4, (3 - 1) 1/2); the larger half moves."""
     network = Fixed(logit(0.75) - 2, logit(0.5) - 2, 1.0, -1.0)
     layer = GlowCoupling(3, network)
     x, context = torch.tensor([[1.0, 2.0, 3.0]]), torch.zeros(1, 9)
@@ -593,14 +593,14 @@ def test_coupling_in_numbers():
 
 
 class Scaled(GlowCoupling):
-    """Another scale instead of Glow's."""
+    """A Glow coupling with another scale function."""
 
     def scale(self, h: Tensor) -> Tensor:
         return 1 + h.square()
 
 
 def test_the_scale_of_a_coupling_can_be_replaced():
-    """x = (1; 2, 3), scales 1 + 2^2 and 1 + 0.5^2, shifts 1 and -1; in both directions, and in the log-determinant."""
+    """x = (1; 2, 3), scales 1 + 2^2 and 1 + 0.5^2, shifts 1 and -1, in both directions and in the log-det."""
     layer = Scaled(3, Fixed(2.0, -0.5, 1.0, -1.0))
     x = torch.tensor([[1.0, 2.0, 3.0]])
     z, contribution = layer(x)
@@ -638,7 +638,7 @@ def test_the_bounded_coupling_in_numbers():
 @pytest.mark.parametrize("h", [-1e30, -120.0, 120.0, 1e30])
 @torch.no_grad()
 def test_a_bounded_scale_neither_underflows_nor_overflows(h):
-    """Where that of the released code, at -120 and below, loses the image."""
+    """The scale of the released code loses the image at -120 and below."""
     layer, x = BoundedGlowCoupling(4, Fixed(h, h, 1.0, -1.0)), torch.tensor([[5.0, 6.0, 2.0, 3.0]])
     z, contribution = layer(x)
     assert contribution.item() == pytest.approx(math.copysign(2, h))
@@ -647,7 +647,7 @@ def test_a_bounded_scale_neither_underflows_nor_overflows(h):
 
 
 def glow_coupling(channels: int, context: int = 0, scale: float = 0.3, **options) -> GlowCoupling:
-    """On images, with a GlowNet inside, initialised and random."""
+    """A coupling on images with a GlowNet inside, initialised and with random parameters."""
     torch.manual_seed(0)
     passes = channels // 2
     layer = GlowCoupling(channels, GlowNet(passes, 2 * (channels - passes), hidden=6, context=context, **options))
@@ -659,7 +659,7 @@ def glow_coupling(channels: int, context: int = 0, scale: float = 0.3, **options
 @pytest.mark.parametrize("channels", [2, 5])
 @torch.no_grad()
 def test_coupling_is_its_formula(channels):
-    """The first half passes to the bit, and alone decides on the scales, between 0 and 1, and shifts of the second."""
+    """The first half is unchanged to the bit, and alone decides the second half's shifts and scales in (0, 1)."""
     layer = glow_coupling(channels).double()
     x = torch.randn(3, channels, 5, 4, dtype=torch.float64)
     z, contribution = layer(x)
@@ -685,7 +685,7 @@ def test_coupling_is_its_formula(channels):
 @pytest.mark.parametrize("h", [-50.0, -2.0, 40.0, 1e30])
 @torch.no_grad()
 def test_coupling_never_stretches(h):
-    """A network that explodes upwards reaches a scale of 1; far down the logarithm is still right."""
+    """A network whose output explodes reaches a scale of 1; far below 0 the logarithm is still right."""
     layer = GlowCoupling(2, Fixed(h, 0.25))
     x = torch.tensor([[3.0, -2.0]])
     z, contribution = layer(x)
@@ -697,7 +697,7 @@ def test_coupling_never_stretches(h):
 
 @pytest.mark.parametrize("context", [0, 3])
 def test_coupling_starts_with_one_scale_everywhere(context):
-    """sigmoid(2), and no shift."""
+    """The scale is sigmoid(2), and the shift is 0."""
     layer = GlowCoupling(5, GlowNet(2, 6, hidden=8, context=context))
     x, c = torch.randn(4, 5, 3, 4), torch.randn(4, context) if context else None
     layer.initialize(x, c)
@@ -710,7 +710,7 @@ def test_coupling_starts_with_one_scale_everywhere(context):
 
 @pytest.mark.parametrize("shape", [(4,), (4, 1, 3)])
 def test_coupling_obeys_a_vector_as_context(shape):
-    """In both directions, of vectors as of images."""
+    """This holds in both directions, for vectors and for images."""
     if len(shape) == 1:
         torch.manual_seed(0)
         layer = GlowCoupling(4, MLP(2, 4, hidden=8, depth=1, context=2))
@@ -736,7 +736,7 @@ def test_coupling_needs_two_channels():
 
 @pytest.mark.parametrize("outputs", [1, 2, 4, 12])
 def test_coupling_refuses_a_network_of_another_shape(outputs):
-    """2 and 4 channels would split into halves, of which those of 2 broadcast."""
+    """2 and 4 channels would split into halves, and the halves of 2 would broadcast."""
     layer = GlowCoupling(5, ZeroConv(2, outputs))
     message = f"network's output: expected shape (B, 6, 3, 1), got (2, {outputs}, 3, 1)"
     for direction in (layer, layer.inverse):
@@ -757,7 +757,7 @@ with_precision = pytest.mark.parametrize("name", ["glow_net", "resnet"])
 
 
 def network(name: str, context: int = 0, scale: float = 0.3, **options) -> nn.Module:
-    """From 2 to 4 channels, initialised where it can be, then moved by random numbers of this scale."""
+    """A network from 2 to 4 channels, initialised if possible, then moved by random numbers of this scale."""
     torch.manual_seed(0)
     made = NETWORKS[name](context, **options)
     if hasattr(made, "initialize"):
@@ -788,7 +788,7 @@ def test_networks_keep_height_and_width(name, size):
 
 @pytest.mark.parametrize(("name", "reach"), [("glow_net", 2), ("zero_conv", 1)])
 def test_how_far_a_network_looks(name, reach):
-    """3x3, 1x1, 3x3: two pixels to each side; a single 3x3: one."""
+    """3x3, 1x1, 3x3 see two pixels to each side; a single 3x3 sees one."""
     made = network(name).double()
     x = torch.randn(1, 2, 7, 7, dtype=torch.float64, requires_grad=True)
     seen = torch.zeros(7, 7, dtype=torch.bool)
@@ -864,7 +864,7 @@ def test_other_precisions_are_refused(name, precision):
 
 @with_precision
 def test_bfloat16_is_near_float32(name):
-    """A few roundings of 2^-9 in a row: a few per cent at most, in the output and in the gradients."""
+    """A few roundings of 2^-9 make a few per cent at most, in the output and in the gradients."""
     exact, rounded = network(name, 1), network(name, 1, precision=torch.bfloat16)
     x, context = torch.randn(3, 2, 6, 5), torch.randn(3, 1)
     y, z = exact(x, context), rounded(x, context)
@@ -890,7 +890,7 @@ def test_bfloat16_inside_a_coupling_still_closes_the_round_trip():
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["glow_net", "zero_conv"])
 def test_networks_leave_zero(name, precision):
-    """The first step moves the last layer; after a few every parameter has a gradient."""
+    """The first step moves only the last layer; after a few steps every parameter has a gradient."""
     options = {"precision": precision} if name == "glow_net" else {}
     made = network(name, 1, scale=0.0, **options)
     x, context, target = torch.randn(8, 2, 5, 4), torch.randn(8, 1), torch.randn(8, 4, 5, 4)
@@ -905,7 +905,7 @@ def test_networks_leave_zero(name, precision):
 
 
 class Told(nn.Module):
-    """Twice as many channels of zeros as come in, or as many; keeps what initialises it."""
+    """A network that returns zeros, twice as many channels as its input or as many, and keeps what initialises it."""
 
     def __init__(self, times: int) -> None:
         super().__init__()
@@ -919,7 +919,7 @@ class Told(nn.Module):
 
 
 def test_the_networks_inside_are_told_of_the_first_batch():
-    """They see what they see in forward, and the context; networks without an initialisation are left alone."""
+    """They see the same input and context as in forward; networks without an initialisation stay as they are."""
     x, context = torch.randn(5, 4, 2, 3), torch.randn(5, 7)
     mask = channel_mask((4, 2, 3), 1)
     layers = [
@@ -943,7 +943,7 @@ def test_the_networks_inside_are_told_of_the_first_batch():
 
 
 def relu_inputs(made: GlowNet, x: Tensor, context: Tensor | None) -> list[Tensor]:
-    """What reaches each nonlinearity."""
+    """The input of each nonlinearity."""
     seen: list[Tensor] = []
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
@@ -959,7 +959,7 @@ def relu_inputs(made: GlowNet, x: Tensor, context: Tensor | None) -> list[Tensor
 @pytest.mark.parametrize("context", [0, 3])
 @torch.no_grad()
 def test_a_first_batch_standardises_what_reaches_the_nonlinearities(context):
-    """In every channel, images of any brightness and labels included; only the first, and the state remembers it."""
+    """This holds in every channel, for images of any brightness and labels, once: the state remembers it."""
     torch.manual_seed(0)
     made = GlowNet(2, 4, hidden=6, context=context).double()
     x = 5 + 20 * torch.randn(16, 2, 5, 4, dtype=torch.float64)
@@ -986,7 +986,7 @@ def test_a_first_batch_standardises_what_reaches_the_nonlinearities(context):
 
 @torch.no_grad()
 def test_act_norm_conv_is_a_convolution_and_an_act_norm():
-    """On the first batch and on others; before it, a convolution alone."""
+    """This holds on the first batch and on others; before initialisation it is a convolution alone."""
     torch.manual_seed(0)
     layer = ActNormConv(2, 3, 3).double()
     conv = copy.deepcopy(layer)
@@ -1044,7 +1044,7 @@ def nats_of(flow: Flow, k: Tensor, context: Tensor | None = None, seed: int = 0)
 
 
 def kernels(network: nn.Module) -> list[Tensor]:
-    """Of its convolutions, in order: (outputs, inputs, height, width) each."""
+    """The kernels of a flow's convolutions in order, each (outputs, inputs, height, width)."""
     return [parameter for parameter in network.parameters() if parameter.dim() == 4]
 
 
@@ -1053,7 +1053,7 @@ def kernels(network: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("lu", [True, False])
 def test_glow_is_its_list_of_layers(shape, scales, classes, bounded, lu):
-    """A squeeze, steps of three layers, half is finished under a learned prior: at every scale but the last."""
+    """At every scale except the last: a squeeze, steps of three layers, a half factored out under a learned prior."""
     options = {"scales": scales, "steps": 3, "hidden": 5, "classes": classes, "lu": lu, "precision": torch.bfloat16}
     flow = glow(shape, levels=32, bounded=bounded, **options)
     layers = list(flow.chain)
@@ -1099,7 +1099,7 @@ def test_glow_has_the_defaults_of_the_paper():
 
 
 def test_glow_is_drawn_layer_by_layer_a_prior_before_what_is_inside():
-    """A seed stands for the same weights as ever: those that the records were trained from."""
+    """A seed always gives the same weights, those from which the records were trained."""
     torch.manual_seed(0)
     flow = glow((1, 4, 4), scales=2, steps=1, hidden=6)
     torch.manual_seed(0)
@@ -1118,7 +1118,7 @@ def test_glow_is_drawn_layer_by_layer_a_prior_before_what_is_inside():
 
 @every_model
 def test_a_bounded_glow_has_one_number_more_in_each_coupling(shape, scales):
-    """And starts from the same draws: apart from the scales it is the same flow."""
+    """It starts from the same draws: apart from the scales it is the same flow."""
     options = {"scales": scales, "steps": 3, "hidden": 5}
     states = []
     for bounded in (False, True):
@@ -1134,7 +1134,7 @@ def test_a_bounded_glow_has_one_number_more_in_each_coupling(shape, scales):
 
 @torch.no_grad()
 def test_one_scale_of_a_bounded_glow_gives_samples_whatever_its_networks_say():
-    """With wild networks all are finite; where the couplings are those of the released code, none is."""
+    """With wild networks all samples are finite; with the released code's couplings none is."""
     for bounded in (True, False):
         flow = small((1, 8, 8), 1, bounded=bounded)
         for layer in flow.chain:
@@ -1148,7 +1148,7 @@ def test_one_scale_of_a_bounded_glow_gives_samples_whatever_its_networks_say():
 @every_model
 @pytest.mark.parametrize("classes", [0, 3])
 def test_glow_against_autograd(shape, scales, classes):
-    """The log-determinant of the whole, from behind the noise on, and the way back."""
+    """The log-determinant of the whole flow after the noise, and its inverse."""
     flow = small(shape, scales, classes=classes, scale=0.2).double()
     continuous = flow[1:]
     x, context = 256 * torch.rand(2, *shape, dtype=torch.float64), labels_of(2, classes)
@@ -1167,7 +1167,7 @@ def test_glow_against_autograd(shape, scales, classes):
 @every_model
 @torch.no_grad()
 def test_encode_and_decode_every_level(monkeypatch, shape, scales):
-    """With noise off the very edges of a level, which float32 may round into the next."""
+    """The noise avoids the edges of a level, which float32 may round into the next level."""
     rand_like = torch.rand_like
     monkeypatch.setattr(torch, "rand_like", lambda like: 0.01 + 0.98 * rand_like(like))
     flow = small(shape, scales)
@@ -1184,7 +1184,7 @@ def test_encode_and_decode_every_level(monkeypatch, shape, scales):
 @pytest.mark.parametrize(("shape", "scales"), [((1, 4, 6), 1), ((3, 8, 4), 2), ((1, 8, 8), 3)])
 @torch.no_grad()
 def test_latents_after_the_first_batch(shape, scales):
-    """Of the coarsest scale: mean 0 in every channel; the last coupling has shrunk one half of what had variance 1."""
+    """The coarsest scale has mean 0 in every channel; the last coupling has shrunk one half from variance 1."""
     torch.manual_seed(0)
     flow = glow(shape, scales=scales, steps=3, hidden=4)
     k = levels_of(shape)
@@ -1206,7 +1206,7 @@ def test_latents_after_the_first_batch(shape, scales):
 @pytest.mark.parametrize("classes", [0, 2])
 @torch.no_grad()
 def test_glow_against_exact_enumeration(classes):
-    """P(k) of all 16 images of 2 x 2 bits, for each label: the sum is nearly 1, and samples are as often in each."""
+    """P(k) of all 16 images of 2 x 2 bits sums to nearly 1 for each label, and samples have these frequencies."""
     torch.manual_seed(0)
     flow = glow((1, 2, 2), levels=2, scales=1, steps=2, hidden=4, classes=classes).double()
     continuous = flow[1:]
@@ -1231,7 +1231,7 @@ def test_glow_against_exact_enumeration(classes):
 
         x = flow.sample(n, context=rows(n)).flatten(1)
         counts = torch.bincount(x @ torch.tensor([8, 4, 2, 1]), minlength=16).double()
-        # What lies beyond the cube is clamped into it.
+        # Samples outside of the cube are clamped into it.
         error = 5 * (probability * (1 - probability) / n).sqrt() + (1 - probability.sum()).clamp(min=0)
         assert ((counts / n - probability).abs() < error).all()
     if classes:
@@ -1241,7 +1241,7 @@ def test_glow_against_exact_enumeration(classes):
 @pytest.mark.parametrize("scales", [1, 3])
 @torch.no_grad()
 def test_likelihood_depends_on_the_label(scales):
-    """By every coupling's network and every prior; and each image has its own label."""
+    """It does so by every coupling's network and every prior, and each image has its own label."""
     flow = small((1, 8, 8), scales, classes=3)
     k, context = levels_of((1, 8, 8))[:6], labels_of(6, 3)
     nats = nats_of(flow, k, context)
@@ -1283,7 +1283,7 @@ def test_without_classes_a_context_is_ignored():
 
 @torch.no_grad()
 def test_samples_of_labels():
-    """One row a sample; at temperature 0 a label has one image, and another label another."""
+    """Each sample has one row of labels; at temperature 0 another label has another image."""
     flow = small((1, 4, 8), 2, classes=3, scale=0.3)
     context = labels_of(7, 3)
     x = flow.sample(7, context=context)
@@ -1306,7 +1306,7 @@ def test_gradients_reach_every_parameter():
 
 
 def test_a_copy_has_the_same_likelihood():
-    """deepcopy and a state dict: the flags of the ActNorms, permutations and signs included."""
+    """deepcopy and the state dict include the flags of the ActNorms, permutations and signs."""
     flow = small((1, 4, 4), 2, scale=0.2)
     k = levels_of((1, 4, 4))[::16]
     nats = nats_of(flow, k)
@@ -1353,7 +1353,7 @@ with_or_without_classes = pytest.mark.parametrize("classes", [0, 3])
 
 @pytest.fixture
 def in_float64():
-    """The noise has the default type, and so have the networks built in here."""
+    """A fixture that makes float64 the default type, which noise and new networks then have."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -1363,7 +1363,7 @@ def in_float64():
 @pytest.mark.parametrize("noise", [0, 6])
 @pytest.mark.parametrize("alpha", [None, 0.02])
 def test_the_start_of_glow_is_its_list_of_layers(shape, scales, noise, alpha):
-    """Noise and scale, and the logit where it is asked for; what comes after does not know of them."""
+    """Noise, scale and an optional logit come first; the later layers do not depend on them."""
     options = {"levels": 32, "scales": scales, "steps": 1, "hidden": 5, "classes": 3, "precision": torch.bfloat16}
     flow = glow(shape, noise=noise, alpha=alpha, **options)
     dequantize, rescale, *layers = flow.chain
@@ -1379,7 +1379,7 @@ def test_the_start_of_glow_is_its_list_of_layers(shape, scales, noise, alpha):
 @pytest.mark.parametrize("shape", [(1, 4, 6), (3, 2, 4)])
 @with_or_without_classes
 def test_the_noise_of_glow_is_two_couplings_that_see_the_image(shape, classes):
-    """Each changes the pixels that the other passes; no label enters."""
+    """Each changes the pixels that the other leaves unchanged; no label enters."""
     options = {"scales": 1, "steps": 1, "hidden": 5, "classes": classes, "noise": 6, "precision": torch.bfloat16}
     couplings = list(glow(shape, **options).chain[0].noise)
     assert [type(coupling) for coupling in couplings] == [AffineCoupling] * 2
@@ -1397,7 +1397,7 @@ def test_the_noise_of_glow_is_two_couplings_that_see_the_image(shape, classes):
 @every_model
 @with_or_without_classes
 def test_bounded_priors_are_those_of_glow_with_a_gain(shape, scales, classes):
-    """From the same draws: the flow that they are in starts as the usual one."""
+    """They come from the same draws, so the flow starts as the usual one."""
     flows = []
     for bounded_priors in (False, True):
         torch.manual_seed(0)
@@ -1422,7 +1422,7 @@ def test_bounded_priors_are_those_of_glow_with_a_gain(shape, scales, classes):
 
 
 def test_glow_without_its_options_is_glow():
-    """The same state from the same draws, whether they are left out or said to be off; and so with a logit."""
+    """Options that are missing or off give the same state from the same draws, also with a logit."""
     shape, size = (1, 8, 8), {"scales": 2, "steps": 2, "hidden": 4}
     states, next_draws = [], []
     for options in ({}, {"alpha": None, "noise": 0, "bounded_priors": False}, {"alpha": 0.05}):
@@ -1437,7 +1437,7 @@ def test_glow_without_its_options_is_glow():
 
 
 def fitted(shape: Shape, classes: int, options: dict, steps: int = 3) -> tuple[Flow, Tensor, Tensor | None]:
-    """A small Glow after a few steps on every level, and its images and labels."""
+    """A small Glow after a few steps on every level, with its images and labels."""
     torch.manual_seed(0)
     flow = glow(shape, scales=2, steps=1, hidden=4, classes=classes, **options)
     k, context = levels_of(shape), labels_of(256, classes)
@@ -1462,7 +1462,7 @@ def test_glow_with_its_options_leads_back_to_every_level(in_float64, shape, clas
 @with_or_without_classes
 @pytest.mark.parametrize("shape", [(1, 8, 4), (3, 4, 8)])
 def test_gradients_reach_every_parameter_of_glow_with_its_options(shape, classes, options):
-    """Not at first, when networks give zeros."""
+    """They do so after the start, at which networks return zeros."""
     flow, k, context = fitted(shape, classes, options)
     flow.train().bits_per_dim(k, context).mean().backward()
     for name, parameter in flow.named_parameters():
@@ -1472,7 +1472,7 @@ def test_gradients_reach_every_parameter_of_glow_with_its_options(shape, classes
 
 @each_option
 def test_glow_with_its_options_learns(options):
-    """A gradient through the noise makes the bound better, not worse; samples are levels."""
+    """A gradient through the noise makes the bound better; samples are levels."""
     torch.manual_seed(0)
     flow = glow((1, 8, 8), levels=17, scales=2, steps=2, hidden=16, **options)
     loss = fit(flow, digits().images, 60, batch_size=64, clip=50.0, lr=3e-3).loss
@@ -1500,7 +1500,7 @@ def test_the_noise_of_a_glow_with_labels_depends_on_the_image_alone():
 
 @torch.no_grad()
 def test_the_logit_of_glow_keeps_samples_near_the_levels_there_are():
-    """However far a latent lies, alpha bounds how far its pixels are from the unit interval: here 0.1 / 0.8."""
+    """For every latent alpha bounds how far its pixels are from the unit interval: here 0.1 / 0.8."""
     flow = small((1, 8, 8), 1, alpha=0.1, bounded=True)
     pixels = Chain([*flow.chain][2:])
     torch.manual_seed(1)
@@ -1528,7 +1528,7 @@ def fresh_compiler():
 
 
 def compilable(classes: int = 3, seed: int = 0, bounded: bool = False) -> tuple[Flow, Tensor, Tensor | None]:
-    """A Glow with two scales that is not initialised, data and labels."""
+    """A Glow with two scales that is not initialised, with data and labels."""
     torch.manual_seed(seed)
     flow = glow((1, 4, 4), levels=17, scales=2, steps=1, hidden=4, classes=classes, bounded=bounded)
     return flow, torch.randint(17, (24, 1, 4, 4)), labels_of(24, classes)
@@ -1549,7 +1549,7 @@ def test_glow_with_classes_compiles_to_one_graph(fresh_compiler, bounded, used):
 
 
 def test_a_flow_on_real_numbers_compiles_to_one_graph(fresh_compiler):
-    """It would look whether they are finite."""
+    """A check for finite values would break the graph."""
     flow = Flow([ActNorm(2), Invertible1x1Conv(2)], StandardNormal(), (2,))
     x = torch.randn(8, 2)
     flow.initialize(x)
@@ -1558,7 +1558,7 @@ def test_a_flow_on_real_numbers_compiles_to_one_graph(fresh_compiler):
 
 
 def test_a_compiled_glow_is_trained_to_the_same_losses(fresh_compiler):
-    """And to the same parameters under the same names, to be loaded where nothing is compiled; the average, too."""
+    """Parameters and average have the same names and values, so uncompiled programs can load them."""
     losses, states, nats = [], [], []
     for compiled in (False, True):
         flow, k, context = compilable()
@@ -1582,7 +1582,7 @@ def test_a_compiled_glow_is_trained_to_the_same_losses(fresh_compiler):
 
 
 def test_what_a_compiled_flow_still_checks(fresh_compiler):
-    """Shapes, which a graph knows; not values, which it does not. Other methods than forward check as ever."""
+    """It checks shapes, which a graph knows, but not values; methods other than forward check as usual."""
     flow, k, context = compilable()
     flow.initialize(k, context)
     flow.compile(backend="eager")
@@ -1610,13 +1610,13 @@ def digits_glow(classes: int = 0, precision: torch.dtype = torch.float32, seed: 
 
 
 def held_out_bits(flow: Flow) -> Tensor:
-    """bits/dim of the digits for testing, under one noise."""
+    """The bits/dim of the test digits under one draw of the noise."""
     torch.manual_seed(5)
     return -log_likelihoods(flow, digits("test").images) / (flow.dims * math.log(2))
 
 
 def test_bfloat16_networks_cost_nothing():
-    """Trained from one seed in either precision, and each trained flow judged in the other: within 0.01 bits/dim."""
+    """Two flows, trained from one seed in either precision, score within 0.01 bits/dim in both precisions."""
     precisions = (torch.float32, torch.bfloat16)
     bits = []
     for precision in precisions:
@@ -1628,12 +1628,12 @@ def test_bfloat16_networks_cost_nothing():
         other.load_state_dict(flow.state_dict())
         difference = held_out_bits(other) - bits[-1]
         assert abs(difference.mean()) < 0.01
-        assert difference.abs().max() > 1e-5  # computed otherwise indeed
+        assert difference.abs().max() > 1e-5  # the two precisions differ
     assert abs(bits[0].mean() - bits[1].mean()) < 0.01
 
 
 class Stop(Exception):
-    """Raised by a test to end a run in the midst."""
+    """Raised by a test to end a run in the middle."""
 
 
 def digits_run(folder: Path | None = None, at: int | None = None, **options) -> dict[str, Tensor]:
@@ -1658,7 +1658,7 @@ def digits_run(folder: Path | None = None, at: int | None = None, **options) -> 
 
 
 def test_a_stopped_run_is_loaded_and_goes_on(tmp_path):
-    """The likelihood comes back to the bit; a resumed run ends as one that was not stopped, with the same ActNorms."""
+    """The likelihood is equal to the bit; a resumed run ends like an uninterrupted one, with the same ActNorms."""
     with pytest.raises(Stop):
         digits_run(tmp_path, at=5, save_every=-1.0)
     images, context = digits("test").images, nn.functional.one_hot(digits("test").labels, 10).float()

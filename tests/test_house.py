@@ -1,4 +1,4 @@
-"""The plan of the house: what imports what and is declared, how small the library is, what a built wheel holds."""
+"""Tests of the house's plan: imports, declared dependencies, the library's size, and the content of a built wheel."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-ENTRIES = {"__init__", "__main__", "ablations", "notebook"}  # a few lines each: they start what stands elsewhere
+ENTRIES = {"__init__", "__main__", "ablations", "notebook"}  # entry modules of a few lines
 SOURCES = sorted((ROOT / "nflows_lib").rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # packages that are named otherwise than their module
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # packages whose name differs from their module's
 
 
 def lines_of_code(path: Path) -> int:
-    """Lines that hold code: without docstrings, comments and blank lines."""
+    """The number of lines that hold code, without docstrings, comments and blank lines."""
     text = path.read_text(encoding="utf-8")
     code: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -46,7 +46,7 @@ def test_the_library_can_be_read_in_an_evening():
     assert all(counted[name] <= 10 for name in ENTRIES)
 
 
-# Imports that the plan forbids: the module, the line that it gets, and what it then imports.
+# Imports that the plan forbids: the module, the line that is added to it, and the module that it then imports.
 FORBIDDEN = [
     ("flow", "from nflows_lib.experiments import archive", "experiments.archive"),
     ("flow", "from nflows_lib.clinic import doctor", "clinic"),
@@ -60,7 +60,7 @@ FORBIDDEN = [
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
-    """A folder with a copy of the package and of what its wheel is built from."""
+    """A folder with a copy of the package and of the files from which its wheel is built."""
     folder = tmp_path_factory.mktemp("house")
     shutil.copytree(ROOT / "nflows_lib", folder / "nflows_lib", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE", "LICENSE-text.md"):
@@ -70,7 +70,7 @@ def copy(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def broken(copy, tmp_path_factory) -> str:
-    """What lint-imports reports of a copy with every forbidden import, and with a module that is in no layer."""
+    """The report of lint-imports on a copy with every forbidden import, and with a module that is in no layer."""
     folder = tmp_path_factory.mktemp("broken") / "house"
     shutil.copytree(copy, folder)
     for module, line, _ in FORBIDDEN:
@@ -95,7 +95,7 @@ def test_a_module_without_a_place_in_the_plan_is_noticed(broken):
 
 
 def test_a_wheel_holds_every_module_and_none_starts_another_program_when_it_is_imported(copy, tmp_path):
-    """Each is imported from the wheel itself. None needs git: a run asks for the commit when it starts.
+    """Each module is imported from the wheel. None needs git, since a run asks for the commit when it starts.
 
     An audit hook sees every program that is started.
     """
@@ -107,7 +107,7 @@ def test_a_wheel_holds_every_module_and_none_starts_another_program_when_it_is_i
     assert {"nflows_lib.clinic.report", "nflows_lib.experiments.archive"} <= {*modules}
     script = (
         "import importlib, sys\n"
-        "import torch, matplotlib.pyplot, sklearn.datasets\n"  # what others start is not ours
+        "import torch, matplotlib.pyplot, sklearn.datasets\n"  # programs that other packages start do not count
         "started = []\n"
         "events = {'subprocess.Popen', 'os.system', 'os.posix_spawn', 'os.exec', 'os.fork'}\n"
         "sys.addaudithook(lambda event, args: event in events and started.append((event, args[:1])))\n"
@@ -125,7 +125,7 @@ def test_a_wheel_holds_every_module_and_none_starts_another_program_when_it_is_i
 
 
 def imported(path: Path) -> set[str]:
-    """The top-level modules that a file imports, wherever in it; imports within the package aside."""
+    """The top-level modules that a file imports at any place, without imports within the package."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if isinstance(node, ast.Import):
@@ -136,7 +136,7 @@ def imported(path: Path) -> set[str]:
 
 
 def test_the_library_declares_what_it_imports_and_nothing_else():
-    """torchvision belongs to the extra `data`: only what downloads needs it."""
+    """torchvision belongs to the extra `data`, since only downloads need it."""
     modules = set().union(*map(imported, SOURCES)) - sys.stdlib_module_names
     needed = {DISTRIBUTIONS.get(module, module) for module in modules}
     declared = {Requirement(line).name for line in PROJECT["dependencies"]}
@@ -146,7 +146,7 @@ def test_the_library_declares_what_it_imports_and_nothing_else():
 
 
 def test_the_readme_names_what_a_machine_needs():
-    """All that is declared, for a machine whose packages someone else has installed."""
+    """It names all declared packages, for a machine whose packages someone else has installed."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     sentence = re.search(r"It needs ([^:]+?), not Jupyter", text)[1]
     named = set(re.split(r",\s+|\s+and\s+", sentence))

@@ -1,4 +1,4 @@
-"""RealNVP on images and on points: the list of layers, the likelihood at the start, copies, round trips, samples."""
+"""Tests of RealNVP on images and on points: layers, likelihood at the start, copies, round trips, samples."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def nats_of(flow: Flow, k: Tensor, seed: int = 0) -> Tensor:
 
 
 def test_realnvp_compiles_to_one_graph():
-    """Weight norm, flow batch norms and a factor-out included."""
+    """Weight norm, flow batch norms and a factor-out are included."""
     torch._dynamo.reset()
     flow = realnvp((1, 4, 4), levels=17, scales=2, couplings=2, hidden=2, blocks=0)
     explained = torch._dynamo.explain(flow)(torch.randint(17, (3, 1, 4, 4)))
@@ -111,7 +111,7 @@ def test_summary():
 @every_shape
 @torch.no_grad()
 def test_likelihood_at_the_start(shape, levels):
-    """Near log2 n bits a value, in either mode."""
+    """It is near log2 n bits per value in either mode."""
     flow = small(shape, levels, random=False)
     k = levels_of(shape, levels)
     for training in (True, False):
@@ -125,7 +125,7 @@ def test_likelihood_at_the_start(shape, levels):
 @every_shape
 @torch.no_grad()
 def test_likelihood_while_the_couplings_do_nothing(shape, levels):
-    """Uniform levels cost log2 n plus what a logit-normal density wastes on a uniform number."""
+    """Uniform levels cost log2 n bits plus the cost of a logit-normal density on a uniform number."""
     flow = small(shape, levels, random=False)
     for layer in flow.chain:
         if isinstance(layer, AffineCoupling):
@@ -141,7 +141,7 @@ def test_likelihood_while_the_couplings_do_nothing(shape, levels):
 @every_shape
 @torch.no_grad()
 def test_encode_and_decode_every_level(monkeypatch, shape):
-    """With noise off the very edges of a level, where one in 10^5 would round into the next."""
+    """The noise avoids the edges of a level, where one in 10^5 values would round into the next level."""
     rand_like = torch.rand_like
     monkeypatch.setattr(torch, "rand_like", lambda like: 0.01 + 0.98 * rand_like(like))
     flow = small(shape)
@@ -179,7 +179,7 @@ def test_log_prob_of_an_image_does_not_depend_on_the_others_in_evaluation_mode()
 
 @torch.no_grad()
 def test_realnvp_integrates_to_one():
-    """Two pixels in evaluation mode, from behind the logit on."""
+    """The density after the logit is integrated over two pixels, in evaluation mode."""
     flow = small((1, 1, 2)).double()
     continuous = flow[3:]
     assert integral(lambda x: continuous(x.view(-1, 1, 1, 2)), 2, -20, 20, points=250) == pytest.approx(1, abs=1e-3)
@@ -201,7 +201,7 @@ def test_a_copy_has_the_same_likelihood(training):
 
 
 def test_state_dict_round_trip():
-    """Masks, lengths and directions of the weights, gains, running averages: all of it is in the state dict."""
+    """The state dict holds masks, lengths and directions of the weights, gains and running averages."""
     flow, other = small(seed=0), small(seed=1)
     k = torch.randint(256, (5, 1, 5, 3))
     assert not torch.allclose(nats_of(other, k), nats_of(flow, k))
@@ -214,7 +214,7 @@ def test_state_dict_round_trip():
 
 
 def test_a_few_steps_of_training_lower_the_loss():
-    """And the running averages follow, so that evaluation mode agrees."""
+    """The running averages follow, so evaluation mode agrees."""
     torch.manual_seed(0)
     flow = realnvp((1, 4, 4), levels=8, couplings=2, hidden=8, blocks=1)
     k = torch.randint(3, (64, 1, 4, 4)) + 2
@@ -270,7 +270,7 @@ def multi_scale(shape, scales: int, levels: int = 256, seed: int = 0, random: bo
 
 @several_scales
 def test_realnvp_of_several_scales_is_its_list_of_layers(shape, scales):
-    """Three checkerboards, a squeeze, three halves of channels, their order, half goes on to networks twice as wide."""
+    """Three checkerboards, a squeeze, three channel masks, an order; half goes on to networks twice as wide."""
     flow = realnvp(shape, scales=scales, couplings=4, hidden=3, blocks=2, levels=32, precision=torch.bfloat16)
     coupled = ["AffineCoupling", "FlowBatchNorm"]
     layers, width = list(flow.chain), 3
@@ -357,7 +357,7 @@ def test_several_scales_encode_and_decode_every_level(monkeypatch, shape, scales
 @several_scales
 @torch.no_grad()
 def test_likelihood_of_several_scales_at_the_start(shape, scales):
-    """Near log2 n bits a value, in either mode: D is that of the input."""
+    """It is near log2 n bits per value in either mode: D is the dimension of the input."""
     flow = multi_scale(shape, scales, random=False)
     for training in (True, False):
         bits = flow.train(training).bits_per_dim(levels_of(shape))
@@ -370,7 +370,7 @@ def test_likelihood_of_several_scales_at_the_start(shape, scales):
 
 @torch.no_grad()
 def test_the_finest_piece_is_one_colour_of_the_chess_board():
-    """While the couplings do nothing: what is finished first are the pixels where row + column is odd."""
+    """Couplings that do nothing leave the pixels with odd row + column as the first factored-out piece."""
     flow = multi_scale((3, 4, 8), 3, random=False)
     for layer in flow.modules():
         if isinstance(layer, AffineCoupling):
@@ -445,7 +445,9 @@ def test_realnvp_points_is_its_list_of_layers():
         assert torch.equal(layer.mask, alternating_mask(5, i % 2))
         assert isinstance(layer.network, MLP)
         linear = [part for part in layer.network.layers if isinstance(part, nn.Linear)]
-        assert linear[0].in_features == 3 - i % 2  # of five numbers three pass at parity 0, two at parity 1
+        assert (
+            linear[0].in_features == 3 - i % 2
+        )  # of five numbers, three are left unchanged at parity 0 and two at parity 1
         assert [part.out_features for part in linear] == [64, 64, 2 * (2 + i % 2)]
     assert isinstance(flow.base, StandardNormal)
     assert flow.levels is None

@@ -1,4 +1,4 @@
-"""Squeeze, phase order and factor-out: every value at its place, formulas by hand, densities against enumeration."""
+"""Tests of squeeze, phase order and factor-out: places of values, formulas by hand, densities against enumeration."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nflows_lib.normalization import DiagonalScaling, FlowBatchNorm
 
 
 def labelled(channels: int, height: int = 4, width: int = 6) -> Tensor:
-    """One image whose pixel in channel c, row i, column j is 100 c + 10 i + j: (1, C, H, W)."""
+    """One image, (1, C, H, W), whose pixel in channel c, row i and column j is 100 c + 10 i + j."""
     c, i, j = torch.meshgrid(*map(torch.arange, (channels, height, width)), indexing="ij")
     return (100.0 * c + 10 * i + j)[None]
 
@@ -45,7 +45,7 @@ def test_what_only_moves_keeps_every_value(name):
 
 
 def test_squeeze_by_hand():
-    """[[0, 1, 2, 3], [10, 11, 12, 13]] becomes top left, top right, bottom left, bottom right."""
+    """[[0, 1, 2, 3], [10, 11, 12, 13]] becomes top left, top right, bottom left and bottom right."""
     z, _ = Squeeze()(labelled(2, 2, 4))
     first = [[[0, 2]], [[1, 3]], [[10, 12]], [[11, 13]]]
     assert z[0].tolist() == first + [[[value + 100 for value in row] for row in rows] for rows in first]
@@ -58,7 +58,9 @@ def test_squeeze_takes_each_pixel_to_its_channel(channels):
     assert z.shape == (1, 4 * channels, 2, 3)
     for c, dy, dx in itertools.product(range(channels), (0, 1), (0, 1)):
         assert torch.equal(z[:, 4 * c + 2 * dy + dx], x[:, c, dy::2, dx::2])
-    assert not torch.equal(z, x.reshape(1, 4 * channels, 2, 3))  # which would be the same shape, of other neighbours
+    assert not torch.equal(
+        z, x.reshape(1, 4 * channels, 2, 3)
+    )  # a plain reshape has the same shape, but other neighbours
     assert torch.equal(Squeeze().inverse(z), x)
 
 
@@ -98,11 +100,14 @@ def test_phase_order_sorts_by_place(channels):
     assert torch.equal(z[:, : 2 * channels].flatten().sort().values, x[0, even].sort().values)
     assert torch.equal(z[:, 2 * channels :].flatten().sort().values, x[0, ~even].sort().values)
     assert torch.equal(layer.inverse(z), squeezed)
-    assert not torch.equal(layer(z)[0], squeezed)  # it is not its own inverse
+    assert not torch.equal(layer(z)[0], squeezed)  # the order is not its own inverse
 
 
 def test_phase_order_by_hand():
-    """Two channels, 4 c + phase: 0 4 | 3 7 | 1 5 | 2 6."""
+    """Two channels, numbered 4 c + phase, come in the order 0 4
+
+    3 7 | 1 5 | 2 6.
+    """
     z, _ = PhaseOrder(8)(torch.arange(8.0).view(1, 8, 1, 1))
     assert z.flatten().tolist() == [0, 4, 3, 7, 1, 5, 2, 6]
     assert PhaseOrder(8).inverse(torch.arange(8.0).view(1, 8, 1, 1)).flatten().tolist() == [0, 4, 6, 2, 1, 5, 7, 3]
@@ -135,7 +140,7 @@ def test_phase_order_moves_with_the_module():
 
 
 def test_factor_out_without_prior_is_flat_and_finest_first():
-    """The second half of the channels comes out first, as it is; then the first half, through the inner layers."""
+    """The second half of the channels comes first and unchanged, then the inner layers' output of the first half."""
     x = labelled(4, 2, 3)
     z, contribution = FactorOut((4, 2, 3), [Rescale(2.0)])(x)
     assert z.shape == (1, 24)
@@ -145,7 +150,7 @@ def test_factor_out_without_prior_is_flat_and_finest_first():
 
 @torch.no_grad()
 def test_factor_out_by_hand():
-    """eps = (x2 - mu(x1)) / exp(s(x1)), and -sum s plus the inner layers' log-determinant."""
+    """eps = (x2 - mu(x1)) / exp(s(x1)); the log-det is -sum s plus that of the inner layers."""
     layer, x, _ = build("factor_out_prior", (6, 3, 1))
     x1, x2 = x[:, :3], x[:, 3:]
     output = layer.prior(x1)
@@ -158,7 +163,7 @@ def test_factor_out_by_hand():
 
 
 class Fixed(nn.Module):
-    """A prior that gives these numbers for every example, and keeps what it was given."""
+    """A prior that returns the same numbers for every example, and keeps its input."""
 
     def __init__(self, *output: float) -> None:
         super().__init__()
@@ -187,7 +192,7 @@ def test_factor_out_in_numbers():
 
 @torch.no_grad()
 def test_temperature_zero_gives_the_priors_mean():
-    """eps = 0 at every scale: x2 = mu(x1), where x1 is what the inner zero decodes to."""
+    """eps is 0 at every scale, so x2 = mu(x1), where x1 is what the inner layers decode from 0."""
     layer, _, _ = build("factor_out_nested", (2, 2, 4))
     x = layer.inverse(torch.zeros(1, 16, dtype=torch.float64))
     x1 = layer.inner.inverse(torch.zeros(1, 8, dtype=torch.float64))
@@ -198,7 +203,7 @@ def test_temperature_zero_gives_the_priors_mean():
 
 
 class SetMean(Bijection):
-    """Shifts by minus the mean of the batch that initialises it; keeps what it saw."""
+    """A layer that subtracts the mean of the batch that initialises it, and keeps that batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +219,7 @@ class SetMean(Bijection):
 
 
 def test_initialize_reaches_inner_layers_with_what_goes_on():
-    """The first half of the channels, at either depth, and behind whatever stands in front."""
+    """That is the first half of the channels at either depth, after all layers before it."""
     first, second, third = SetMean(), SetMean(), SetMean()
     inner = FactorOut((4, 1, 2), [third])
     flow = Flow([Rescale(2.0), FactorOut((2, 2, 4), [first, Squeeze(), second, inner])], StandardNormal(), (2, 2, 4))
@@ -246,7 +251,7 @@ def test_factor_out_refuses_inner_layers_that_do_not_fit():
 
 @pytest.mark.parametrize("outputs", [1, 2, 8])
 def test_factor_out_refuses_a_prior_of_another_shape(outputs):
-    """One channel would broadcast, and half as many split into halves that do."""
+    """One channel would broadcast, and half as many channels would split into halves that broadcast."""
     layer = FactorOut((4, 2, 3), [], ConvNet(2, outputs))
     message = f"prior's output: expected shape (B, 4, 2, 3), got (5, {outputs}, 2, 3)"
     for direction, batch in ((layer, torch.zeros(5, 4, 2, 3)), (layer.inverse, torch.zeros(5, 24))):
@@ -263,7 +268,7 @@ def test_factor_out_comes_last():
 
 
 def multi_scale(shape: Shape = (1, 4, 8), prior: bool = True, seed: int = 0) -> Flow:
-    """Three scales with random parameters on a continuous (C, H, W), float64: C is 1 or 3."""
+    """A flow of three scales on continuous (C, H, W), with random parameters, float64; C is 1 or 3."""
     torch.manual_seed(seed)
     squeezed = (4 * shape[0], shape[1] // 2, shape[2] // 2)
     half = (squeezed[0] // 2, *squeezed[1:])
@@ -304,7 +309,7 @@ def test_a_multi_scale_flow_encodes_decodes_and_samples(shape, prior):
 
 
 def test_a_multi_scale_flow_counts_the_dimensions_of_the_input():
-    """Factor-outs of layers that change places cost nothing: the likelihood is that of the base density."""
+    """Factor-outs of layers that only move values contribute 0: the likelihood is that of the base density."""
     shape = (1, 4, 4)
     deep = FactorOut((8, 1, 1), [Rescale(1.0)])
     layers = [Squeeze(), PhaseOrder(4), FactorOut((4, 2, 2), [Squeeze(), PhaseOrder(8), deep])]
@@ -339,7 +344,7 @@ def test_a_multi_scale_flow_against_autograd():
 )
 @torch.no_grad()
 def test_split_latent(layers, shape, shapes):
-    """Finest first; each piece is an image, and together they are the latent."""
+    """The pieces are images, finest first, and together they are the latent."""
     flow = Flow(layers, StandardNormal(), shape)
     z = flow.encode(torch.randn(3, *shape))
     pieces = split_latent(flow.chain, z)
@@ -348,7 +353,7 @@ def test_split_latent(layers, shape, shapes):
 
 
 def test_split_latent_gives_each_piece_its_pixels():
-    """Without a prior and inner layers the finest piece is the second half of the channels, pixel by pixel."""
+    """Without a prior and inner layers, the finest piece is the second half of the channels, pixel by pixel."""
     x = labelled(4, 2, 3)
     flow = Flow([FactorOut((4, 2, 3), [FactorOut((2, 2, 3), [])])], StandardNormal(), (4, 2, 3))
     pieces = split_latent(flow.chain, flow.encode(x))
@@ -374,7 +379,7 @@ def test_split_latent_names_a_wrong_latent(shape):
 
 
 class Threaded:
-    """A plain layer in the other design: what is finished passes by."""
+    """A plain layer in the other design, in which it hands on the factored-out latents."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
@@ -385,7 +390,7 @@ class Threaded:
 
 
 class ThreadedFactorOut:
-    """A factor-out in the other design: it appends one half to what is finished, and no layer stands inside it."""
+    """A factor-out in the other design: it appends one half to the factored-out latents, and contains no layer."""
 
     def __init__(self, prior: nn.Module | None) -> None:
         self.prior = prior
@@ -435,7 +440,7 @@ def test_nesting_is_the_same_as_a_list_of_what_is_finished(shape, prior):
 
 
 def test_a_factor_out_in_the_plane_integrates_to_one_and_is_sampled_from():
-    """Two channels of one pixel, bent by couplings in front and by the prior; x1 is rescaled inside."""
+    """Couplings before the factor-out and the prior bend two channels of one pixel; an inner layer rescales x1."""
     torch.manual_seed(0)
     layers = [*channel_couplings((2, 1, 1)), FactorOut((2, 1, 1), [Rescale(1.4)], learned_prior((2, 1, 1)))]
     flow = Flow(layers, StandardNormal(), (2, 1, 1))
@@ -448,7 +453,7 @@ def test_a_factor_out_in_the_plane_integrates_to_one_and_is_sampled_from():
 
 
 def tiny(levels: int = 2) -> Flow:
-    """Two scales on images of 2 x 2 pixels: 2^4 images in all."""
+    """A flow with two scales on images of 2 x 2 bits, of which there are 16."""
     torch.manual_seed(0)
     factor_out = FactorOut((4, 1, 1), channel_couplings((2, 1, 1)), learned_prior((4, 1, 1)))
     layers = [UniformDequantize(levels), Rescale(1 / levels), Logit(), Squeeze(), *channel_couplings((4, 1, 1))]
@@ -459,13 +464,13 @@ def tiny(levels: int = 2) -> Flow:
 
 @torch.no_grad()
 def test_a_multi_scale_flow_against_exact_enumeration():
-    """P(k) of all 16 images by integrals over their cells: against samples, and the mean log against the bound."""
+    """P(k) of all 16 images by integrals over cells agrees with samples, and the mean log with the bound."""
     flow = tiny()
     k = torch.tensor(list(itertools.product((0, 1), repeat=4))).view(16, 1, 2, 2)
     continuous = copy.deepcopy(flow[1:]).double()
 
     def integrated(points: int) -> tuple[Tensor, Tensor]:
-        """Density and log-density, averaged over each cell by Gauss's rule."""
+        """The density and the log-density, averaged over each cell by Gauss's rule."""
         within, weights = gauss(points, 4)
         within = within.view(-1, 1, 2, 2)
         log_density = torch.stack([continuous(image + within) for image in k])
@@ -474,11 +479,11 @@ def test_a_multi_scale_flow_against_exact_enumeration():
     probability, bound = integrated(10)
     torch.testing.assert_close(integrated(8), (probability, bound), rtol=1e-3, atol=0)  # enough nodes
     assert probability.max() > 3 * probability.min()
-    assert 0.5 < probability.sum() < 1  # the rest lies beyond the cube
+    assert 0.5 < probability.sum() < 1  # the rest of the mass is outside of the cube
     assert (bound < probability.log()).all()
     assert (probability.log() - bound).max() > 0.01
 
-    # What comes out of the inverse falls into the cells as often as that.
+    # The inverse's outputs fall into the cells with these frequencies.
     n = 40_000
     x = continuous.decode(StandardNormal().sample(torch.empty(n, 4, dtype=torch.float64))).flatten(1)
     inside = x[((x >= 0) & (x < 2)).all(1)].floor().long()

@@ -1,4 +1,4 @@
-"""The residual network: by hand, what it depends on, weight norm, gradients, precision."""
+"""Tests of the residual network: its formula, its dependencies, weight norm, gradients, precision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nflows_lib.networks import ResNet
 
 
 def resnet(context: int = 0, blocks: int = 2, scale: float = 0.3, **options) -> ResNet:
-    """From 2 to 4 channels, random."""
+    """A ResNet from 2 to 4 channels with random parameters."""
     torch.manual_seed(0)
     network = ResNet(2, 4, hidden=6, blocks=blocks, context=context, **options)
     randomize(network, scale)
@@ -38,7 +38,7 @@ def test_shapes(inputs, outputs, size, blocks):
 @pytest.mark.parametrize("blocks", [0, 2])
 @torch.no_grad()
 def test_resnet_is_its_formula(context, blocks):
-    """[h, -h], a ReLU, 3x3; blocks of ReLU, 3x3, ReLU, 3x3 with their input added; 1x1 skips summed; ReLU, 1x1."""
+    """[h, -h], ReLU, 3x3; blocks of ReLU, 3x3, ReLU, 3x3 plus their input; a sum of 1x1 skips; ReLU, 1x1."""
     network = resnet(context, blocks).double()
     x = torch.randn(3, 2, 5, 4, dtype=torch.float64)
     image = torch.randn(3, context, 5, 4, dtype=torch.float64) if context else None
@@ -63,7 +63,7 @@ def test_resnet_is_its_formula(context, blocks):
 
 @torch.no_grad()
 def test_resnet_keeps_both_signs():
-    """A ReLU alone would drop what is negative."""
+    """A ReLU alone would drop negative inputs."""
     network = resnet()
     positive, negative = torch.rand(1, 2, 4, 4) + 0.1, -torch.rand(1, 2, 4, 4) - 0.1
     assert (network(positive) - network(0 * positive)).abs().max() > 0.01
@@ -83,7 +83,7 @@ def test_one_image_does_not_depend_on_the_others(training):
 
 
 def test_weights_are_normalised():
-    """Each output channel's weight is g v / |v|: the length of v says nothing."""
+    """Each output channel's weight is g v / |v|, so the length of v has no effect."""
     network = resnet(blocks=3)
     convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
     assert len(convolutions) == 1 + 2 * 3 + 4 + 1
@@ -138,7 +138,7 @@ def test_errors():
 
 
 def test_bfloat16_is_near_float32():
-    """It keeps 8 bits: an error of 2^-9 in every rounding, a few of them in a row, so a few per cent at most."""
+    """bfloat16 keeps 8 bits: an error of 2^-9 per rounding, a few roundings, so a few per cent at most."""
     exact, rounded = resnet(context=1), resnet(context=1, precision=torch.bfloat16)
     x, context = torch.randn(3, 2, 6, 5), torch.randn(3, 1, 6, 5)
     y, z = exact(x, context), rounded(x, context)
@@ -155,7 +155,7 @@ def test_bfloat16_is_near_float32():
 
 @torch.no_grad()
 def test_bfloat16_inside_a_coupling_still_closes_the_round_trip():
-    """Both directions round the same numbers in the same way, and what they do with them is in float32."""
+    """Both directions round the same numbers in the same way, and use them in float32."""
     layer = AffineCoupling(checkerboard_mask((2, 5, 4), 0), resnet(precision=torch.bfloat16))
     x = torch.randn(3, 2, 5, 4)
     z, contribution = layer(x)

@@ -29,7 +29,7 @@ def test_grid_runs_over_x_first():
 
 
 def test_density_shows_the_density_where_it_is():
-    """A normal around (1, -1): the brightest pixel lies right and low, and has the density's value there."""
+    """A normal around (1, -1): the brightest pixel is at low right and has the density's value there."""
     _, ax = plt.subplots()
     centre = torch.tensor([1.0, -1.0])
     image = plotting.density(ax, lambda x: StandardNormal().log_prob(x - centre), extent=2.0, n=41)

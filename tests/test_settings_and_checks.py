@@ -53,7 +53,7 @@ def test_bad_preset(monkeypatch, value):
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """A function that says which GPUs PyTorch finds."""
+    """A function that sets which GPUs PyTorch finds."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)  # put back in the end
 
     def found(*names: str) -> None:
@@ -126,6 +126,6 @@ def test_a_check_that_fails_raises_its_claim_and_prints_nothing(capsys, holds):
 
 @pytest.mark.parametrize("holds", [1, "yes", [False], math.nan, lambda: False, None, torch.ones(2, dtype=torch.bool)])
 def test_a_check_takes_nothing_but_a_truth_value(holds):
-    """Each of these but None would pass for true, a list of False too."""
+    """Each of these except None would count as true, also a list of False."""
     with pytest.raises(ValueError, match="holds: expected one truth value, got"):
         check("the sum is 4", holds)

@@ -42,7 +42,7 @@ def sgd(flow: Flow, lr: float = 1.0) -> torch.optim.SGD:
 
 
 def noisy_nice() -> tuple[Flow, Tensor]:
-    """A flow with noise in it, and integers for it; the same at every call."""
+    """A flow with noise, and integers for it; every call gives the same ones."""
     torch.manual_seed(0)
     flow = nice(4, levels=5, couplings=2, hidden=8, depth=1)
     randomize(flow, 0.1)
@@ -50,7 +50,7 @@ def noisy_nice() -> tuple[Flow, Tensor]:
 
 
 class Recorder(Bijection):
-    """Passes x on and keeps what it saw. Its parameter is set by the first batch, and it counts calls in a buffer."""
+    """A layer that returns x and keeps it; the first batch sets its parameter, and a buffer counts its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Recorder(Bijection):
 
 
 def test_fit_reaches_the_entropy_of_the_data():
-    """Gaussian data: the best loss is known in closed form, and lies at the entropy up to sampling error."""
+    """The best loss on Gaussian data is known, and equals their entropy up to sampling error."""
     torch.manual_seed(0)
     stds = torch.tensor([0.5, 3.0])
     data = stds * torch.randn(2_000, 2)
@@ -92,7 +92,7 @@ def test_fit_reaches_the_entropy_of_the_data():
 
 
 def test_fit_learns_a_coupling():
-    """x2 = 2 tanh(x1) + noise: only the coupling can remove what x1 says about x2."""
+    """x2 = 2 tanh(x1) + noise, of which only the coupling can remove the dependence on x1."""
     torch.manual_seed(0)
     x1, noise = torch.randn(2, 1_000)
     data = torch.stack([x1, 2 * x1.tanh() + 0.3 * noise], 1)
@@ -121,7 +121,7 @@ def test_loss_is_the_mean_negative_log_likelihood_before_each_step():
 
 
 def test_a_large_block_is_allocated_and_freed_before_the_run(monkeypatch):
-    """glibc then keeps freed memory: from a block of up to 32 MiB it learns, and the larger the better."""
+    """glibc then keeps freed memory: it learns from a block of up to 32 MiB, the larger the better."""
     empty, blocks = torch.empty, []
 
     def recorded(*args, **options) -> Tensor:
@@ -144,7 +144,7 @@ def test_a_large_block_is_allocated_and_freed_before_the_run(monkeypatch):
 
 
 def test_adam_is_the_default_optimizer():
-    """Its first step is the learning rate, whatever the gradient."""
+    """Its first step has the length of the learning rate for every gradient."""
     flow = scaling()
     fit(flow, ZEROS, 1, batch_size=4, lr=0.01)
     assert log_scale(flow).item() == pytest.approx(0.01, rel=1e-4)
@@ -155,7 +155,7 @@ def test_adam_is_the_default_optimizer():
 
 @pytest.mark.parametrize(("clip", "length"), [(None, 3.0), (0.1, 0.1), (5.0, 3.0)])
 def test_clipping(clip, length):
-    """The gradient here is (-1, ..., -1) of norm 3: the history holds that, the step has the clipped length."""
+    """The gradient (-1, ..., -1) has norm 3: the history holds 3, and the step has the clipped length."""
     flow = scaling(9)
     history = fit(flow, torch.zeros(4, 9), 1, batch_size=4, optimizer=sgd(flow), clip=clip)
     assert history.grad_norm == pytest.approx([3.0])
@@ -184,7 +184,7 @@ def test_schedule(options, factors):
 
 @pytest.mark.parametrize("decay", [0.0, 0.2, 0.9])
 def test_moving_average(decay):
-    """s is 1, 2, 3, ... after each step. The flow ends with the average, and the average is what is evaluated."""
+    """s is 1, 2, 3, ... after the steps; the flow ends with the average, and evaluations use the average."""
     flow = scaling()
     history = fit(flow, ZEROS, 6, batch_size=4, optimizer=sgd(flow), ema=decay, held_out=ZEROS, evaluations=6)
     averages = [1.0]
@@ -220,7 +220,7 @@ def test_batches_are_whole_and_hold_each_example_once_an_epoch(examples, batch_s
     for epoch in epochs:
         assert len(set(epoch)) == len(epoch) == an_epoch * batch_size
         assert set(epoch) <= set(range(examples))
-    assert epochs[0] != epochs[1]  # a fresh shuffle
+    assert epochs[0] != epochs[1]  # a new shuffle
     assert epochs[0] != sorted(epochs[0])
 
 
@@ -253,12 +253,12 @@ def test_augmentation_changes_the_batches_and_not_the_held_out_data():
     assert torch.equal(recorder.initialized_with[0], recorder.seen[0][0])
     batches = torch.cat([x for x, _, _ in recorder.seen])
     assert ((batches >= 5) & (batches < 6)).all()
-    assert len(batches.unique()) == 12  # drawn again for every batch
+    assert len(batches.unique()) == 12  # every batch draws its own
     assert history.held_out == [(3, pytest.approx(AT_ZERO), 0.0)]
 
 
 def test_with_a_context_augmentation_is_given_both_and_gives_both():
-    """Of the same examples; the first batch, too, from which the flow is initialised."""
+    """They belong to the same examples, also in the first batch, from which the flow is initialised."""
     torch.manual_seed(0)
     recorder, given = Recorder(), []
     data = torch.randn(20, 1)
@@ -349,7 +349,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(value, expected):
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step():
-    """The loss of sqrt at 0 is finite, its slope is not."""
+    """The loss of sqrt at 0 is finite, but its slope is not."""
     flow = scaling()
     flow.base.log_prob = lambda z: (flow.chain[0].log_scale * 0).sqrt().sum() + z.sum(1)
     with pytest.raises(NonFiniteLoss, match="the gradient's norm is nan at step 1;") as caught:
@@ -387,7 +387,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step():
     ],
 )
 def test_argument_errors(options, message):
-    """Before the first step, not after the last one."""
+    """They are raised before the first step, not after the last one."""
     recorder = Recorder()
     with pytest.raises(ValueError, match=message):
         fit(scaling(1, recorder), ZEROS, **{"steps": 2, "batch_size": 2, **options})
@@ -395,7 +395,7 @@ def test_argument_errors(options, message):
 
 
 def test_an_optimizer_of_another_flow_is_refused():
-    """As it happens in a notebook after the flow has been built again."""
+    """This happens in a notebook if the flow is built again."""
     flow = scaling()
     optimizer = sgd(flow)
     with pytest.raises(ValueError, match="optimizer: expected only parameters of this flow, got 1 not in it"):
@@ -404,13 +404,13 @@ def test_an_optimizer_of_another_flow_is_refused():
 
 
 def test_the_optimizer_keeps_its_learning_rate():
-    """Trained again with the same optimizer, a flow does not go on at the end of the schedule."""
+    """A flow that is trained again with the same optimizer starts the schedule again."""
     flow = scaling()
     optimizer = sgd(flow, 0.1)
     for _ in range(2):
         fit(flow, ZEROS, 4, batch_size=4, optimizer=optimizer, cosine=True)
         assert optimizer.param_groups[0]["lr"] == 0.1
-    assert log_scale(flow).item() == pytest.approx(2 * 0.1 * 2.5, abs=1e-6)  # 1 + (1 + r)/2 + 1/2 + (1 - r)/2 a run
+    assert log_scale(flow).item() == pytest.approx(2 * 0.1 * 2.5, abs=1e-6)  # 1 + (1 + r)/2 + 1/2 + (1 - r)/2 per run
 
 
 def test_the_callback_comes_after_each_step_and_its_evaluation_and_does_not_disturb_the_training():
@@ -430,7 +430,7 @@ def test_the_callback_comes_after_each_step_and_its_evaluation_and_does_not_dist
 
 
 def test_a_flow_in_double_precision_is_trained_in_it():
-    """Its noise as well: a float32 would end up among float64 matrices."""
+    """The noise is in double precision as well: a float32 would meet float64 matrices."""
     flow, data = noisy_nice()
     history = fit(flow.double(), data, 3, batch_size=16, held_out=data[:9])
     assert {tensor.dtype for tensor in flow.state_dict().values() if tensor.is_floating_point()} == {torch.float64}
@@ -491,7 +491,7 @@ def test_log_likelihoods_are_those_of_the_flow_in_evaluation_mode():
 
 
 def nn_dropout_coupling() -> AdditiveCoupling:
-    """A layer that differs between training and evaluation."""
+    """A coupling that differs between training and evaluation."""
     coupling = AdditiveCoupling(alternating_mask(2, 0), mlp((2,), 1))
     coupling.network.layers.append(nn.Dropout(0.5))
     return coupling

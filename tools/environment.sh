@@ -35,7 +35,7 @@ find_python() {
     return 1
 }
 
-# No stamp: an earlier set-up was interrupted. Start again.
+# Without the stamp an earlier set-up was interrupted: start again.
 [[ -e .venv/.ready ]] || rm -rf .venv
 rm -f .venv/.ready
 
@@ -49,7 +49,7 @@ if [[ ! -e .venv ]]; then
     fi
 fi
 
-# uv installs in a minute what takes pip several. Where it is missing, pip fetches the one in the lock; pip alone also does.
+# uv is several times faster than pip. If uv is missing, pip fetches the one in the lock; if that fails, pip does all.
 uv=uv
 if ! has_uv; then
     sed -n '/^uv==/,/[^\\]$/p' requirements.lock >.venv/uv.txt

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One GPU for fifteen minutes, on a machine without a network: what is done there, in two calls that follow each other.
-# data/pretrained/README.md says how to use it.
+# The work on a GPU that is lent for fifteen minutes, on a machine without a network: two calls, one right after the other.
+# data/pretrained/README.md says how to use this script.
 #
-#   bash tools/lease.sh pack SETS           here: SETS is a folder with cifar10/ (two WebP sheets a batch) and unpack
+#   bash tools/lease.sh pack SETS           here: SETS is a folder with cifar10/ (two WebP sheets per batch) and unpack
 #   bash tools/lease.sh first               there: the checks that need a GPU, and the first half of the data
-#   bash tools/lease.sh second RUN SECONDS  there: the other half; the run takes what is left of the seconds
-#   bash tools/lease.sh take FOLDER RUN     here: the run's record and samples, from FOLDER to data/pretrained/RUN
-#   bash tools/lease.sh unpack              here: back to the branch on which pack was called
+#   bash tools/lease.sh second RUN SECONDS  there: the second half of the data; the run takes what is left of SECONDS
+#   bash tools/lease.sh take FOLDER RUN     here: copy the run's record and samples from FOLDER to data/pretrained/RUN
+#   bash tools/lease.sh unpack              here: go back to the branch on which pack was called
 #
 # DEVICE=cpu rehearses both calls here. PYTHON names the interpreter.
 set -euo pipefail
@@ -15,9 +15,9 @@ cd "$(dirname "$0")/.."
 DEVICE=${DEVICE:-cuda}
 PYTHON=${PYTHON:-python3}
 FIRST=${FIRST:-180}              # seconds that the first call may take
-AFTER=${AFTER:-60}               # seconds kept for the figures, the samples and the files that go back
-DATA=${DATA:-/tmp/nflows-data}   # outside of the checkout, where it outlives a call
-LEASE=.lease                     # what is carried: the halves of CIFAR-10, in folders 1 and 2
+AFTER=${AFTER:-60}               # seconds kept for the evaluation, the samples and the files that go back
+DATA=${DATA:-/tmp/nflows-data}   # outside of the checkout, so that it survives a call
+LEASE=.lease                     # the halves of CIFAR-10 that the calls carry, in folders 1 and 2
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # the library is not installed there
 BEGAN=$SECONDS
 
@@ -34,7 +34,7 @@ pack() {
     cp "$sets/unpack" "$LEASE/1/"
     git describe --always --exclude='*' >"$LEASE/commit"
     git branch --show-current >"$LEASE/branch"
-    # What a GPU does not need: with it, half of CIFAR-10 would be more than one call carries.
+    # A GPU does not need these files, and with them half of CIFAR-10 would be more than one call carries.
     git switch --quiet --create lease
     git rm --quiet -r --ignore-unmatch data/pretrained/*/model.safetensors 'data/pretrained/*.png' 'chapters/assets/*.png'
     git commit --quiet -m "For a lent GPU: without models and pictures"
@@ -48,17 +48,17 @@ unpack() {
     git branch --quiet -D lease
 }
 
-# The commands, each with its own log in $OUT; what has not ended when the time is over is stopped.
+# Each command has its own log in $OUT. A command that has not ended when the time is over is stopped.
 first() {
     export NFLOWS_PROGRESS=0 PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
     local left chapter
     mkdir -p "$DATA/sets/cifar10"
     cp -r "$LEASE"/1/. "$DATA/sets/"
-    # Alone, since it is timed.
+    # The benchmark runs alone, since it is timed.
     timeout $((FIRST / 4)) "$PYTHON" -m benchmarks.run --device "$DEVICE" --rounds 3 --seconds 0.3 \
         --out "$OUT/bench-$DEVICE.json" >"$OUT/bench.log" 2>&1 || echo "bench: did not end well, see bench.log"
     left=$((FIRST - 5 - SECONDS + BEGAN))
-    # Beside each other: they are not timed, and each keeps one core busy.
+    # These run at the same time: they are not timed, and each keeps one core busy.
     timeout "$left" "$PYTHON" -m pytest -rP -p no:cacheprovider -m cuda tests/test_device.py >"$OUT/device.log" 2>&1 &
     for chapter in chapters/0*.ipynb; do
         timeout "$left" "$PYTHON" tests/smoke.py --device "$DEVICE" --batch-size "${BATCH:-32}" --stand-ins "$chapter" \
@@ -84,7 +84,7 @@ second() {
     "$PYTHON" -m nflows_lib train "$run" --budget "${budget}s" --save-every 1h --draws 4 --data "$DATA" --out "$DATA/run" \
         2>&1 | tee "$OUT/train.log"
     for file in run.json samples.png stages.png model.safetensors; do
-        # A file over 16 MiB does not come back.
+        # Files over 16 MiB do not come back from the lent machine.
         [[ ! -e $DATA/run/$file || $(stat -c %s "$DATA/run/$file") -gt 16777216 ]] || cp "$DATA/run/$file" "$OUT/"
     done
     echo "second call: $((SECONDS - BEGAN)) s"

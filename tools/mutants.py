@@ -1,8 +1,8 @@
 r"""Break one line of the library at a time and see whether the tests of its module notice.
 
-``python tools/mutants.py`` tries every break (about 20 minutes), ``python tools/mutants.py 3 7`` the third and the
-seventh. The tests run in a copy of the working tree, first without a break. A break that they do not notice has
-survived: then the exit status is 1.
+``python tools/mutants.py`` tries every break (about 20 minutes), ``python tools/mutants.py 3 7`` tries the third and
+the seventh. The tests run in a copy of the working tree, first without a break. If the tests do not notice a break, it
+has survived, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 600  # seconds for each file of tests; a break that makes them hang is noticed, too
+LIMIT = 600  # seconds per test file; a break that makes the tests hang is noticed, too
 
-# Three rows for each break. The first names the test files that should notice it, if need be the class or function that
-# the line stands in, and what is wrong. The second is the line as it stands in the library, without its indentation;
-# the third is what replaces it.
+# Three rows per break. The first row names the test files that should notice the break, if necessary the class or
+# function that holds the line, and what is wrong. The second row is the line in the library, without its indentation.
+# The third row is the line that replaces it.
 TABLE = r"""
 # test_flow.py: a chain counts the contribution of its last layer alone
 - total = total + contribution
 + total = contribution
-# test_bijections.py: what an image's network gives is not masked
+# test_bijections.py: the output of an image coupling's network is not masked
 - return list(parts) if seen.dim() == 2 else [part * ~self.mask for part in parts]
 + return list(parts)
 # test_bijections.py: the parities of channel masks are swapped
@@ -66,7 +66,7 @@ TABLE = r"""
 # test_flow.py in nice: the masks of NICE do not alternate
 - mask = alternating_mask(dims, i % 2)
 + mask = alternating_mask(dims, 0)
-# test_models.py: the networks of RealNVP are as wide at every scale
+# test_models.py: the networks of RealNVP are equally wide at every scale
 - return [*layers, PhaseOrder(shape[0]), FactorOut(shape, from_scale_on(half, left - 1, 2 * width))]
 + return [*layers, PhaseOrder(shape[0]), FactorOut(shape, from_scale_on(half, left - 1, width))]
 # test_glow.py in glow: the default width of Glow's networks is half the paper's
@@ -135,7 +135,7 @@ ENTRY = re.compile(
 
 @dataclass(frozen=True)
 class Break:
-    """A line of the library, what replaces it, and the test files that should notice."""
+    """A line of the library, the line that replaces it, and the test files that should notice the change."""
 
     tests: str
     within: str | None
@@ -144,7 +144,7 @@ class Break:
     replacement: str
 
     def place(self, root: Path) -> tuple[Path, int]:
-        """The file that the line stands in, and the line's number, from 1 on; SystemExit if it does not stand once."""
+        """The line's file, and its number, counted from 1; SystemExit if several lines or none match."""
         found: list[tuple[Path, int]] = []
         for path in sorted((root / "nflows_lib").rglob("*.py")):
             text = path.read_text(encoding="utf-8")
@@ -162,7 +162,7 @@ class Break:
 
 
 def copy_tree(to: Path) -> None:
-    """Copy what git knows or would add, as it is now, to a folder; what git ignores is not copied."""
+    """Copy the working tree to a folder, without the files that git ignores."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in listed.split("\0"):
@@ -173,7 +173,7 @@ def copy_tree(to: Path) -> None:
 
 def python(root: Path, *arguments: str, limit: float = LIMIT) -> subprocess.CompletedProcess[str]:
     """Run Python in the copy, with the library of the copy, on one thread."""
-    # No bytecode: a broken file may be as long as the sound one, and written within the same second.
+    # No bytecode is written: a broken file may have the length of the sound file and the same second of writing.
     own = {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", *arguments]
     return subprocess.run(command, cwd=root, env=os.environ | own, capture_output=True, text=True, timeout=limit)
@@ -199,8 +199,10 @@ def main() -> None:
     assert not ENTRY.sub("", TABLE).strip(), f"TABLE: cannot read {ENTRY.sub('', TABLE)}"
     breaks = dict(enumerate((Break(**entry.groupdict()) for entry in ENTRY.finditer(TABLE)), 1))
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("numbers", nargs="*", type=int, metavar="N", help="the breaks to try; without any, all")
-    parser.add_argument("--list", action="store_true", help="print what the breaks are and where, and try none")
+    parser.add_argument(
+        "numbers", nargs="*", type=int, metavar="N", help="the numbers of the breaks to try (default: all)"
+    )
+    parser.add_argument("--list", action="store_true", help="list the breaks and their places, and try none")
     arguments = parser.parse_args()
     if unknown := set(arguments.numbers) - set(breaks):
         parser.error(f"N: expected numbers from 1 to {len(breaks)}, got {', '.join(map(str, sorted(unknown)))}")
@@ -226,7 +228,7 @@ def main() -> None:
             text = path.read_text(encoding="utf-8")
             lines = text.split("\n")
             lines[at - 1] = lines[at - 1].replace(change.line, change.replacement)
-            ast.parse("\n".join(lines))  # any test would notice a line that is no Python
+            ast.parse("\n".join(lines))  # any test would notice a line that is not Python
             path.write_text("\n".join(lines), encoding="utf-8")
             failed = failure(root, change.tests.split())
             path.write_text(text, encoding="utf-8")

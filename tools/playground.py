@@ -1,7 +1,7 @@
 """Train the playground's flows and write them for the page: ``python tools/playground.py``, 15 minutes on one core.
 
-They are small and smooth, so that a hand can follow them: 8 couplings with one hidden layer of 20 units.
-`_extra/playground/flows.js` holds them all, each rounded by `nflows_lib.experiments.export`, and the points shown with them.
+The flows are small and smooth, so that a reader can follow them: 8 couplings with one hidden layer of 20 units.
+`_extra/playground/flows.js` holds all flows, rounded by `nflows_lib.experiments.export`, and the points of each set.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SIZES = {"couplings": 8, "hidden": 20, "depth": 1, "activation": nn.SiLU}
 
 
 class Untamed(AffineCoupling):
-    """An affine coupling without the line that keeps its log-scale within bounds: no g tanh(.) (chapter 3, F12)."""
+    """An affine coupling whose log-scale is unbounded, since it lacks the g tanh(.) (chapter 3, F12)."""
 
     def _log_scale_and_shift(self, x1: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         log_scale, shift = self._network_output(x1, context, outputs=2)
@@ -42,7 +42,7 @@ class Untamed(AffineCoupling):
 
 
 def sine(n: int) -> Tensor:
-    """n points near the curve of sin, (n, 2): chapter 3 loses the tanh on it."""
+    """n points near the sine curve, (n, 2), on which chapter 3 shows F12."""
     x = torch.randn(n, 1)
     return torch.cat([x, x.sin() + 0.01 * torch.randn(n, 1)], dim=1)
 
@@ -61,10 +61,10 @@ LEFT_OUT = {"nice": ("nothing", "scaling", "alternation"), "realnvp": ("nothing"
 
 
 def build(model: str, without: str) -> Flow:
-    """A new flow, with one line left out."""
+    """A new flow without one of its parts; ``without`` names the part, or is "nothing"."""
     flow = MODELS[model]()
     for layer in flow.chain:
-        if hasattr(layer, "network"):  # few units: let their bends start all over the data, not only around 0
+        if hasattr(layer, "network"):  # spread the bends of the few units over the data, not only around 0
             for parameter in layer.network.layers[0].parameters():
                 parameter.data *= 3
     if without == "scaling":
@@ -79,12 +79,12 @@ def build(model: str, without: str) -> Flow:
 
 
 def untamed(flow: Flow) -> Flow:
-    """The flow with its couplings' log-scales as their networks give them."""
+    """The flow with couplings that use their networks' log-scales without a bound."""
     return Flow([Untamed(layer.mask, layer.network) for layer in flow.chain], flow.base, flow.shape).eval()
 
 
 def to_json(flow: Flow) -> dict[str, Any]:
-    """As :func:`nflows_lib.experiments.export.to_json`, which knows the library's layers alone; an untamed one has no gain."""
+    """The flow as JSON, as the library's ``export.to_json`` writes it, except that an untamed coupling has no gain."""
     if not any(isinstance(layer, Untamed) for layer in flow.chain):
         return export.to_json(flow)
     content = export.to_json(
@@ -103,7 +103,7 @@ def from_json(content: dict[str, Any]) -> Flow:
 
 
 def trained(name: str, model: str, without: str, lr: float = 1e-2) -> tuple[Flow, float]:
-    """A flow trained on one of the sets, and its learning rate: halved as long as the loss does not stay finite."""
+    """A flow trained on one of the sets, and its learning rate, which is halved until the loss stays finite."""
     torch.manual_seed(1)
     flow, points = build(model, without), SETS[name][1](20_000)
     try:
@@ -115,7 +115,7 @@ def trained(name: str, model: str, without: str, lr: float = 1e-2) -> tuple[Flow
 
 
 def described(name: str, flow: Flow, lr: float) -> dict[str, Any]:
-    """What the page holds of a flow: what it is, rounded, and the mean of its log p over 20,000 new points, in nats."""
+    """The page's entry for a flow: the rounded flow, its mean log p over 20,000 new points in nats, and its rate."""
     content = to_json(flow)
     torch.manual_seed(2)
     log_p = log_likelihoods(from_json(content), SETS[name][1](20_000)).mean().item()
@@ -128,7 +128,7 @@ def read() -> dict[str, Any]:
 
 
 def draw_still() -> None:
-    """What a reader without scripts sees: RealNVP on the moons, as it is after 0, 3, 6 and all layers."""
+    """Draw the picture for readers without scripts: RealNVP on the moons after 0, 3, 6 and all layers."""
     flow = from_json(read()["moons"]["flows"]["realnvp"]["nothing"])
     layers = list(flow.chain)
     stages = Flow([Chain(layers[:3]), Chain(layers[3:6]), Chain(layers[6:])], flow.base, flow.shape)
@@ -143,7 +143,7 @@ def draw_still() -> None:
 
 
 def main() -> None:
-    """Train all, write the file and draw the picture."""
+    """Train all flows, write the file and draw the picture."""
     sets: dict[str, Any] = {}
     for name, (title, draw) in SETS.items():
         torch.manual_seed(3)

@@ -1,7 +1,7 @@
 """Decode the playground's sheets of pictures with the shipped models: ``python tools/sheets.py`` (about a minute).
 
-Every latent is drawn from the prior: no picture of a data set is in these files. Which of the draws are used was chosen
-by looking: digits that can be read, flowers of different colours.
+Every latent is drawn from the prior, so these files hold no picture of a data set. The draws were chosen by eye: digits
+that can be read, and flowers of different colours.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from nflows_lib.multiscale import split_latent
 FOLDER = Path(__file__).parents[1] / "chapters" / "assets" / "playground"
 MAX_BYTES, MAX_BYTES_IN_ALL = 100_000, 500_000
 DIGITS, FLOWERS = "glow-mnist", "glow-flowers5-small"
-# Numbers of draws; in the order top left, top right, bottom left, bottom right.
+# The numbers of the draws at top left, top right, bottom left and bottom right.
 FOUR_DIGITS = (44, 302, 352, 73)  # they read 7, 3, 0, 8
 FOUR_FLOWERS = (63, 47, 83, 65)  # red, white, yellow, under a blue sky
 BASES = (63, 83, 5)  # red, yellow, pink
 
 
 def draws(flow: Flow, which: Sequence[int]) -> Tensor:
-    """Some of 400 latents from the prior, (n, D): the same ones every time."""
+    """Some of 400 latents from the prior, (n, D); every call draws the same 400."""
     return torch.randn(400, flow.dims, generator=torch.Generator().manual_seed(0))[list(which)]
 
 
 def between(corners: Tensor, side: int) -> Tensor:
-    """A square of latents between four, (4, D) to (side * side, D), as long as draws from the prior are.
+    """A square of latents between four corners, (4, D) to (side * side, D), as long as draws from the prior.
 
-    A mean of independent draws with weights w has variance sum w^2 in each coordinate, less than 1: too short, where
-    the prior has next to no mass. Divided by the root of that, every point of the square is itself a draw.
+    A mean of independent draws with weights w has variance sum w^2 < 1 in each coordinate, so it is too short: the
+    prior has almost no mass there. Divided by the root of that variance, every point of the square is itself
+    distributed as the prior.
     """
     line = torch.linspace(0, 1, side)
     y, x = torch.meshgrid(line, line, indexing="ij")
@@ -47,14 +48,14 @@ def between(corners: Tensor, side: int) -> Tensor:
 
 
 def at_temperatures(latents: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """One row of the sheet for each temperature."""
+    """The latents at each temperature, one row of the sheet per temperature."""
     return torch.cat([temperature * latents for temperature in temperatures])
 
 
 def one_scale_redrawn(flow: Flow, bases: Tensor, n: int) -> Tensor:
-    """For each base one row for each scale, finest first: the base itself, then n times with that piece drawn again.
+    """Rows of latents, for each base one row per scale, finest scale first.
 
-    The draws are the same for all bases.
+    A row holds the base and n latents in which the piece of that scale is redrawn, with the same draws for all bases.
     """
     rows = []
     for base in bases:
@@ -69,14 +70,14 @@ def one_scale_redrawn(flow: Flow, bases: Tensor, n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Sheet:
-    """columns x rows pictures of one model, decoded from ``latents``, in reading order; ``gap``: pixels between."""
+    """A sheet of columns x rows pictures that a model decodes from ``latents``, with ``gap`` pixels between them."""
 
     model: str
     columns: int
     rows: int
     latents: Callable[[Flow], Tensor]
     gap: int = 0
-    quality: int = 0  # of a WebP; a PNG has none
+    quality: int = 0  # the quality of a WebP; 0 for a PNG
 
 
 SHEETS: dict[str, Sheet] = {
@@ -98,6 +99,7 @@ SHEETS: dict[str, Sheet] = {
 
 @functools.cache
 def model(name: str) -> Flow:
+    """A shipped model, loaded once."""
     return runs.load_flow(name)
 
 
@@ -111,7 +113,7 @@ def decoded(name: str, cells: Sequence[int] | None = None) -> np.ndarray:
 
 
 def stored(name: str) -> np.ndarray:
-    """The pictures of the stored file, in the same form."""
+    """The pictures of the stored file, in the form of :func:`decoded`."""
     sheet = SHEETS[name]
     image = Image.open(FOLDER / name)
     pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
@@ -127,7 +129,7 @@ def stored(name: str) -> np.ndarray:
 
 
 def put_together(sheet: Sheet, pictures: np.ndarray) -> Image.Image:
-    """The sheet, white in the gaps."""
+    """The picture of a sheet, with white gaps."""
     n, height, width, channels = pictures.shape
     framed = np.full((n, height + sheet.gap, width + sheet.gap, channels), 255, np.uint8)
     framed[:, :height, :width] = pictures
@@ -137,6 +139,7 @@ def put_together(sheet: Sheet, pictures: np.ndarray) -> Image.Image:
 
 
 def main() -> None:
+    """Decode all sheets and write their files."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name, sheet in SHEETS.items():
         image = put_together(sheet, decoded(name))

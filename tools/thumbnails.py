@@ -1,6 +1,6 @@
 """Cut the clinic's thumbnails out of the chapters' figures: ``python tools/thumbnails.py``.
 
-A thumbnail is a figure of a chapter, or a part of one, made small. `make notebooks` runs this after the chapters.
+A thumbnail is a small picture of a chapter's figure, or of a part of it. `make notebooks` runs this after the chapters.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "chapters" / "assets" / "clinic"
-WIDTH, HEIGHT = 480, 360  # at most; shown at half of that
+WIDTH, HEIGHT = 480, 360  # largest size in pixels; the page shows half of it
 
-# Failure: chapter, figure, and the part of it that is shown, as fractions (left, top, right, bottom).
+# By failure: the chapter, the figure, and the part that is shown, as fractions (left, top, right, bottom).
 SOURCES: dict[str, tuple[str, str, tuple[float, float, float, float]]] = {
     "f1": ("01_nice", "fig-f1", (0, 0, 1, 1)),
     "f2": ("01_nice", "fig-f2", (0, 0, 1, 1)),
@@ -50,7 +50,7 @@ SOURCES: dict[str, tuple[str, str, tuple[float, float, float, float]]] = {
 
 
 def figure(chapter: str, name: str) -> Image.Image:
-    """A chapter's stored figure, by its label."""
+    """A chapter's stored figure of this label."""
     notebook = json.loads((ROOT / "chapters" / f"{chapter}.ipynb").read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         if cell["metadata"].get("mystnb", {}).get("figure", {}).get("name") == name:

@@ -1,5 +1,5 @@
-// The playground's mathematics: a flow of vectors, read from what nflows_lib.export.to_json wrote, both ways and layer
-// by layer. It needs no page: tests/test_playground.py runs it in Node and compares it with PyTorch.
+// The playground's mathematics: a flow on vectors that nflows_lib.experiments.export.to_json wrote, run in both directions
+// and layer by layer. It needs no page: tests/book/test_playground.py runs it in Node and compares it with PyTorch.
 "use strict";
 {
   // The one name that this file adds to the page.
@@ -20,7 +20,7 @@
       return Array.from({ length: this.dims }, this.base.draw);
     }
 
-    // From position k on, where the vector h is, to both ends. states[i] is the vector after i layers, so states[0] is
+    // Run the flow from position k, at which the vector is h, to both ends. states[i] is the vector after i layers: states[0] is
     // data and the last one latent; logDets[i] is what layer i adds to log p.
     path(h, k = 0) {
       const states = Array(this.layers.length + 1);
@@ -33,7 +33,7 @@
       return { states, logDets, logDet, logBase, logProb: logBase + logDet };
     }
 
-    // log p of the vector h after k layers: what is left of the way gives its density.
+    // log p of the vector h after k layers, as the remaining layers give it.
     logProb(h, k = 0) {
       let logDet = 0;
       for (const layer of this.layers.slice(k)) {
@@ -87,7 +87,7 @@
     const changed = passes.flatMap((p, i) => (p ? [] : [i]));
     const affine = kind === "affine";
     const network = readNetwork(kept.length, widths, changed.length * (affine ? 2 : 1), activation, weights);
-    // The failure "no tanh" is a coupling whose gain was left out: its log-scale is what the network says.
+    // The failure "no tanh" is a coupling without a gain: its log-scale is the network's output.
     const tame = gain === undefined ? (raw) => raw : (raw) => gain * Math.tanh(raw);
     const parts = (h) => {
       const output = network(kept.map((i) => h[i]));

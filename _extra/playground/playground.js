@@ -1,6 +1,6 @@
-// <flow-playground>: two panes, data and latent, and the layers between them, for a hand to play with. The flows are in
-// flows.js (written by tools/playground.py), their mathematics in flow.js. What the element holds in the page (a
-// picture and its text) is what a reader without scripts sees. No library, no network, no build step.
+// <flow-playground>: two panes, data and latent, and the layers between them, for a reader to play with. The flows are in
+// flows.js (written by tools/playground.py), their mathematics in flow.js. A reader without scripts sees the element's
+// content in the page, a picture and its text. The script needs no library, no network and no build step.
 "use strict";
 {
   const SETS = globalThis.playgroundSets;
@@ -232,7 +232,7 @@
       return said.filter(Boolean).join(" ").replaceAll(/ ([.;])/g, "$1");
     }
 
-    // A flow from a file that nflows_lib.export wrote. What cannot be read leaves everything as it was.
+    // Open a flow from a file that nflows_lib.experiments.export wrote. A file that cannot be read changes nothing.
     async open(file) {
       try {
         const json = JSON.parse(await file.text());
@@ -388,7 +388,7 @@
         before = this.state.x;
         if (this.state.pen) stroke = this.startStroke();
         frame.setPointerCapture(event.pointerId);
-        // A finger beside the handle may want to scroll up or down: until it moves sideways, or is lifted, nothing happens.
+        // A finger next to the handle may want to scroll up or down: until it moves sideways, or is lifted, nothing happens.
         waits = event.pointerType === "touch" && event.target === canvas && !this.state.pen;
         if (waits) return;
         event.preventDefault();

@@ -1,12 +1,12 @@
 // <latent-sheet>: one picture at a time out of a sheet of them, chosen by a hand, a key or a finger. What the element
-// holds in the page is an ordinary figure: without scripts, and on paper, the whole sheet. No library, no network.
+// holds in the page is an ordinary figure: without scripts, and in print, the reader sees the whole sheet.
 //
 //   columns, rows   pictures in the sheet; gap: pixels between them
-//   mode            "pad" (two directions), "slider" (a row at a time) or "redraw" (pictures and scales by row)
+//   mode            "pad" (two directions), "slider" (one row at a time) or "redraw" (pictures and scales by row)
 //   zoom            of the picture; without it, as large as fits into 320 pixels
 //   pad:    corners, start           what stands there: top left, top right, bottom left, bottom right; column and row
 //   slider: label, step, digits      the value of row k is k times step; across: how many pictures stand side by side
-//   redraw: pictures, scales         names; a row's first picture is the original, the others have that scale drawn again
+//   redraw: pictures, scales         names; a row's first picture is the original, in the others that scale is redrawn
 "use strict";
 {
   const STYLE = `

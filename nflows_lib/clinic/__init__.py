@@ -1,11 +1,12 @@
 """The clinic: :func:`doctor` examines a flow on a batch of its own data, and names the cause of each failure it finds.
 
-Each test looks for one thing. The tests stand in modules by subject. The decorator ``doctors_test`` in ``registry.py``
-makes a function a test, and declares which entries of the book's clinic it may name; nothing else is needed to add one.
+Each test looks for one thing. The tests are grouped in modules by subject. The decorator ``doctors_test`` in
+``registry.py`` makes a function a test and declares which entries of the book's clinic the test may name. Nothing else
+is needed to add a test.
 
-Every test but the one on float32 works on a copy of the flow in float64. There rounding leaves errors of 1e-6 or less,
-so a larger error is a mistake in the flow. Many tests look at a *woken* copy, in which every parameter has been moved
-at random, because a fresh flow is close to the identity and hides what its layers depend on.
+Every test except *precision* works on a copy of the flow in float64. There rounding leaves errors of 1e-6 or less, so a
+larger error is a mistake in the flow. Many tests look at a *woken* copy, in which every parameter has been moved at
+random, because a new flow is close to the identity map and hides what its layers depend on.
 """
 
 from nflows_lib.clinic.registry import Finding

@@ -1,6 +1,6 @@
-"""One examination of a flow: a copy of it, a batch, and a record of what each layer did with the batch.
+"""One examination of a flow: a copy of the flow, a batch, and a record of what each layer did with the batch.
 
-All that the doctor's tests share stands here. None of it judges the flow.
+This module holds what the doctor's tests share. Nothing in it judges the flow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nflows_lib.distributions import Base, StandardNormal
 
 EXAMPLES = 64  # the tests look at this number of examples of a batch
 LARGEST = 1024  # a whole Jacobian is computed for at most this number of dimensions
-EXACT = 1e-6  # rounding in float64 leaves a smaller error, relative to the largest value
+EXACT = 1e-6  # rounding in float64 leaves an error below this one, relative to the largest value
 
 
 @dataclass
@@ -43,12 +43,12 @@ class Record:
         return next(self.layer.parameters(), None) is not None
 
     def again(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's output and log-det, (B,), for other examples, under the contexts of the first ones."""
+        """The layer's output and its log-det, (B,), for other examples x, which get the contexts of the first ones."""
         z, log_det = self.layer(*arguments(x, self.context))
         return z, one_each(log_det, len(x))
 
     def back(self) -> Tensor:
-        """The layer's inverse of its own output; x if all is well."""
+        """What the layer's inverse makes of the layer's output: x, if the layer is right."""
         x = self.layer.inverse(*arguments(self.z, self.context))
         return x[0] if isinstance(x, tuple) else x
 
@@ -57,7 +57,7 @@ class Record:
         return chain_of(flow).get_submodule(self.name)
 
     def is_within(self, layers: set[int]) -> bool:
-        """Whether the layer is one of these layers (by id), or has one of them inside it."""
+        """Whether the layer is one of these layers, given by their ids, or has one of them inside it."""
         return any(id(module) in layers for module in self.layer.modules())
 
     def is_elementwise(self) -> bool:
@@ -70,7 +70,7 @@ class Record:
 
 @dataclass
 class Pass:
-    """One pass of a batch of B examples through the flow: the flow's output, and a record of each layer's call."""
+    """One pass of a batch of B examples through the flow: the flow's output, and a record of every call of a layer."""
 
     z: Tensor
     log_det: Tensor  # (B,), in nats
@@ -91,19 +91,19 @@ class Pass:
 
     @property
     def inner_first(self) -> list[Record]:
-        """All records, each after those of the layers inside it: the first one with an error is the one to blame."""
+        """All records, each after those of the layers inside its own: the first with an error is to blame."""
         return sorted(self.records, key=lambda record: sum(1 for _ in record.layer.modules()))
 
 
 class Case:
     """A copy of the flow, the batch, and the pass of the batch through the copy.
 
-    The batch and its contexts are on the CPU and, unless they are integers, in float64; so is the copy, which is in
-    evaluation mode.
+    The copy is in evaluation mode. The copy, the batch and the contexts are on the CPU and in float64; integers stay
+    integers.
 
     Raises:
-        ValueError: a tensor of the flow hangs on a graph that no forward pass computes again; a log_det or the base's
-            log_prob has another shape than (B,).
+        ValueError: if a tensor of the flow belongs to a graph that no forward pass computes again, or if a log_det or
+            the base's log_prob has another shape than (B,).
     """
 
     def __init__(self, flow: nn.Module, batch: Tensor, context: Tensor | None, base: Base | None) -> None:
@@ -113,7 +113,7 @@ class Case:
         self.x = as_float64(batch[:EXAMPLES])
         self.context = None if context is None else as_float64(context[:EXAMPLES])
         self.dims = self.x[0].numel()
-        # A tensor that hangs on a graph and that no forward pass replaces was computed outside of forward (F4).
+        # A tensor that belongs to a graph and that no forward pass replaces was computed outside of forward (F4).
         graphs = [name for name, value in kept(flow) if not value.is_leaf]
         before = {name: id(value) for name, value in kept(self.flow)}
         self.data_pass = self.through(self.flow)
@@ -135,14 +135,14 @@ class Case:
 
         Args:
             flow: a copy of the flow, in any mode.
-            x: the examples, (B, ...); None stands for the whole batch.
-            context: their contexts, (B, ...); None stands for those of the batch.
-            seed: of the random generator, which is put back afterwards.
-            grad: whether to record a graph for gradients.
-            after_noise: takes the output of the noise layer, and returns what goes on instead of it.
+            x: the examples, (B, ...); the whole batch if None.
+            context: the examples' contexts, (B, ...); those of the batch if None.
+            seed: seed of the random generator, whose state is restored afterwards.
+            grad: whether autograd records a graph.
+            after_noise: a function of the noise layer's output, which returns what the next layer gets instead.
 
         Raises:
-            ValueError: a log_det or the base's log_prob has another shape than (B,).
+            ValueError: if a log_det or the base's log_prob has another shape than (B,).
         """
         x = self.x if x is None else x
         context = self.context if context is None else context
@@ -184,16 +184,17 @@ class Case:
         return Pass(z, log_det, log_p, records)
 
     def rows(self, which: slice) -> tuple[Tensor, Tensor | None]:
-        """Some examples of the batch, and their contexts (None if there are none)."""
+        """Some examples of the batch and their contexts, which are None if the batch has no contexts."""
         return self.x[which], None if self.context is None else self.context[which]
 
     def base_of(self, flow: nn.Module) -> Base:
+        """The base density: the one that the caller gave, else the flow's own, else the standard normal."""
         own = getattr(flow, "base", None)
         return self.base or (own if hasattr(own, "log_prob") else StandardNormal())
 
     @cached_property
     def noise(self) -> Record | None:
-        """The record of the first layer whose output differs from call to call, which is dequantization; else None."""
+        """The record of the first layer whose output differs from call to call, which is dequantization, or None."""
         with torch.no_grad():
             for record in self.data_pass.records:
                 first, second = record.again(record.x)[0], record.again(record.x)[0]
@@ -202,7 +203,7 @@ class Case:
         return None
 
     def woken(self) -> nn.Module:
-        """A copy with every parameter moved at random: it shows what a fresh flow can come to depend on."""
+        """A copy with every parameter moved at random, which shows what the flow can learn to depend on."""
         flow = copied(self.flow)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
@@ -217,7 +218,7 @@ class Case:
 
     @cached_property
     def spacing(self) -> float | None:
-        """The step between neighbouring levels if the data are discrete; None if they are real numbers."""
+        """The step between one level and the next if the data are discrete; None if they are real numbers."""
         if not self.x.is_floating_point():
             return 1.0
         levels = self.x.unique()
@@ -229,7 +230,7 @@ class Case:
 
     @cached_property
     def levels(self) -> int | None:
-        """How many levels discrete data have: as a layer's ``levels`` says, else counted. None for real numbers."""
+        """How many levels the data have: what a layer's ``levels`` says, else their count. None for real numbers."""
         if self.spacing is None:
             return None
         named = (getattr(record.layer, "levels", None) for record in self.data_pass.records)
@@ -237,11 +238,11 @@ class Case:
         return next((n for n in named if isinstance(n, int)), max(counted, 2))
 
     def log_p_of(self, flow: nn.Module) -> float:
-        """Mean log-likelihood of the batch under a changed copy, in nats per dimension; -inf if it is NaN."""
+        """Mean log-likelihood of the batch under a changed copy, in nats per dimension; -inf if the mean is NaN."""
         return (self.through(flow).log_p.mean() / self.dims).nan_to_num(nan=-math.inf).item()
 
     def back_to_noise(self, flow: nn.Module, z: Tensor) -> Tensor:
-        """The whole inverse of a copy, but without the rounding to levels: the copy's noise layer loses its inverse."""
+        """A whole copy's inverse without the rounding to levels: the copy's noise layer gets an identity inverse."""
         if self.noise is not None:
             self.noise.layer_in(flow).inverse = lambda z, context=None: z
         context = None if self.context is None else self.context[torch.arange(len(z)) % len(self.context)]
@@ -250,24 +251,24 @@ class Case:
 
 
 def chain_of(flow: nn.Module) -> nn.Module:
-    """The module that takes data to latents: the chain of a Flow, or the module itself."""
+    """The module that maps data to latents: the chain of a Flow, or the module itself."""
     chain = getattr(flow, "chain", None)
     return chain if callable(getattr(chain, "inverse", None)) else flow
 
 
 def copied(flow: nn.Module) -> nn.Module:
-    """A copy on the CPU, in float64 and in evaluation mode."""
+    """A copy of the flow on the CPU, in float64 and in evaluation mode."""
     return detached(flow).to("cpu", torch.float64).eval()
 
 
 def detached(flow: nn.Module) -> nn.Module:
-    """A copy in which tensors that a forward pass has kept, for example its last log-det, hang on no graph."""
+    """A copy of the flow in which tensors kept from a forward pass, such as its last log-det, belong to no graph."""
     memo = {id(value): value.detach().clone() for _, value in kept(flow) if not value.is_leaf}
     return copy.deepcopy(flow, memo)
 
 
 def kept(flow: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The names and values of tensors that modules keep in plain attributes, alone or in a list or tuple."""
+    """The names and values of the tensors that modules keep in plain attributes, alone or in a list or tuple."""
     for name, module in flow.named_modules():
         for key, value in vars(module).items():
             for one in value if isinstance(value, list | tuple) else (value,):
@@ -276,17 +277,18 @@ def kept(flow: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def init_flags(module: nn.Module) -> list[Tensor]:
-    """Buffers that say whether the module has seen its first batch, by their names in the common libraries."""
+    """The buffers that say whether the module has seen its first batch, found by the names that libraries use."""
     return [buffer for name, buffer in module.named_buffers() if "init" in name and buffer.numel() == 1]
 
 
 def as_float64(x: Tensor) -> Tensor:
+    """A copy on the CPU, without a graph: in float64, or as it is if it holds integers."""
     return x.detach().cpu().to(torch.float64) if x.is_floating_point() else x.detach().cpu()
 
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Within this context, new floating-point tensors are of this type, those of noise for example."""
+    """A context in which new floating-point tensors, such as those of noise, have this type."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -296,39 +298,43 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def arguments(x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
-    """What a layer is called with: x, and as many rows of the context, if there is one."""
+    """The arguments of a layer: x and, if there is a context, as many rows of the context."""
     return (x,) if context is None else (x, context[: len(x)])
 
 
 def one_each(log_det: Tensor | float, n: int) -> Tensor:
-    """A log-det as one number per example, (n,); ValueError if it has another shape, unless it is a single number."""
+    """A log-det as one number per example, (n,).
+
+    Raises:
+        ValueError: if the log-det is neither a single number nor of shape (n,).
+    """
     log_det = torch.as_tensor(log_det)
     if log_det.dim() and log_det.shape != (n,):
-        raise ValueError(f"log_det: expected one number for each example, ({n},), got {tuple(log_det.shape)}")
+        raise ValueError(f"log_det: expected one number per example, ({n},), got {tuple(log_det.shape)}")
     return log_det.expand(n)
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """The largest difference, relative to the largest value of b or 1; infinite if it is NaN or the shapes differ."""
+    """The largest difference, relative to the largest value of b or to 1; infinite for NaN or another shape."""
     if a.shape != b.shape:
         return math.inf
     return ((a - b).abs().max() / max(1.0, b.abs().max().item())).nan_to_num(nan=math.inf).item()
 
 
 def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The Jacobian of a function at a batch of one example: (numbers of the output, numbers of x)."""
+    """The Jacobian of a function at a batch of one example, of shape (numbers of the output, numbers of x)."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         return gradients(function(x).flatten(), x)
 
 
 def gradients(z: Tensor, x: Tensor) -> Tensor:
-    """d z_i / d x for each number of z, which is flat: (len(z), numbers of x)."""
+    """The gradients d z_i / d x of a flat z, of shape (len(z), numbers of x)."""
     if not z.requires_grad:
         return z.new_zeros(len(z), x.numel())
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     try:
         rows = torch.autograd.grad(z, x, torch.eye(len(z)), is_grads_batched=True, **options)[0]
-    except RuntimeError:  # an operation that vmap does not know
+    except RuntimeError:  # vmap does not know some operation
         rows = torch.stack([torch.autograd.grad(z[i], x, **options)[0] for i in range(len(z))])
     return rows.flatten(1)

@@ -1,4 +1,4 @@
-"""Tests of what the flow can learn: its volume, all of its numbers and parameters, its scales, and its start."""
+"""Tests of what the flow can learn: its volume, its masks, its parameters, its scales, and its start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nflows_lib.clinic.registry import Finding, doctors_test
 
 @doctors_test("volume", finds=["F1"])
 def volume(case: Case) -> Finding:
-    """Whether any parameter moves any log-det."""
+    """Whether some parameter changes some layer's log-det."""
     base = case.base_of(case.flow)
     if isinstance(base, nn.Module) and any(True for _ in base.parameters()):
         return Finding(None, "the prior has parameters")
@@ -24,21 +24,22 @@ def volume(case: Case) -> Finding:
     total = sum((record.log_det.sum() for record in learned), torch.zeros(()))
     parameters = [p for p in flow.parameters() if p.requires_grad]
     if not learned or not parameters:
-        return Finding(None, "no layer learns")
+        return Finding(None, "no layer has parameters to train")
     grads = torch.autograd.grad(total, parameters, allow_unused=True) if total.requires_grad else []
     if all(g is None or not g.any() for g in grads) and not any(r.log_det.any() for r in learned):
-        cause = "every learned layer keeps volume, so log p stops at the prior's peak: add a scaling"
+        cause = "every learned layer keeps volume, so the loss has a lower limit: add a scaling layer"
         return Finding(False, "no parameter moves a log-det", cause, "F1")
-    return Finding(True, "learned")
+    return Finding(True, "parameters change the log-det")
 
 
 @doctors_test("masks", finds=["F2"])
 def masks(case: Case) -> Finding:
     """Whether every number of a woken copy's latent depends on more than one number of the data."""
     if case.dims < 2 or case.data_pass.z[0].numel() > LARGEST:
-        return Finding(None, "one dimension" if case.dims < 2 else "too large for a Jacobian")
+        why = "the data have one dimension" if case.dims < 2 else "the latent is too large for a Jacobian"
+        return Finding(None, why)
     if not any(record.learned for record in case.data_pass.records):
-        return Finding(None, "no layer learns")
+        return Finding(None, "no layer has parameters")
     entered, woken = [], case.woken()
 
     def enter(u: Tensor) -> Tensor:
@@ -54,17 +55,18 @@ def masks(case: Case) -> Finding:
         depends |= gradients(z.flatten(), entered[-1]) != 0
     alone = (depends.sum(1) <= 1).float().mean().item()
     if alone > 0:
-        measured = f"{100 * alone:.0f} % of the latent depends on one number of the data each"
-        return Finding(False, measured, "no coupling changes that part: alternate masks, or mix", "F2")
-    return Finding(True, "every part of the vector is changed by another")
+        measured = f"{100 * alone:.0f} % of the latent's numbers depend on a single number of the data"
+        cause = "no coupling changes these numbers: alternate the masks, or mix the dimensions"
+        return Finding(False, measured, cause, "F2")
+    return Finding(True, "every number of the latent depends on several numbers of the data")
 
 
 @doctors_test("mirrored", finds=["F4"])
 def mirrored(case: Case) -> Finding:
-    """Whether two tensors of a woken copy always have opposite gradients, and so do the same thing twice."""
+    """Whether two parameter tensors of a woken copy always have opposite gradients, so that one is superfluous."""
     seen: list[dict[str, Tensor]] = []
     if not any(p.requires_grad for p in case.flow.parameters()):
-        return Finding(None, "no parameters")
+        return Finding(None, "the flow has no trainable parameters")
     for rows in (slice(0, 4), slice(4, 8)):
         flow = case.woken()
         case.through(flow, *case.rows(rows), grad=True).log_p.mean().backward()
@@ -73,18 +75,18 @@ def mirrored(case: Case) -> Finding:
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             if all(s[a].shape == s[b].shape and (s[a] + s[b]).norm() < EXACT * s[a].norm() for s in seen):
-                cause = "only their difference counts, at twice the rate: keep one of them"
+                cause = "only the difference of the two counts, and it learns at twice the rate: keep one"
                 return Finding(False, f"{a} and {b} have opposite gradients", cause, "F4")
-    return Finding(True, "no two tensors do the same")
+    return Finding(True, "no two parameter tensors have opposite gradients")
 
 
 @doctors_test("dead parameters", finds=["F24"])
 def dead_parameters(case: Case) -> Finding:
-    """Whether a parameter gets no gradient in any of four steps of training of a copy."""
+    """Whether a parameter gets no gradient in any of four training steps of a copy."""
     flow = copied(case.flow)
     named = {name: p for name, p in flow.named_parameters() if p.requires_grad}
     if not named:
-        return Finding(None, "no parameters")
+        return Finding(None, "the flow has no trainable parameters")
     alive, optimizer = set(), torch.optim.Adam(named.values(), lr=1e-3)
     for step in range(4):
         loss = -case.through(flow, seed=step, grad=True).log_p.mean()
@@ -94,16 +96,17 @@ def dead_parameters(case: Case) -> Finding:
         optimizer.step()
     dead = [name for name in named if name not in alive]
     if dead:
-        measured = f"{len(dead)} of {len(named)} tensors get no gradient: {', '.join(dead[:2])}"
-        return Finding(False, measured, "two zeros in a row, or never used: zero the last only", "F24")
-    return Finding(True, f"all {len(named)} tensors get a gradient")
+        measured = f"{len(dead)} of {len(named)} parameter tensors get no gradient: {', '.join(dead[:2])}"
+        cause = "two layers of zeros in a row, or a layer never used: start only the last at zero"
+        return Finding(False, measured, cause, "F24")
+    return Finding(True, f"all {len(named)} parameter tensors get a gradient")
 
 
 @doctors_test("scales", finds=["F12", "F13"])
 def scales(case: Case) -> Finding:
-    """Whether the log-scale of each affine coupling is bounded far from the data, by a bound that training can move.
+    """Whether each affine coupling's log-scale stays bounded far from the data, by a bound that training can move.
 
-    The shift must have no bound that training cannot move.
+    A shift may be unbounded, but must have no bound that training cannot move.
     """
     here = {record.name: record for record in case.data_pass.leaves}
     checked, one_sided = 0, 0
@@ -114,27 +117,28 @@ def scales(case: Case) -> Finding:
         checked += 1
         (near, _), (wide, shift) = (_log_scale_and_shift(record, *changes, far) for far in (1e2, 1e4))
         if _grows(near.max(), wide.max()):
-            cause = "the inverse divides by it, far from the data: g tanh"
-            return Finding(False, f"{record.title}: log-scale unbounded", cause, "F12")
+            cause = "the inverse divides by an unbounded scale: use g tanh(s)"
+            return Finding(False, f"{record.title}: nothing bounds the log-scale", cause, "F12")
         one_sided += _grows(-near.min(), -wide.min())
         limit = _limit_for_ever(record, changes, wide, shift, here[record.name])
         if limit:
-            cause = "a bound that nothing can move: multiply by a learned gain"
+            cause = "training cannot move this bound: multiply by a learned gain"
             return Finding(False, f"{record.title}: {limit}", cause, "F13")
-    note = f"; {one_sided} can shrink without limit" if one_sided else ""
-    measured = f"bounded in {checked - one_sided} of {checked} couplings{note}" if checked else "no affine couplings"
-    return Finding(True if checked else None, measured)
+    if not checked:
+        return Finding(None, "the flow has no affine couplings")
+    note = f"; in {one_sided} the scale can shrink to 0" if one_sided else ""
+    return Finding(True, f"the log-scale is bounded in {checked - one_sided} of {checked} couplings{note}")
 
 
 def _grows(near: Tensor, wide: Tensor) -> bool:
-    """Whether a log-scale grows without bound from 100 to 10,000 times as far out as the data."""
+    """Whether a log-scale goes on growing between 100 times and 10,000 times the distance of the data."""
     return not wide.isfinite().item() or (wide > 10 * max(near.item(), 1.0)).item()
 
 
 def _limit_for_ever(
     record: Record, changes: tuple[Tensor, Tensor], log_scale: Tensor, shift: Tensor, here: Record
 ) -> str:
-    """A shift with a bound that no parameter moves, or a log-scale that has reached such a bound, in words; else ""."""
+    """What to say of a shift with a bound that no parameter moves, or of a log-scale at such a bound; "" if neither."""
     tenfold = copy.deepcopy(record.layer)
     with torch.no_grad():
         for parameter in tenfold.parameters():
@@ -145,14 +149,15 @@ def _limit_for_ever(
         limit = far.abs().max()
         share = 100 * (now[i].abs() > 0.95 * limit).double().mean().item()
         if limit > 1e-3 and abs(moved[i].abs().max() / limit - 1) < 0.01 and (share > 50 or what == "shift"):
-            return f"{what} within {limit:.3g} whatever is learned, {share:.0f} % there"
+            return f"the {what} stays within {limit:.3g} whatever is learned, {share:.0f} % are at this bound"
     return ""
 
 
 def _changes(record: Record) -> tuple[Tensor, Tensor] | None:
-    """Masks of the numbers that an affine coupling changes, of its input and (flat) of its output; else None.
+    """Masks of the numbers that an affine coupling changes: in its input, and in its flat output.
 
-    A number that passes may have been moved to another place: its values in the batch tell where it is.
+    None if the layer is not an affine coupling. A number that the coupling leaves unchanged may have been moved to
+    another place: its values in the batch show where it is.
     """
     before, after = (list(map(tuple, side.flatten(1).T.tolist())) for side in (record.x, record.z))
     passing, known = set(after), set(before)
@@ -167,7 +172,7 @@ def _changes(record: Record) -> tuple[Tensor, Tensor] | None:
 
 
 def _log_scale_and_shift(record: Record, changed: Tensor, outputs: Tensor, far: float) -> tuple[Tensor, Tensor]:
-    """Log-scale and shift of the changed numbers where those that pass are ``far`` times as large, both signs."""
+    """Log-scale and shift of the changed numbers, if the unchanged ones are ``far`` times as large, with both signs."""
     scales, shifts = [], []
     with torch.no_grad():
         for x in (far * record.x * ~changed, -far * record.x * ~changed):
@@ -179,36 +184,41 @@ def _log_scale_and_shift(record: Record, changed: Tensor, outputs: Tensor, far: 
 
 @doctors_test("start", finds=["F5", "F20", "F21"])
 def start(case: Case) -> Finding:
-    """Whether another start makes the data likelier: log-scales at 0, a new first batch, or networks that end in zeros.
+    """Whether another start makes the batch likelier: log-scales at 0, a new first batch, or last layers at zero.
 
-    All are compared in training mode, so that stale running averages play no part.
+    All likelihoods are taken in training mode, so that stale running averages play no part.
     """
     now = case.log_p_of(copied(case.flow).train())
-    arms = {
-        "F5": (lambda flow: _scales_at_zero(flow, case), "log-scales at 0", "log-scales that start at random: zeros"),
-        "F20": (lambda flow: _first_batch(flow, case), "initialised from this batch", "not initialised from data"),
+    starts = {
+        "F5": (lambda flow: _scales_at_zero(flow, case), "log-scales at 0", "the log-scales start at random"),
+        "F20": (
+            lambda flow: _first_batch(flow, case),
+            "ActNorm set from this batch",
+            "the flow was not initialised from data",
+        ),
         "F21": (
             lambda flow: _networks_at_zero(flow, case) | _first_batch(flow, case),
-            "the networks' last layers at zero",
-            "networks that do not start at zero",
+            "the networks' last layers at 0",
+            "the networks' last layers do not start at zero",
         ),
     }
     found = {}
-    for entry, (change, what, cause) in arms.items():
+    for entry, (change, what, cause) in starts.items():
         flow = copied(case.flow)
         with torch.no_grad():
             if change(flow):
                 found[entry] = (case.log_p_of(flow.train()) - now, what, cause)
     if not found:
-        return Finding(None, "nothing that has a better start")
+        return Finding(None, "the flow has no start to compare with")
     entry, (gain, what, cause) = max(found.items(), key=lambda item: item[1][0])
     if gain > 0.15:
-        return Finding(False, f"with {what} likelier by {gain:.2g} nats/dim", f"{cause}; or not trained", entry)
-    return Finding(True, "no fresh start is likelier")
+        measured = f"with {what} the batch is likelier by {gain:.2g} nats/dim"
+        return Finding(False, measured, f"{cause}, or the flow is not trained", entry)
+    return Finding(True, "no other start makes the batch likelier")
 
 
 def _scales_at_zero(flow: nn.Module, case: Case) -> bool:
-    """Set to 0 the parameters of elementwise layers that are not initialised from data. Says whether there are any."""
+    """Set to 0 the parameters of elementwise layers not initialised from data; return whether there are any."""
     done = False
     for record in case.data_pass.leaves:
         if record.learned and record.x.is_floating_point() and not init_flags(record.layer) and record.is_elementwise():
@@ -219,7 +229,7 @@ def _scales_at_zero(flow: nn.Module, case: Case) -> bool:
 
 
 def _first_batch(flow: nn.Module, case: Case) -> bool:
-    """Let the flow initialise itself from this batch. Says whether it has layers that do so."""
+    """Let the flow initialise itself from this batch; return whether it has layers that do so."""
     flags = init_flags(flow)
     for flag in flags:
         flag.fill_(0)
@@ -231,14 +241,14 @@ def _first_batch(flow: nn.Module, case: Case) -> bool:
 
 
 def _networks_at_zero(flow: nn.Module, case: Case) -> bool:
-    """Set to 0 the last linear or convolutional layer inside each coupling. Says whether there are any."""
+    """Set to 0 the last linear or convolutional layer inside each coupling; return whether there are any."""
     done = False
     for record in case.data_pass.leaves:
         layer = record.layer_in(flow)
         last = [m for m in layer.modules() if m is not layer and isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
         if last:
             for name, parameter in last[-1].named_parameters():
-                if not name.endswith("original1"):  # the direction of a normalised weight, whose length is original0
+                if not name.endswith("original1"):  # the direction of a normalised weight; its length is original0
                     parameter.zero_()
             done = True
     return done

@@ -1,4 +1,4 @@
-"""What a test of the doctor is, what it finds, and the list of all tests."""
+"""The doctor's tests: what a test is, what it finds, and the list of all tests."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 class Finding:
     """What one test found.
 
-    ``passed`` is None where the test does not apply. ``measured`` is what the test measured, in words, and ``cause``
-    what it takes for the cause of a failure. ``entry`` names the entry of the book's clinic, for example "F3", that
-    shows this failure and its fix. ``test`` is the printed name of the test; the registry fills it in.
+    ``passed`` is None if the test does not apply or gives no verdict. ``measured`` says in words what the test
+    measured, and ``cause`` what causes the failure. ``entry`` names the entry of the book's clinic, for example "F3",
+    that shows this failure and its fix. ``test`` is the printed name of the test; the registry fills it in.
     """
 
     passed: bool | None
@@ -35,7 +35,7 @@ class DoctorsTest:
     function: Callable[..., Finding | Iterator[Finding]]
 
     def __call__(self, subject: object) -> list[Finding]:
-        """The function's findings about the subject, each with the name of the test."""
+        """The function's findings about the subject, with the name of the test filled in."""
         found = self.function(subject)
         return [replace(finding, test=self.name) for finding in ([found] if isinstance(found, Finding) else found)]
 
@@ -47,7 +47,7 @@ def doctors_test(name: str, *, finds: Sequence[str] = ()) -> Callable[[Callable]
     """Make a function a test of the doctor, and put it on the list of all tests.
 
     The function takes a :class:`~nflows_lib.clinic.examination.Case` and returns its :class:`Finding`, or yields one
-    for each layer that fails. The tests are conducted in the order of their modules in ``STAGES`` of
+    for each layer that fails. The doctor runs the tests in the order of their modules in ``STAGES`` of
     :mod:`nflows_lib.clinic.report`, and within a module from top to bottom.
 
     Args:

@@ -1,4 +1,4 @@
-"""Tests of what the flow has learned: the context's worth, its samples, and its latents."""
+"""Tests of what the flow has learned: its use of the context, its samples, and its latents."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from nflows_lib.clinic.registry import Finding, doctors_test
 def context(case: Case) -> Finding:
     """Whether an example is likelier under its own context than under another example's."""
     if case.context is None:
-        return Finding(None, "none")
+        return Finding(None, "no context was given")
     others = case.context.roll(1, 0)
     margin = case.data_pass.log_p - case.through(case.flow, context=others).log_p
     mean, error = margin.mean().item(), margin.std().item() / math.sqrt(len(margin))
-    measured = f"its own makes an example likelier by {mean:.3g} ± {error:.1g} nats than another's"
+    measured = f"an example is likelier by {mean:.3g} ± {error:.1g} nats under its own than under another's"
     if not margin.any():
         flow = case.woken()
         if not (case.through(flow).log_p - case.through(flow, context=others).log_p).any():
-            return Finding(False, "it moves nothing", "it does not reach the layers", "F25")
-        return Finding(None, "not used yet: a fresh flow, or conditioning that never learns (F24)")
+            return Finding(False, "log p(x) does not depend on it", "the context does not reach the layers", "F25")
+        return Finding(None, "not used yet: the flow is new, or its conditioning network never learns (F24)")
     if mean < 3 * error:
-        return Finding(False, measured, "pairs mixed up, the condition ignored, or not trained", "F25")
+        cause = "the pairs are mixed up, the context is ignored, or the flow is not trained"
+        return Finding(False, measured, cause, "F25")
     return Finding(True, measured)
 
 
@@ -34,7 +35,7 @@ def samples(case: Case) -> Finding:
     """Whether samples are finite, not far larger than the data, and within the range of the levels."""
     flow, n = copied(case.flow), 256
     if not hasattr(case.base_of(flow), "sample"):
-        return Finding(None, "the base density has no sample")
+        return Finding(None, "the base density has no method sample")
     with torch.no_grad():
         base, like = case.base_of(flow), torch.empty(n, *case.data_pass.z.shape[1:])
         z = base.sample((n,)) if isinstance(base, torch.distributions.Distribution) else base.sample(like)
@@ -43,25 +44,26 @@ def samples(case: Case) -> Finding:
     lost = 1 - drawn.flatten(1).isfinite().all(1).float().mean().item()
     entered = case.x if case.noise is None else case.noise.z
     most = drawn.nan_to_num(nan=math.inf).abs().max() / entered.abs().max()
-    farther = (z.abs().max() / case.data_pass.z.abs().max()).clamp(min=1)  # latents of data not learned yet are small
+    farther = (z.abs().max() / case.data_pass.z.abs().max()).clamp(min=1)  # data's latents are small before training
     if lost or most > 1e3 * farther:
-        measured = f"{100 * lost:.0f} % not finite, the largest {most:.2g} times the data's"
+        measured = f"{100 * lost:.0f} % are not finite, the largest value is {most:.2g} times the data's"
         return Finding(False, measured, "the inverse divides by a scale that is almost 0", "F12")
-    measured = f"{n} draws, the largest {most:.2g} times the data's"
+    measured = f"{n} samples, the largest value is {most:.2g} times the data's"
     top = case.levels * case.spacing if case.noise is not None and case.spacing is not None else None
     learned = top is not None and case.data_pass.log_p.mean() > -case.dims * math.log(top)  # likelier than uniform
     if learned and case.sound:
         outside = ((drawn < -0.1 * top) | (drawn > 1.1 * top)).float().mean().item()
         at_edges = ((case.x < case.spacing / 2) | (case.x > top - 1.5 * case.spacing)).float().mean().item()
-        measured += f", {100 * outside:.1f} % well outside the levels"
+        measured += f", {100 * outside:.1f} % are well outside the levels"
         if outside > 0.02 and at_edges > 0.25:
-            return Finding(False, measured, "mass where no data can be: a logit after the noise", "F14")
+            cause = "the flow puts mass where no data can be: use a logit after the noise"
+            return Finding(False, measured, cause, "F14")
     return Finding(True, measured)
 
 
 @doctors_test("latent moments")
 def latent_moments(case: Case) -> Finding:
-    """The mean and spread of the latents, without a verdict; after training they are those of the base density."""
+    """The mean and standard deviation of the latents, without a verdict; training brings them to the base density's."""
     z = case.data_pass.z.flatten(1)
     measured = f"mean {z.mean():.2f}, standard deviation {z.std():.2f}, largest {z.abs().max():.3g}"
     return Finding(None, measured)

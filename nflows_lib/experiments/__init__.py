@@ -1,1 +1,1 @@
-"""What trains for minutes and leaves a record: runs, their trainer, checkpoints, records, sheets, ablations."""
+"""Experiments, which train for minutes and leave a record: the named runs, with their trainer, and the ablations."""

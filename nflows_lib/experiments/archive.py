@@ -1,4 +1,4 @@
-"""Records: what a run or an experiment leaves behind, with where and with what it was made."""
+"""Records: the files that finished runs and experiments leave, with the commit, versions and hardware behind them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from nflows_lib import settings
 if TYPE_CHECKING:
     import torch
 
-ROOT = Path(__file__).resolve().parents[2]  # of the checkout
+ROOT = Path(__file__).resolve().parents[2]  # the checkout's root
 MODEL, RECORD, SAMPLES = "model.safetensors", "run.json", "samples.png"
 
 
 def commit() -> str:
-    """The checkout's commit, with "-dirty" where files were changed since; "unknown" outside a checkout."""
+    """The checkout's commit, with "-dirty" if files have been changed since; "unknown" outside a checkout."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -29,11 +29,11 @@ def commit() -> str:
 
 
 def origin() -> dict[str, Any]:
-    """Where and with what a result is made: commit, versions, hardware.
+    """The origin of a result that is made now: commit, versions, hardware.
 
-    A long run asks for it at its start: by the end the checkout may have moved on.
+    A long run asks for its origin when it starts: when it ends, the checkout may have moved on.
     """
-    import torch  # not at the top: a record is read without a wait for it
+    import torch  # not at the top, since reading a record should not wait for torch
 
     return {
         "commit": commit(),
@@ -53,27 +53,27 @@ def _hardware(device: torch.device) -> str:
 
 
 def print_origin(record: Mapping[str, Any]) -> None:
-    """Print the command that made a record, and the commit and the hardware that it was made with."""
+    """Print the command that made a record, its commit and its hardware."""
     print(f"{record['command']}\ncommit {record['commit']}, {record['hardware']}")
 
 
 def folder(run: str) -> Path:
-    """Where the record of a shipped run lies: ``run.json``, and beside it samples and, if it is small, the model."""
+    """The folder of a shipped run, with its record ``run.json``, its samples and, if the model is small, the model."""
     return ROOT / "data" / "pretrained" / run
 
 
 def work_folder(run: str) -> Path:
-    """Where a run is trained if no other folder is named: beside the data sets, ignored by git."""
+    """The folder in which a run is trained by default: next to the data sets, and ignored by git."""
     return settings.data_folder() / "runs" / run
 
 
 def save(run: str, record: Mapping[str, Any], out: Path | None = None) -> None:
-    """Write ``run.json``: the record, and with it the run's name, its seed and its :func:`origin`."""
+    """Write ``run.json``: the record together with the run's name, its seed and its :func:`origin`."""
     write_json((out or folder(run)) / RECORD, {"run": run, "seed": settings.seed(), **origin(), **record})
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file: a kill leaves the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
@@ -84,7 +84,7 @@ def load(run: str) -> dict[str, Any]:
     """The record of a shipped run.
 
     Raises:
-        ValueError: there is none.
+        ValueError: if no record of the run is shipped.
     """
     path = folder(run) / RECORD
     if not path.exists():
@@ -94,9 +94,9 @@ def load(run: str) -> dict[str, Any]:
 
 
 def load_seeds(run: str) -> list[dict[str, Any]]:
-    """The record of a shipped run, and those of the same run with other seeds, ``run-seed-1.json`` and so on.
+    """The records of a shipped run: ``run.json``, then those with other seeds, ``run-seed-1.json`` and so on.
 
     Raises:
-        ValueError: there is none.
+        ValueError: if no record of the run is shipped.
     """
     return [load(run), *(json.loads(path.read_text()) for path in sorted(folder(run).glob("run-seed-*.json")))]

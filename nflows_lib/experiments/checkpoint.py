@@ -1,4 +1,4 @@
-"""Tensors and facts in one file, written whole or not at all: safetensors with JSON in its header, never pickle."""
+"""Checkpoints: tensors and facts in one file, written whole or not at all, as safetensors with JSON in its header."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from nflows_lib.networks import MLP
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read; the message says what is wrong and what is left."""
+    """A checkpoint cannot be written or read; the message says why, and which checkpoint is left."""
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], previous: Path | None = None) -> None:
-    """Write tensors and facts (anything that JSON can hold) to a file; an older one moves to ``previous``, if given.
+    """Write tensors and facts (anything that JSON can hold) to a file.
 
-    The file is first written beside its place and forced to the disk, and only then takes the place of an older one.
-    A kill or a power cut at any moment leaves the old file (at its own place or as ``previous``) or the new one, never
-    half a file.
+    The file is first written under another name and forced to the disk; only then does it replace an older file, which
+    moves to ``previous`` if that path is given. A kill or a power cut at any moment leaves the old file (in its place
+    or as ``previous``) or the new one, never half a file.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written to. An older file is as it was.
+        CheckpointError: if the disk is full or the folder cannot be written to. An older file stays as it was.
     """
     partial = path.with_name(path.name + ".partial")
-    # Copies, since the format refuses tensors that share memory: a mask that two layers use, say.
+    # Copies, since the format refuses tensors that share memory, such as a mask that two layers use.
     content = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     data = safetensors.torch.save(content, metadata={"facts": json.dumps(facts)})
     try:
@@ -46,7 +46,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], pr
             os.replace(path, previous)
         os.replace(partial, path)
     except OSError as error:
-        with contextlib.suppress(OSError):  # it must not hide the error that counts
+        with contextlib.suppress(OSError):  # a second error must not hide the first
             partial.unlink()
         kept = f"; the last good one, {path.name}, is as it was" if path.exists() else ""
         raise CheckpointError(
@@ -55,16 +55,16 @@ def save(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], pr
 
 
 def load_facts(path: Path) -> dict[str, Any]:
-    """Only the facts. Raises what :func:`load` does."""
+    """The facts of a checkpoint, without its tensors; raises what :func:`load` raises."""
     return _read(path, with_tensors=False)[1]
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors (on the CPU) and facts back.
+    """The tensors, on the CPU, and the facts of a checkpoint.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: the file is truncated, or no checkpoint at all.
+        FileNotFoundError: if the file does not exist.
+        CheckpointError: if the file is truncated or is not a checkpoint.
     """
     return _read(path, with_tensors=True)
 
@@ -80,33 +80,40 @@ def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict[str, 
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         size = path.stat().st_size
         raise CheckpointError(
-            f"{path}: expected a whole checkpoint, got {size:,} bytes that are none ({error})"
+            f"{path}: expected a whole checkpoint, got {size:,} bytes that cannot be read as one ({error})"
         ) from error
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy tensors into a module's parameters and buffers, if names and shapes are just its own.
+    """Copy tensors into a module's parameters and buffers.
 
-    Tensors of masked couplings on vectors are cut by :func:`unmasked` first.
+    :func:`unmasked` first cuts tensors that an earlier version wrote for couplings on vectors. ``source`` is what an
+    error message calls the tensors.
 
     Raises:
-        CheckpointError: they are another model's. The module is as it was.
+        CheckpointError: if a name or a shape is not the module's. The module stays as it was.
     """
     own, tensors = module.state_dict(), unmasked(module, tensors)
     for name in sorted(own.keys() | tensors.keys()):
-        ours = "none" if name not in own else f"shape {tuple(own[name].shape)}"
-        theirs = "none" if name not in tensors else f"shape {tuple(tensors[name].shape)}"
+        ours, theirs = (tuple(side[name].shape) if name in side else None for side in (own, tensors))
         if ours != theirs:
-            raise CheckpointError(f"{source}: another model's: expected {name} with {ours}, got {theirs}")
+            expected = f"no tensor {name}" if ours is None else f"{name} with shape {ours}"
+            got = "no such tensor" if theirs is None else f"shape {theirs}"
+            raise CheckpointError(f"{source}: another model's: expected {expected}, got {got}")
     module.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in tensors.items()})
 
 
 def unmasked(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, or moments of an optimizer under the same names, without what the masks of earlier versions hid.
+    """The tensors without the rows and columns that the masks of earlier versions made useless.
 
-    In those a coupling on vectors gave its network b x instead of the passing half, and masked the network's output. So
-    the first matrix had columns that met zeros, and the last matrix and bias had rows that were dropped. Without them
-    the function is the same, and so is its training, since their gradients were 0. Other tensors are left alone.
+    In earlier versions a coupling on vectors gave its network b x instead of the unchanged half of x, and masked the
+    network's output. So the first matrix had columns that only met zeros, and the last matrix and bias had rows whose
+    output was dropped. Without these rows and columns the function is the same, and so is its training, since their
+    gradients were 0. Other tensors stay as they are.
+
+    Args:
+        module: the model.
+        tensors: the model's parameters and buffers, or an optimizer's moments under the parameters' names.
     """
     cut = dict(tensors)
     for path, layer in module.named_modules():
@@ -126,7 +133,7 @@ def unmasked(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def halve(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices and kernels in half precision; vectors (scales, biases) as they are."""
+    """The tensors with matrices and kernels in half precision; vectors (scales, biases) keep their precision."""
     return {
         name: tensor.half() if tensor.dtype == torch.float32 and tensor.dim() > 1 else tensor
         for name, tensor in tensors.items()

@@ -1,6 +1,6 @@
 """The command line of the named runs: ``python -m nflows_lib train nice-digits --budget 30s``.
 
-What a command needs is imported when it runs, so that help, the list of runs and a wrong argument answer at once.
+A command imports what it needs when it runs, so that help, the list of runs and a wrong argument answer at once.
 """
 
 import argparse
@@ -9,12 +9,13 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from nflows_lib.experiments import archive, table
 
 
 def seconds(text: str) -> float:
-    """A time such as 90s, 30m or 1.5h, in seconds."""
+    """The seconds of a time such as 90s, 30m or 1.5h."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"expected a time such as 90s, 30m or 1.5h, got {text!r}")
@@ -22,21 +23,21 @@ def seconds(text: str) -> float:
 
 
 def length(text: str) -> float:
-    """A time above 0, in seconds."""
+    """The seconds of a time above 0."""
     if not seconds(text) > 0:
         raise argparse.ArgumentTypeError(f"expected a time above 0, got {text!r}")
     return seconds(text)
 
 
 def count(text: str) -> int:
-    """A whole number from 1 on."""
+    """The whole number, at least 1, that a text spells."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit status: 0, 1 for an error that has been printed, 130 for a run that was stopped."""
+    """Run one command and return the exit status: 0, or 1 after a printed error, or 130 if the run was stopped."""
     options = _parser().parse_args(argv)
     try:
         return options.command(options)
@@ -66,7 +67,8 @@ def _train(options: argparse.Namespace) -> int:
         for name in ("data", "out"):
             again += [f"--{name}", str(getattr(options, name))] if getattr(options, name) else []
         if processes.rank() == 0:
-            print(f"\n{stopped}, and saved.\nTo go on: {processes.launcher()} {shlex.join(again)}", file=sys.stderr)
+            command = f"{processes.launcher()} {shlex.join(again)}"
+            print(f"\n{stopped}, and saved.\nTo go on: {command}", file=sys.stderr)
         return 130
     except NonFiniteLoss as error:
         print(f"NonFiniteLoss: {error}", file=sys.stderr)
@@ -107,64 +109,100 @@ def _sample(options: argparse.Namespace) -> int:
 
 def _runs(options: argparse.Namespace) -> int:
     for name, run in table.RUNS.items():
-        paper = f"{run.paper[0]} bits/dim ({run.paper[1]})" if run.paper else "none"
+        paper = f"{run.paper[0]} bits/dim ({run.paper[1]})" if run.paper else "no result to compare with"
         try:
             figure = archive.load(name)["figure"]
             reached = f"{figure['bits_per_dim']:.3f} ± {figure['error']:.3f} bits/dim"
         except ValueError:
             reached = "no record yet"
-        print(f"{name}\n    {run.title}; {run.budget / 60:g} minutes\n    paper: {paper}\n    reached: {reached}")
+        budget = f"{run.budget / 60:g} minutes"
+        print(f"{name}\n    {run.title}\n    budget: {budget}\n    paper: {paper}\n    reached: {reached}")
     return 0
 
 
 def _figure(figure: dict[str, float]) -> str:
     return (
         f"test: {figure['bits_per_dim']:.4f} ± {figure['error']:.4f} bits/dim, {figure['nats']:.1f} nats on [0, 1); "
-        f"{figure['images']:,} images, {figure['draws']} draws of the noise each"
+        f"{figure['images']:,} images, {figure['draws']} draws of the noise per image"
     )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m nflows_lib", description="Train, evaluate, sample the named runs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m nflows_lib", description="Train, evaluate and sample the named runs."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train a run, or go on with one")
+    train = _command(commands, "train", "train a run, or resume one")
     either = train.add_mutually_exclusive_group()
     either.add_argument(
         "--budget",
         type=length,
         metavar="TIME",
-        help="time for the whole run, evaluation included, as 90s, 30m, 1.5h (default: the table's)",
+        help="the time for the whole run, evaluation included, as 90s, 30m or 1.5h (default: the table's budget)",
     )
-    either.add_argument("--steps", type=count, help="number of updates, instead of a budget")
-    train.add_argument("--save-every", type=seconds, default=60.0, metavar="TIME", help="between checkpoints (60s)")
-    train.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, if there is one")
+    either.add_argument("--steps", type=count, metavar="N", help="the number of updates, instead of a budget")
+    train.add_argument(
+        "--save-every",
+        type=seconds,
+        default=60.0,
+        metavar="TIME",
+        help="the time between two checkpoints (default: 60s)",
+    )
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint in the run's folder, if it has one"
+    )
     train.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="with or without torch.compile, which has a slow start, then faster steps (default: with it, if there is "
-        "a compiler and the time for the run is longer than ten minutes, on a CPU longer still for a large model; a "
-        "resumed run keeps to what it did)",
+        help="use torch.compile, which makes the first step slow and the others faster, or do not use it (default: use "
+        "it if there is a compiler and the budget is above ten minutes, on a CPU also above two seconds per parameter "
+        "tensor; a resumed run does what it did before)",
     )
     train.set_defaults(command=_train)
-    evaluate = commands.add_parser("evaluate", help="bits/dim on the test images")
-    evaluate.add_argument("--record", action="store_true", help="measure again what the run measures, into run.json")
+    evaluate = _command(commands, "evaluate", "print a run's bits/dim on the test images")
+    evaluate.add_argument(
+        "--record",
+        action="store_true",
+        help="also measure the run's further metrics again, and write them to its run.json",
+    )
     evaluate.set_defaults(command=_evaluate)
-    sample = commands.add_parser("sample", help="draw samples into a picture")
-    sample.add_argument("--n", type=count, default=60, help="how many samples (60)")
-    sample.add_argument("--temperature", type=float, default=1.0)
-    sample.add_argument("--to", type=Path, default=Path("samples.png"), help="the PNG to write (samples.png)")
+    sample = _command(commands, "sample", "draw a run's samples into a PNG")
+    sample.add_argument("--n", type=count, default=60, metavar="N", help="the number of samples (default: 60)")
+    sample.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="multiply the latents by T (default: 1)"
+    )
+    sample.add_argument(
+        "--to", type=Path, default=Path("samples.png"), metavar="FILE", help="the PNG to write (default: samples.png)"
+    )
     sample.set_defaults(command=_sample)
     for command in (train, evaluate, sample):
-        command.add_argument("--data", type=Path, metavar="DIR", help="where the data sets lie (NFLOWS_DATA)")
+        command.add_argument(
+            "--data",
+            type=Path,
+            metavar="DIR",
+            help="the folder that holds the data sets (default: NFLOWS_DATA, else data/)",
+        )
     for command in (train, evaluate):
         command.add_argument(
             "--draws",
             type=count,
-            help="draws of the noise that the figure averages over (default: as few as leave its error what it is)",
+            metavar="N",
+            help="the number of draws of the noise that each image's log-likelihood averages over (default: the "
+            "number beyond which the standard error would shrink by less than 1 %%, at most 10)",
         )
     for command in (train, evaluate, sample):
         command.add_argument("run", choices=table.RUNS, metavar="RUN", help=f"one of {', '.join(table.RUNS)}")
-        command.add_argument("--out", type=Path, metavar="DIR", help="the run's folder")
-    commands.add_parser("runs", help="list the runs").set_defaults(command=_runs)
+    work = (
+        "the run's folder, which gets the model, the record and the samples (default: runs/RUN next to the data sets)"
+    )
+    train.add_argument("--out", type=Path, metavar="DIR", help=work)
+    for command in (evaluate, sample):
+        command.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: the shipped run's)")
+    _command(commands, "runs", "list the runs, with their budgets and results").set_defaults(command=_runs)
     return parser
+
+
+def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    """A command's parser: its text stands in the list of commands and at the head of its own help."""
+    return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")

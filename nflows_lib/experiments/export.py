@@ -1,4 +1,4 @@
-"""A flow of vectors as JSON, for programs without PyTorch: the playground in the book runs on it."""
+"""A flow on vectors as JSON, for programs without PyTorch, such as the book's playground."""
 
 from __future__ import annotations
 
@@ -24,25 +24,27 @@ ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
 def to_json(flow: Flow) -> dict[str, Any]:
-    """What a program needs to run the flow both ways, as an object that ``json.dumps`` takes.
+    """All that a program needs to run the flow in both directions, as an object that ``json.dumps`` takes.
 
-    ``{"dims": D, "base": ..., "layers": [...]}``, the layers from data to latent, each with its ``kind``:
+    The object is ``{"dims": D, "base": ..., "layers": [...]}``. The layers go from data to latent, each with its
+    ``kind``:
 
-    - ``scaling``: z = exp(s) x, with ``log_scale`` s, D numbers.
-    - ``additive``, ``affine``: ``passes`` is the mask, D times 0 or 1; ``gain`` the g of an affine one; ``widths`` and
-      ``activation`` describe the network, and ``weights`` are its numbers, layer by layer the matrix, row by row, and
-      then the bias, as float16, little-endian, in base64. The network is given the numbers that pass. For each of the
-      others it gives a shift, and an affine coupling's network before all shifts what becomes their log-scales.
+    - ``scaling``: z = exp(s) x; ``log_scale`` holds the D numbers s.
+    - ``additive`` or ``affine``: ``passes`` is the mask, D numbers, 1 for each number that the coupling leaves
+      unchanged and 0 for the others. ``gain`` is the g of an affine coupling. ``widths`` and ``activation`` describe
+      the network. ``weights`` holds the network's numbers: for each layer the matrix, row by row, and then the bias, as
+      little-endian float16 in base64. The network takes the unchanged numbers and returns one shift for each of the
+      others. The network of an affine coupling first returns, for all of them, the numbers that become log-scales.
 
-    Weights are rounded to float16, three decimal digits: what :func:`from_json` reads back is a flow beside this one,
-    and it is that flow which the other program runs.
+    Weights are rounded to float16, three decimal digits. So :func:`from_json` does not read back this flow but the
+    rounded one, which is the flow that the other program runs.
 
     Raises:
-        ValueError: the flow is not one of vectors, has a part that is not listed here (a subclass neither, since it may
-            compute something else), or has a number that is not finite or that float16 cannot hold.
+        ValueError: if the flow is not on vectors, if it has a part that is not listed here (or a subclass of a part,
+            which may compute something else), or if a number is not finite or too large for float16.
     """
     if len(flow.shape) != 1:
-        raise ValueError(f"flow: expected one of vectors, got examples of shape {flow.shape}")
+        raise ValueError(f"flow: expected a flow on vectors, got one on examples of shape {flow.shape}")
     return {
         "dims": flow.dims,
         "base": _name_of(flow.base, BASES, "base"),
@@ -54,8 +56,8 @@ def from_json(content: Mapping[str, Any]) -> Flow:
     """The flow that :func:`to_json` described, with its rounded weights, in evaluation mode.
 
     Raises:
-        ValueError: the content names something unknown, has hidden layers of different widths, or another number of
-            weights than they need.
+        ValueError: if the content names something unknown, if the hidden layers have different widths, or if the number
+            of weights does not fit them.
     """
     layers = [_layer_from_json(layer, content["dims"]) for layer in content["layers"]]
     return Flow(layers, _find(content["base"], BASES, "base")(), (content["dims"],)).eval()
@@ -87,7 +89,7 @@ def _layer_from_json(content: Mapping[str, Any], dims: int) -> Layer:
     passes = int(mask.sum())
     outputs = (2 if coupling is AffineCoupling else 1) * (dims - passes)
     if len({*widths}) != 1:
-        raise ValueError(f"widths: expected equal ones, got {widths}")
+        raise ValueError(f"widths: expected equal widths, got {widths}")
     network = MLP(passes, outputs, widths[0], len(widths), activation)
     layer = coupling(mask, network)
     if coupling is AffineCoupling:
@@ -104,16 +106,18 @@ def encode(values: Tensor) -> str:
     """Numbers as little-endian float16 in base64, row by row.
 
     Raises:
-        ValueError: one is not finite, or too large for float16.
+        ValueError: if a number is not finite or too large for float16.
     """
     half = values.detach().cpu().half()
     if not half.isfinite().all():
-        raise ValueError(f"values: expected finite numbers within ±65,504, got one of {values.abs().max().item():g}")
+        raise ValueError(
+            f"values: expected finite numbers within ±65,504, got {values.abs().max().item():g} as the largest"
+        )
     return base64.b64encode(half.numpy().astype("<f2").tobytes()).decode("ascii")
 
 
 def decode(text: str) -> Tensor:
-    """The numbers that :func:`encode` wrote, (N,), float32.
+    """The numbers that :func:`encode` wrote, as float32, (N,).
 
     >>> decode(encode(torch.tensor([1.0, -0.5])))
     tensor([ 1.0000, -0.5000])
@@ -122,7 +126,7 @@ def decode(text: str) -> Tensor:
 
 
 def _rounded(value: float, argument: str) -> float:
-    if not math.isfinite(value):  # JSON has no such number
+    if not math.isfinite(value):  # JSON has no NaN and no infinity
         raise ValueError(f"{argument}: expected finite numbers, got {value}")
     return round(value, 5)
 

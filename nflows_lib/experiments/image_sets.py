@@ -1,4 +1,4 @@
-"""Photographs that long runs read: house numbers, faces and flowers from torchvision, and folders of images."""
+"""Photographs for long runs: house numbers, faces and flowers from torchvision, and folders of your own images."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 from nflows_lib.bijection import check_positive
 from nflows_lib.data import Images, every_sixth, torchvision_set
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # of the files that image_folder reads
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # the files that image_folder reads
 
 
 def svhn(part: str = "train", folder: Path | str | None = None, download: bool = False) -> Images:
     """SVHN through torchvision: 32x32 photographs of house numbers, 73,257 to train on and 26,032 to test.
 
-    Arguments and errors as of :func:`nflows_lib.data.mnist`. To fetch: 180 MB to train on, 64 MB to test, each by its
-    own call.
+    Arguments and errors are those of :func:`nflows_lib.data.mnist`. A download takes 180 MB for the training images and
+    64 MB for the test images; each part has its own call.
     """
     size = "180 MB to train on, 64 MB to test"
     found = torchvision_set("SVHN", size, f"{part}_32x32.mat", "", part, folder, download, split=part)
@@ -31,11 +31,15 @@ def svhn(part: str = "train", folder: Path | str | None = None, download: bool =
 def celeba(part: str = "train", folder: Path | str | None = None, download: bool = False, *, size: int = 64) -> Images:
     """CelebA through torchvision: faces of celebrities, 162,770 to train on and 19,962 to test; all labels are 0.
 
-    The aligned images, 178x218: of each the square in its middle, resized. That takes some minutes and, at size 64,
-    2 GB of memory. Arguments and errors as of :func:`nflows_lib.data.mnist`. To fetch: 1.4 GB, with the package gdown.
+    The square in the middle of each aligned image (178x218) is resized. That takes some minutes and, at size 64, 2 GB
+    of memory. The other arguments and errors are those of :func:`nflows_lib.data.mnist`. A download takes 1.4 GB and
+    needs the package gdown.
+
+    Args:
+        size: height and width to resize to.
 
     Raises:
-        ValueError: size is below 1.
+        ValueError: if size is below 1.
     """
     files = "img_align_celeba/ and its five lists"
     options = {"split": part, "target_transform": lambda attributes: 0}
@@ -48,13 +52,16 @@ def flowers102(
 ) -> Images:
     """Flowers-102 of Oxford through torchvision: photographs of 102 kinds, 7,169 to train on and 1,020 to test.
 
-    The published split trains a classifier on ten of each kind and tests it on 6,149. A density needs many examples:
-    here those are trained on, with the ten of each kind for validation, which come first; the test is on the other ten.
-    Of each photograph the square in its middle, resized. Arguments and errors as of :func:`nflows_lib.data.mnist`. To
-    fetch: 345 MB.
+    The published split has ten photographs of each kind to train a classifier, ten to validate it, and 6,149 to test
+    it. A density needs many examples. So here the training part is the published validation part followed by the
+    published test part, and the test part is the published training part. The square in the middle of each photograph
+    is resized. The other arguments and errors are those of :func:`nflows_lib.data.mnist`. A download takes 345 MB.
+
+    Args:
+        size: height and width to resize to.
 
     Raises:
-        ValueError: size is below 1.
+        ValueError: if size is below 1.
     """
     files = "jpg/, imagelabels.mat and setid.mat"
     found = [
@@ -65,25 +72,25 @@ def flowers102(
 
 
 def image_folder(folder: Path | str, size: int = 64, part: str = "train") -> Images:
-    """Images of your own, in the order of their paths, 256 levels: in RGB, of each the square in its middle, resized.
+    """Images of your own, in RGB with 256 levels, in the order of their paths.
 
-    The folders in the folder are the classes, numbered in the order of their names. Images that lie beside them, or in
-    a folder without any, form a class of their own, the first.
+    The square in the middle of each image is resized. The folders directly inside ``folder`` are the classes, numbered
+    in the order of their names. Images that are in none of these folders form the first class.
 
     Args:
-        folder: where they lie, at any depth.
+        folder: the folder that holds the images, at any depth.
         size: height and width to resize to.
-        part: "train", "test" (every sixth), or "all".
+        part: "train", "test" (every sixth image) or "all".
 
     Raises:
-        ValueError: another part, size is below 1, or an image that cannot be read.
-        FileNotFoundError: no such folder, or no image in it.
+        ValueError: if part is another word, if size is below 1, or if an image cannot be read.
+        FileNotFoundError: if the folder does not exist or holds no image.
     """
     folder = Path(folder)
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
-        got = "which holds none" if folder.is_dir() else "which is no folder"
-        raise FileNotFoundError(f"folder: expected one with images ({', '.join(SUFFIXES)}), got {folder}, {got}")
+        got = "which holds no image" if folder.is_dir() else "which is not a folder"
+        raise FileNotFoundError(f"folder: expected a folder with images ({', '.join(SUFFIXES)}), got {folder}, {got}")
     classes = [path.relative_to(folder).parts[:-1][:1] for path in paths]
     number = {name: i for i, name in enumerate(sorted(set(classes)))}
     keep = every_sixth(len(paths), part)
@@ -92,17 +99,17 @@ def image_folder(folder: Path | str, size: int = 64, part: str = "train") -> Ima
         for path, name in compress(zip(paths, classes, strict=True), keep):
             try:
                 yield Image.open(path).convert("RGB"), number[name]
-            except (OSError, SyntaxError) as error:  # the latter is pillow's word for a broken PNG
+            except (OSError, SyntaxError) as error:  # pillow raises a SyntaxError for a broken PNG
                 raise ValueError(f"folder: expected images that can be read, got {path}: {error}") from error
 
     return _squares(pictures(), keep.sum().item(), size)
 
 
 def random_flip(x: Tensor) -> Tensor:
-    """Mirror each image left to right, or leave it, with equal chances: (B, C, H, W) to the same shape.
+    """Mirror each image left to right with probability 1/2: (B, C, H, W) to the same shape.
 
     Raises:
-        ValueError: x has another number of dimensions.
+        ValueError: if x has another number of dimensions than four.
     """
     if x.dim() != 4:
         raise ValueError(f"x: expected shape (B, C, H, W), got {tuple(x.shape)}")
@@ -110,9 +117,9 @@ def random_flip(x: Tensor) -> Tensor:
 
 
 def _squares(pictures: Iterable[tuple[Image.Image, int]], n: int, size: int) -> Images:
-    """n pictures with labels, one tensor: of each the square in its middle, resized (antialiased)."""
+    """n pictures with labels as one tensor: the square in the middle of each picture, resized with antialiasing."""
     check_positive(size=size)
-    images = torch.empty(n, 3, size, size, dtype=torch.uint8)  # filled in place: a list would take it all twice
+    images = torch.empty(n, 3, size, size, dtype=torch.uint8)  # filled in place: a list would take twice the memory
     labels = torch.empty(n, dtype=torch.int64)
     for i, (picture, label) in enumerate(pictures):
         square = ImageOps.fit(ImageOps.exif_transpose(picture), (size, size), Image.Resampling.BICUBIC)

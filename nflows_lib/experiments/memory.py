@@ -1,8 +1,8 @@
-"""Training in less memory: a flow is invertible, so that what its layers saw need not be stored.
+"""Training in less memory: a flow is invertible, so its layers' inputs need not be stored.
 
-Autograd stores what every operation of the forward pass saw, for the backward pass. Both functions here return a flow
-with the same layers and parameters that stores less, and computes it again when it is needed. As of a slice of a flow,
-no checkpoint is written from it: write checkpoints from the flow that it was made from.
+For the backward pass, autograd stores the inputs of every operation of the forward pass. :func:`reversible` and
+:func:`checkpointed` return a flow with the same layers and parameters that stores less and recomputes the rest when it
+is needed. Write checkpoints from the original flow, not from the flow that these functions return.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from nflows_lib.normalization import FlowBatchNorm
 
 
 def peak_memory(task: Callable[[], object], device: str = "cpu") -> int:
-    """The most bytes that the task holds at a time, beyond those that stand when it begins.
+    """The largest number of bytes that a task holds at one time, not counting what was allocated before it began.
 
-    On a CPU this adds up what PyTorch's allocator reports to the profiler: exact, and the same in every run. What
-    oneDNN and MKL take for themselves is not in it.
+    On a CPU the number is the sum of what PyTorch's allocator reports to the profiler. It is exact and the same in
+    every run, and does not include memory that oneDNN and MKL allocate for themselves.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -37,7 +37,7 @@ def peak_memory(task: Callable[[], object], device: str = "cpu") -> int:
         torch.cuda.reset_peak_memory_stats()
         task()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler complains of a missing GPU otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # without this the profiler complains of a missing GPU
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         task()
     with tempfile.TemporaryDirectory() as folder:
@@ -52,19 +52,19 @@ def peak_memory(task: Callable[[], object], device: str = "cpu") -> int:
 
 
 def reversible(flow: Flow) -> Flow:
-    """The flow, with a backward pass that goes back through the layers' inverses: memory does not grow with depth.
+    """The flow with a backward pass that goes through the layers' inverses, so that memory does not grow with depth.
 
-    Only what leaves the chain is stored. The backward pass recomputes each layer's input from its output by the
-    layer's inverse, runs the layer once more, and differentiates it alone. A step costs about one forward and one
-    inverse pass more; the layers before a :class:`FactorOut` pay once, those inside it twice, and so on. A noise layer
-    at the first position is evaluated as always. The idea is that of Gomez et al. 2017, for networks.
+    Only the chain's output is stored. The backward pass recomputes each layer's input from its output by the layer's
+    inverse, runs the layer once more, and differentiates this layer alone. A training step costs about one forward and
+    one inverse pass more. The layers before a :class:`FactorOut` are run again once, the layers inside it twice, and so
+    on. A noise layer at the first position runs as usual. The idea is that of Gomez et al. 2017 for networks.
 
-    The recomputed inputs are as exact as the round trip. If the scales are extreme, so that the round trip does not
-    close in float32, then the gradients are wrong: :func:`checkpointed` has no such limit. Networks must be
-    deterministic: with dropout, the layer that is run again is another one.
+    The recomputed inputs are as exact as the round trip. If the scales are so extreme that the round trip does not
+    return the input in float32, then the gradients are wrong; :func:`checkpointed` has no such limit. Networks must be
+    deterministic: dropout, for example, would make the second run differ from the first.
 
     Raises:
-        ValueError: a layer is no exact bijection of each example, so that no inverse gives its input back.
+        ValueError: if a layer is not an exact bijection of each example, so that its inverse cannot return its input.
     """
     layers = [*flow.chain]
     noise = [layer for layer in layers[:1] if not isinstance(layer, Bijection)]
@@ -81,10 +81,11 @@ def reversible(flow: Flow) -> Flow:
 
 
 def checkpointed(flow: Flow) -> Flow:
-    """The flow, with layers that store their input alone, if they have a network, and run again in the backward pass.
+    """The flow with layers that, if they have a network, store only their input and run again in the backward pass.
 
-    This is ``torch.utils.checkpoint`` around each coupling. The gradients are those of the flow, whatever its scales
-    are. Memory still grows with depth, by the inputs of the layers instead of all that their networks compute.
+    This is ``torch.utils.checkpoint`` around each coupling. The gradients are those of the original flow, however
+    extreme its scales are. Memory still grows with depth, but by the layers' inputs instead of all that their networks
+    compute.
     """
 
     def rebuilt(layers: list[Layer]) -> list[Layer]:
@@ -95,7 +96,7 @@ def checkpointed(flow: Flow) -> Flow:
 
 
 def _with_inner(layers: list[Layer], rebuilt: Callable[[list[Layer]], list[Layer]]) -> list[Layer]:
-    """The layers, with those inside a FactorOut, which comes last, rebuilt as well."""
+    """The layers, in which a FactorOut at the end has its inner layers rebuilt as well."""
     if not layers or not isinstance(layers[-1], FactorOut):
         return layers
     *others, last = layers
@@ -103,14 +104,14 @@ def _with_inner(layers: list[Layer], rebuilt: Callable[[list[Layer]], list[Layer
 
 
 class _Checkpointed(Chain):
-    """A chain of which autograd stores the input alone."""
+    """A chain of which autograd stores only the input."""
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return checkpoint(super().forward, x, context, use_reentrant=False)
 
 
 class _Reversible(Chain):
-    """A chain of exact bijections of which autograd stores what comes out alone."""
+    """A chain of exact bijections of which autograd stores only the output."""
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not torch.is_grad_enabled():
@@ -119,11 +120,13 @@ class _Reversible(Chain):
 
 
 class _BackThroughInverses(torch.autograd.Function):
+    """A chain's forward pass, with a backward pass that recomputes the layers' inputs by their inverses."""
+
     @staticmethod
     def forward(
         ctx: Any, chain: _Reversible, x: Tensor, context: Tensor | None, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        z, log_det = chain(x, context)  # autograd is off here, so that nothing is stored
+        z, log_det = chain(x, context)  # autograd is off here, so nothing is stored
         ctx.chain = chain
         ctx.save_for_backward(z, context)
         return z, log_det
@@ -141,7 +144,7 @@ class _BackThroughInverses(torch.autograd.Function):
             own = [parameter for parameter in layer.parameters() if parameter.requires_grad]
             gradient, *others = torch.autograd.grad(total, [x, *own, *contexts], allow_unused=True)
             for tensor, part in zip([*own, *contexts], others, strict=True):
-                if part is not None:  # a parameter may be shared by layers, the context is
+                if part is not None:  # layers may share a parameter, and share the context
                     found[tensor] = part if tensor not in found else found[tensor] + part
             z = x.detach()
         of_parameters = [found.get(parameter) for parameter in ctx.chain.parameters()]

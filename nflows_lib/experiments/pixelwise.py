@@ -1,4 +1,4 @@
-"""Prediction of each pixel by itself: the classifier and the U-Net that a conditional flow is compared with."""
+"""Pixelwise prediction: the classifier and the U-Net that a conditional flow is compared with."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from nflows_lib.networks import channels_last, check_precision, computing_in, fi
 
 
 class PixelClassifier(nn.Module):
-    """P(y | x) with the pixels of y independent given x: a network gives each pixel a probability for every level.
+    """A model P(y | x) whose pixels are independent given x: a network gives each pixel a probability for every level.
 
-    The usual deterministic network for segmentation, trained by cross-entropy, seen as a density: the parts of
-    :class:`nflows_lib.flow.Flow` that training, evaluation and sampling use. Its likelihood is exact, without noise,
-    and in the flow's units.
+    This is the usual deterministic network for segmentation, trained by cross-entropy, written as a model of y. It has
+    those methods of :class:`nflows_lib.flow.Flow` that training, evaluation and sampling use. Its likelihood is exact,
+    needs no noise, and has the flow's units.
 
     Args:
-        network: from contexts (B, K, H, W) to (B, levels * C, H, W), the logits, level by level.
+        network: from contexts (B, K, H, W) to the logits (B, levels * C, H, W), level by level.
         shape: (C, H, W) of one y.
         levels: number of levels n of y; integers from 0 to n - 1.
     """
@@ -33,27 +33,27 @@ class PixelClassifier(nn.Module):
         self.dims = math.prod(self.shape)
 
     def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
-        """There is nothing to do."""
+        """Do nothing: the model has no layer that is initialised from data."""
 
     def forward(self, y: Tensor, context: Tensor | None = None, validate: bool = True) -> Tensor:
-        """log P(y | x) in nats: ``(B, *shape)``, integers, and contexts, to (B,). ``validate``: as of a flow."""
+        """log P(y | x) in nats, (B,), of integers y, ``(B, *shape)``; ``validate`` is that of a flow."""
         if validate:
             check_data(self, y, context)
         return -F.cross_entropy(self.logits(context), y.long(), reduction="none").flatten(1).sum(1)
 
     def logits(self, context: Tensor | None) -> Tensor:
-        """(B, K, H, W) to ``(B, levels, *shape)``."""
+        """The network's logits: contexts (B, K, H, W) to ``(B, levels, *shape)``."""
         if context is None:
-            raise ValueError("context: expected one row for each example, got None")
+            raise ValueError("context: expected one row per example, got None")
         output = self.network(context)
         check_shape("network's output", output, (self.levels * self.shape[0], *self.shape[1:]))
         return output.unflatten(1, (self.levels, self.shape[0]))
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, context: Tensor | None = None) -> Tensor:
-        """n draws, ``(n, *shape)``, each pixel for itself; a context holds one row for each.
+        """n samples, ``(n, *shape)``, in which every pixel is drawn by itself; a context holds one row per sample.
 
-        The logits are divided by the temperature; at 0 each pixel has its likeliest level.
+        The logits are divided by the temperature. At temperature 0 each pixel has its likeliest level.
         """
         check_sampling(n, temperature)
         check_context(context, n)
@@ -64,23 +64,24 @@ class PixelClassifier(nn.Module):
 
     @torch.no_grad()
     def mean(self, context: Tensor) -> Tensor:
-        """The expected y: contexts (B, K, H, W) to ``(B, *shape)``."""
+        """The expected y given contexts (B, K, H, W), as ``(B, *shape)``."""
         levels = torch.arange(self.levels, device=context.device, dtype=torch.float32)
         return torch.einsum("bl...,l->b...", self.logits(context).softmax(1), levels)
 
 
 class UNet(nn.Module):
-    """From an image to one of the same height and width, by way of smaller ones (Ronneberger et al. 2015).
+    """A network from an image to one of the same height and width, by way of smaller sizes (Ronneberger et al. 2015).
 
-    Each level has two 3x3 convolutions; on the way down the next level has half the height and width and twice the
-    channels; on the way up what comes from below joins what the same level gave on the way down.
+    Each size has two 3x3 convolutions. On the way down, the next size has half the height and width and twice the
+    channels. On the way up, the enlarged output of the smaller size is joined with what the same size computed on the
+    way down.
 
     Args:
-        inputs: channels that come in.
-        outputs: channels that go out.
-        hidden: channels at the full size.
-        levels: number of sizes; height and width can be halved levels - 1 times.
-        precision: as of :class:`~nflows_lib.networks.ResNet`.
+        inputs: number of channels of the input.
+        outputs: number of channels of the output.
+        hidden: number of channels at the full size.
+        levels: number of sizes; height and width are halved levels - 1 times.
+        precision: as in :class:`~nflows_lib.networks.ResNet`.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class UNet(nn.Module):
         """(B, inputs, H, W) to (B, outputs, H, W).
 
         Raises:
-            ValueError: height or width cannot be halved as often as there are levels but one.
+            ValueError: if height or width cannot be halved levels - 1 times.
         """
         times = 2 ** (len(self.down) - 1)
         if x.shape[-2] % times or x.shape[-1] % times:

@@ -1,6 +1,6 @@
-"""In which precision the networks of named runs compute: bfloat16 where the device multiplies it, else float32.
+"""The precision in which the networks of named runs compute: bfloat16 if the device multiplies it, else float32.
 
-A processor without instructions for bfloat16 computes it all the same, about ten times more slowly than float32.
+A processor without instructions for bfloat16 can compute in bfloat16, but about ten times more slowly than in float32.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from torch import nn
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions that multiply matrices of bfloat16 numbers.
 
-    A GPU with CUDA has them from compute capability 8.0 on, a CPU has them with AMX or AVX512-BF16. Of other devices,
-    and of a CPU that an old PyTorch cannot ask, nothing is known: for them the answer is False.
+    A GPU with CUDA has them from compute capability 8.0 on, a CPU has them with AMX or AVX512-BF16. For other devices,
+    and for a CPU whose instructions an old PyTorch does not report, the answer is False.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -24,11 +24,11 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def fastest(device: torch.device) -> torch.dtype:
-    """torch.bfloat16 where the device multiplies it, else torch.float32."""
+    """The fastest precision on the device: torch.bfloat16 if the device multiplies it, else torch.float32."""
     return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
 
 
 def name_of(model: nn.Module) -> str:
-    """ "bfloat16" or "float32": what a model's networks compute in, as a record tells it."""
+    """The precision in which a model's networks compute, as a record names it: "bfloat16" or "float32"."""
     found = {getattr(module, "precision", torch.float32) for module in model.modules()}
     return "bfloat16" if torch.bfloat16 in found else "float32"

@@ -1,8 +1,8 @@
-"""Several processes that train one flow together, one for each GPU: what they must agree on.
+"""What several processes that train one flow together, one per GPU, must agree on.
 
-``torchrun --standalone --nproc-per-node 4 -m nflows_lib train RUN`` starts them, on one machine. Each holds the whole
-flow and takes its share of every batch. A process that was started alone has rank 0 in a world of size 1, and every
-function here gives back what it got.
+``torchrun --standalone --nproc-per-node 4 -m nflows_lib train RUN`` starts four processes on one machine. Each process
+holds the whole flow and takes its share of every batch. A process that was started alone has rank 0 in a world of size
+1, and every function here then returns what it is given.
 """
 
 from __future__ import annotations
@@ -21,29 +21,32 @@ from nflows_lib import settings
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
-    """This process's device: a GPU if there is one, unless ``NFLOWS_DEVICE`` names another device.
+    """A context that gives this process's device: a GPU if there is one, unless ``NFLOWS_DEVICE`` names another device.
 
-    A process that torchrun started is in the group as long as this lasts.
+    Within the context, a process that torchrun started belongs to the group of processes.
 
     Raises:
-        ValueError: there are GPUs, but fewer than processes, or torchrun is to train on mps.
+        ValueError: if there are GPUs but fewer than processes, or if torchrun is to train on mps.
     """
     device = settings.device(prefer_gpu=True)
     if not torchrun():
         yield device
         return
     if device.type == "mps":
-        raise ValueError("NFLOWS_DEVICE: expected cuda or cpu under torchrun, which has no way to connect mps, got mps")
+        raise ValueError(
+            "NFLOWS_DEVICE: expected cuda or cpu under torchrun, which cannot connect processes on mps, got mps"
+        )
     on_gpu = device.type == "cuda"
     if on_gpu:
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
-            raise ValueError(f"nproc-per-node: expected at most {gpus}, the number of GPUs, got more than {local}")
+            raise ValueError(f"nproc-per-node: expected at most {gpus}, the number of GPUs, got at least {local + 1}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     yield device
-    # Not after an error, which the other processes may not have met: to wait for them would hide it from torchrun.
+    # This line is skipped after an error: the other processes may not have met the error, and waiting for them here
+    # would hide it from torchrun.
     dist.destroy_process_group()
 
 
@@ -53,7 +56,7 @@ def torchrun() -> bool:
 
 
 def world_size() -> int:
-    """How many processes train together; 1 outside :func:`process_group`."""
+    """The number of processes that train together; 1 outside :func:`process_group`."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -65,7 +68,7 @@ def rank() -> int:
 
 
 def launcher() -> str:
-    """The program that starts as many processes as there are, for a command that a message or a record names."""
+    """The program that starts this number of processes, for a command in a message or a record."""
     count = int(os.environ["LOCAL_WORLD_SIZE"]) if torchrun() else 1
     return f"torchrun --standalone --nproc-per-node {count}" if count > 1 else "python"
 
@@ -85,7 +88,7 @@ def any_of(*flags: bool) -> tuple[bool, ...]:
 
 
 def broadcast(value: Any) -> Any:
-    """The value that rank 0 gives, in every process."""
+    """The value of rank 0, returned in every process."""
     if world_size() == 1:
         return value
     box = [value]
@@ -94,7 +97,7 @@ def broadcast(value: Any) -> Any:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """The values of all processes, in the order of their ranks, in every process."""
+    """The values of all processes in the order of their ranks, returned in every process."""
     found = [value] * world_size()
     if len(found) > 1:
         dist.all_gather_object(found, value)

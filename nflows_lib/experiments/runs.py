@@ -1,4 +1,4 @@
-"""Named runs: what the table's words stand for, and to train, evaluate and load a run by its name."""
+"""Named runs: the meaning of the table's words, and the functions that train, evaluate and load a run by its name."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from nflows_lib.models import cglow, glow, nice, realnvp
 from nflows_lib.training import History
 
 CPU = torch.device("cpu")
-ROUNDED = 1000  # test images on which a run measures what storing its weights in half precision costs
+ROUNDED = 1000  # a run measures on this number of test images what half-precision weights cost
 
 # --- what the table's words stand for ---------------------------------------------------------------------------------
 
 
 def nice_optimizer(flow: Flow, lr: float, weight_decay: float) -> Optimizer:
-    """AdamW with a rate of its own, and no decay, for the log-scales of NICE's last layer, which have far to go."""
+    """AdamW, with a higher rate and no decay for the log-scales of NICE's last layer, which move far in training."""
     scales = flow.chain[-1].log_scale
     networks = [parameter for parameter in flow.parameters() if parameter is not scales]
     groups = [
@@ -55,7 +55,7 @@ def nice_optimizer(flow: Flow, lr: float, weight_decay: float) -> Optimizer:
 
 
 def realnvp_optimizer(flow: Flow, lr: float) -> Optimizer:
-    """Adam; L2 of 5e-5, the paper's, on the lengths of the normalised weights and on the couplings' gains alone."""
+    """Adam, with the paper's L2 of 5e-5 only on the lengths of the normalised weights and on the couplings' gains."""
     groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
     for name, parameter in flow.named_parameters():
         groups[name.endswith(("weight.original0", "gain"))].append(parameter)
@@ -63,7 +63,7 @@ def realnvp_optimizer(flow: Flow, lr: float) -> Optimizer:
 
 
 def adam(flow: Flow | PixelClassifier, lr: float) -> Optimizer:
-    """Adam, one rate for all parameters."""
+    """Adam, with one rate for all parameters."""
     return Adam(flow.parameters(), lr=lr, fused=True)
 
 
@@ -75,12 +75,12 @@ def unet_classifier(
     hidden: int,
     precision: torch.dtype,
 ) -> PixelClassifier:
-    """The deterministic network beside :func:`nflows_lib.models.cglow`: a U-Net of four sizes."""
+    """The deterministic network that :func:`nflows_lib.models.cglow` is compared with: a U-Net of four sizes."""
     return PixelClassifier(UNet(context_shape[0], levels * shape[0], hidden, 4, precision), shape, levels)
 
 
-# A model's name: its constructor and its optimizer. All take the precision of their networks but NICE, which takes
-# vectors and computes in float32.
+# By a model's name: its constructor and its optimizer. Every constructor takes the precision of the networks except
+# that of NICE, which takes vectors and computes in float32.
 MODELS: dict[str, tuple[Callable[..., Any], Callable[..., Optimizer]]] = {
     "nice": (lambda shape, precision, **size: nice(math.prod(shape), **size), nice_optimizer),
     "realnvp": (realnvp, realnvp_optimizer),
@@ -89,7 +89,7 @@ MODELS: dict[str, tuple[Callable[..., Any], Callable[..., Optimizer]]] = {
     "unet": (unet_classifier, adam),
 }
 
-# A data set's name: called with the part, the folder (None: the usual one) and the size to resize to.
+# By a data set's name: a function of the part, the folder (the usual one if None) and the size to resize to.
 DATA: dict[str, Callable[[str, Path | None, int], Images]] = {
     "digits": lambda part, folder, size: data.digits(part),
     "mnist": lambda part, folder, size: data.mnist(part, folder),
@@ -105,7 +105,7 @@ DATA: dict[str, Callable[[str, Path | None, int], Images]] = {
 
 AUGMENTATIONS = {augment.__name__: augment for augment in (image_sets.random_flip, segmentation.random_view)}
 
-# A metric's name: what measures it, and how often that passes the images through the flow (a budget keeps the time).
+# By a metric's name: what measures it, and how many passes of the images through the flow that takes (for a budget).
 METRICS: dict[str, tuple[Callable[[Flow, Images], dict[str, Any]], int]] = {
     "one bound": (lambda flow, images: in_one_bound(flow, images), 8),
     "segmentation": (segmentation.metrics, 230),
@@ -113,7 +113,7 @@ METRICS: dict[str, tuple[Callable[[Flow, Images], dict[str, Any]], int]] = {
 
 
 def build(run: Run, device: torch.device = CPU, networks_in: torch.dtype | None = None) -> Flow | PixelClassifier:
-    """A run's model on a device, not trained yet. If no precision is given, its networks have the fastest one there."""
+    """A run's untrained model on a device; if no precision is given, its networks have the device's fastest."""
     constructor, _ = MODELS[run.model]
     shapes = [run.shape] if run.context_shape is None else [run.shape, run.context_shape]
     return constructor(*shapes, precision=networks_in or precision.fastest(device), **run.size).to(device)
@@ -126,12 +126,12 @@ def optimizer_of(run: Run, flow: Flow | PixelClassifier) -> Optimizer:
 
 
 def images_of(run: Run, part: str, folder: Path | None = None) -> Images:
-    """A run's images, "train" or "test"; folder: where the data sets lie, None for the usual place."""
+    """A run's images: ``part`` is "train" or "test", ``folder`` holds the data sets (the usual folder if None)."""
     return DATA[run.data](part, folder, run.shape[1])
 
 
 def shuffled(images: Images) -> Images:
-    """In a fixed random order: what a run holds out, the first ones, must not all be of one class."""
+    """The images in a fixed random order: a run holds out the first ones, which must not all be of one class."""
     return images.select(torch.randperm(len(images.images), generator=torch.Generator().manual_seed(0)))
 
 
@@ -150,29 +150,30 @@ def train(
     resume: bool = False,
     compiled: bool | None = None,
 ) -> Flow:
-    """Train a named run on the GPU, if there is one, and return the flow, on its device. Several processes share it.
+    """Train a named run, on the GPU if there is one, and return the flow on its device.
 
-    The folder ``out`` (by default ``runs/<name>`` beside the data sets) gets checkpoints and samples as it goes, and at
-    the end the model, samples and ``run.json``: command, commit, versions, hardware, seed, settings, curve, result.
+    Under torchrun several processes share the run. The folder ``out`` gets checkpoints and samples during the training
+    and, at the end, the model, samples and ``run.json``: command, commit, versions, hardware, seed, settings, curve and
+    result.
 
     Args:
         name: a key of ``RUNS`` in :mod:`nflows_lib.experiments.table`.
-        out: the folder.
-        data_folder: where the data sets lie.
-        steps: number of updates; None: as many as the budget allows.
-        budget: seconds for the whole run, evaluation included; None: that of the checkpoint that is resumed, else the
-            table's.
-        draws: draws of the noise that the final result averages over; None: as few as :func:`evaluate` finds enough.
-        save_every: seconds between checkpoints.
-        resume: go on from the folder's checkpoint, if there is one.
-        compiled: let torch.compile make one graph of the flow: a minute or more at first, then faster steps. None: a
-            resumed run keeps to what it did, and a new one is compiled if its budget, given or the table's, is longer
-            than ten minutes (on a CPU also longer than two seconds per parameter tensor), unless it has a number of
-            ``steps``, there is no compiler, torchrun started it, or it is on mps.
+        out: the run's folder; ``runs/<name>`` next to the data sets if None.
+        data_folder: the folder that holds the data sets; the usual one if None.
+        steps: number of updates; as many as the budget allows if None.
+        budget: seconds for the whole run, evaluation included. If None, the budget of the checkpoint that is resumed,
+            else the table's.
+        draws: draws of the noise that the final result averages over; what :func:`draws_enough` returns if None.
+        save_every: seconds between two checkpoints.
+        resume: whether to go on from the folder's checkpoint, if there is one.
+        compiled: whether torch.compile makes one graph of the flow, which takes a minute or more and then makes steps
+            faster. If None, a resumed run does what it did before. A new run is then compiled if its budget, given or
+            the table's, is longer than ten minutes (on a CPU also longer than two seconds per parameter tensor), unless
+            ``steps`` is given, there is no compiler, torchrun started the run, or it is on mps.
 
     Raises:
-        ValueError: an unknown run, a folder with a checkpoint and no resume, draws below 1, compiled under torchrun
-            or on mps; and what :func:`nflows_lib.experiments.trainer.train` raises.
+        ValueError: if the run is unknown, if the folder holds a checkpoint and resume is False, if draws is below 1, if
+            compiled is True under torchrun or on mps, or if :func:`nflows_lib.experiments.trainer.train` raises it.
     """
     run = table.find(name)
     check_positive(draws=1 if draws is None else draws)
@@ -182,7 +183,7 @@ def train(
     if steps is None and budget is None:
         asked = earlier["asked"] if earlier else {"steps": None, "budget": run.budget}
         steps, budget = asked["steps"], asked["budget"]
-    # A resumed run keeps its precision. Checkpoints that do not name one were written when all runs had bfloat16.
+    # A resumed run keeps its precision. Checkpoints that name no precision are from when all runs had bfloat16.
     kept = getattr(torch, earlier["settings"].get("precision", "bfloat16")) if earlier else None
     torch.manual_seed(settings.seed())
 
@@ -202,7 +203,7 @@ def train(
         worth_it = compiling.is_worth_it(budget, flow, device)
         chosen = compiling.choose(compiled, before, worth_it, device)
         images, test = (images_of(run, part, data_folder) for part in ("train", "test"))
-        examples = images.images.reshape(-1, *flow.shape).to(device)  # drawn, flipped and dequantized there
+        examples = images.images.reshape(-1, *flow.shape).to(device)  # batches are drawn, flipped and dequantized there
         contexts = None if images.contexts is None else images.contexts.to(device)
         passes = (draws or 2) + (METRICS[run.metrics][1] if run.metrics else 0)
         options = dict(run.training)
@@ -236,7 +237,7 @@ def train(
     checkpoint.load_into(stored, halved, MODEL)
     record = made | {
         "title": run.title,
-        # What decides the result, not where its files lay.
+        # The command names what decides the result, not the folders.
         "command": f"{processes.launcher()} -m nflows_lib train {name} "
         + (f"--steps {steps}" if steps else f"--budget {budget:g}s")
         + (" --compile" if facts["settings"]["compiled"] else " --no-compile" if worth_it else ""),
@@ -262,17 +263,17 @@ def train(
 
 
 def measure_again(name: str, out: Path, data_folder: Path | None = None) -> dict[str, Any]:
-    """Take a run's further metrics again, of the model in its folder, and put them into its ``run.json``.
+    """Measure a run's further metrics again, with the model in the folder ``out``, and write them to its ``run.json``.
 
-    For when a run has learned to measure more, or the test images have changed: where they are not as many as before,
-    the figure is taken again too. ``measured_at`` says at which commit it was done.
+    This is for runs whose metrics or test images have changed. If the number of test images is another one, bits/dim
+    are measured again as well. ``measured_at`` in the record is the commit at which this was done.
 
     Raises:
-        ValueError: an unknown run, or one without further metrics.
+        ValueError: if the run is unknown or has no further metrics.
     """
     run = table.find(name)
     if run.metrics is None:
-        raise ValueError(f"run: expected one with further metrics, got {name}")
+        raise ValueError(f"run: expected a run with further metrics, got {name}")
     record = json.loads((out / RECORD).read_text())
     flow = load_flow(name, out, settings.device(prefer_gpu=True))
     test = images_of(run, "test", data_folder)
@@ -285,12 +286,16 @@ def measure_again(name: str, out: Path, data_folder: Path | None = None) -> dict
 
 
 def evaluate(flow: Flow, images: Images, draws: int | None = None) -> dict[str, float]:
-    """Bits/dim on images: mean, standard error over images, how many, and draws of the noise that each averages over.
-
-    ``nats`` is the mean of log p(u), u in [0, 1), which papers on NICE quote.
+    """Bits/dim on images, as a dictionary for the record.
 
     Args:
-        draws: None: as few as :func:`draws_enough` finds enough.
+        flow: the model.
+        images: the images.
+        draws: draws of the noise that each image's log p averages over; what :func:`draws_enough` returns if None.
+
+    Returns:
+        ``bits_per_dim``, the mean over images; ``error``, its standard error over images; ``images``, their number;
+        ``draws``; and ``nats``, the mean of log p(u) for u in [0, 1), which papers on NICE quote.
     """
     draws = draws_enough(flow, images) if draws is None else draws
     log_p = _log_likelihoods(flow, images, draws)
@@ -300,42 +305,44 @@ def evaluate(flow: Flow, images: Images, draws: int | None = None) -> dict[str, 
 
 
 def draws_enough(flow: Flow, images: Images, most: int = 10, part: int = 250) -> int:
-    """How many draws of the noise are enough: with more, the error of the mean would shrink by less than a hundredth.
+    """The number of draws of the noise beyond which the standard error of the mean would shrink by less than 1 %.
 
-    That error, over images, has the variance of log p between images and, beside it, that between draws of one image
-    divided by the number of draws. Both are estimated from two draws for the first images.
+    That error comes from two variances: that of log p between images, and that between draws of one image divided by
+    the number of draws. Both are estimated from two draws for each of the first ``part`` images. The result is at most
+    ``most``.
     """
     first = images.select(torch.arange(min(part, len(images.images))))
     pair = [_log_likelihoods(flow, first, 1, seed=settings.seed(i)) for i in (1, 2)]
     between_draws = (pair[0] - pair[1]).var().item() / 2
     between_images = torch.stack(pair).mean(0).var().item() - between_draws / 2
-    if not between_draws > 0:  # there is no noise, or no likelihood
+    if not between_draws > 0:  # there is no noise, or log p is NaN
         return 1
     needed = between_draws / (0.02 * between_images) if between_images > 0 else most
     return math.ceil(min(needed, most))
 
 
 def difference(flow: Flow, other: Flow, images: Images) -> dict[str, float]:
-    """By how many bits/dim a flow is worse than another on images with the same noise: mean, error, how many images."""
+    """How many bits/dim a flow is worse than another on images with the same noise: mean, standard error, count."""
     log_p = _log_likelihoods(other, images, 1) - _log_likelihoods(flow, images, 1)
     mean, error = mean_and_error(log_p / (flow.dims * math.log(2)))
     return {"bits_per_dim": mean, "error": error, "images": len(log_p)}
 
 
 def _log_likelihoods(flow: Flow, images: Images, draws: int, seed: int | None = None) -> Tensor:
-    """log p of every image in nats, (N,), with noise that depends on the seed alone."""
+    """log p of every image in nats, (N,), with noise that depends only on the seed."""
     with random_state_kept(next(flow.parameters(), images.images).device):
         torch.manual_seed(settings.seed(1) if seed is None else seed)
         return log_likelihoods(flow, images.images.reshape(-1, *flow.shape), images.contexts, draws)
 
 
 def in_one_bound(flow: Flow, images: Images, draws: int = 8) -> dict[str, Any]:
-    """Bits/dim on images with the draws of the noise in one bound, log of the mean of p: tighter than their average.
+    """Bits/dim on images by the importance-weighted bound: the log of the mean of p over draws of the noise.
 
-    For comparisons with results that were taken so (importance sampling; Burda et al. 2016).
+    This bound is tighter than the mean of log p over the draws. It is for comparisons with results that are
+    importance-weighted as well (Burda et al. 2016).
 
     Raises:
-        ValueError: draws is below 1.
+        ValueError: if draws is below 1.
     """
     check_positive(draws=draws)
     log_p = [_log_likelihoods(flow, images, 1, seed=settings.seed(100 + i)) for i in range(draws)]
@@ -344,14 +351,15 @@ def in_one_bound(flow: Flow, images: Images, draws: int = 8) -> dict[str, Any]:
 
 
 def load_flow(name: str, source: Path | None = None, device: torch.device = CPU) -> Flow:
-    """The trained flow of a run, in evaluation mode, on a device: from ``source``, else the one that is shipped.
+    """The trained flow of a run, in evaluation mode on a device.
 
-    A folder of a run that has not ended yet gives the model of its last checkpoint. Whatever it was trained in, its
-    networks compute in what is fastest on the device: bfloat16 or float32.
+    The flow is read from the folder ``source``, by default that of the shipped run. The folder of a run that has not
+    ended yet gives the model of its last checkpoint. In whatever precision the flow was trained, its networks compute
+    in the device's fastest one, bfloat16 or float32.
 
     Raises:
-        ValueError: an unknown run, or a file of another model.
-        FileNotFoundError: the folder holds no model.
+        ValueError: if the run is unknown or the file holds another model.
+        FileNotFoundError: if the folder holds no model.
     """
     flow = build(table.find(name), device)
     source = source or archive.folder(name)
@@ -366,7 +374,7 @@ def load_flow(name: str, source: Path | None = None, device: torch.device = CPU)
 
 
 def _curve(flow: Flow, history: History, points: int = 100) -> dict[str, list[Any]]:
-    """Means of the training loss, one per point, and the held-out losses, all in bits/dim, rounded for the file."""
+    """The curve of a record in rounded bits/dim: means of the training loss, one per point, and the held-out losses."""
     bits = 1 / (flow.dims * math.log(2))
     width = -(-len(history.loss) // points)
     blocks: tuple[Tensor, ...] = torch.tensor(history.loss).split(width)

@@ -1,4 +1,4 @@
-"""Masks of what a photograph shows: the Weizmann horses, and how good predicted masks are."""
+"""Segmentation: masks of horses in photographs, and measures of predicted masks."""
 
 from __future__ import annotations
 
@@ -26,26 +26,27 @@ from nflows_lib.flow import Flow
 
 
 def horses(part: str = "train", folder: Path | str | None = None, *, size: int = 32) -> Images:
-    """The Weizmann horses (Borenstein and Ullman): masks, 1 where the horse is, to be told from photographs.
+    """The Weizmann horses (Borenstein and Ullman): masks, 1 on the horse and 0 elsewhere, with photographs as contexts.
 
-    They are read from ``weizmann_horse_db``: two folders, ``horse`` and ``mask``, with images of the same names (a mask
-    is 255 where the horse is). Both are squashed to a square. No split is published: here, in the order of their names,
-    every sixth of the 327 is for testing, unless the same photograph is trained on. Nine are in the set twice, with
-    masks by two hands; that leaves 273 to train on and 51 to test.
+    They are read from ``weizmann_horse_db``, which has two folders, ``horse`` and ``mask``, with images of the same
+    names. In a mask's file the horse is 255. Both images are squashed to a square. No split is published. Here every
+    sixth of the 327 images, in the order of their names, is for testing, unless the same photograph is also trained on:
+    nine photographs are in the set twice, with masks by two annotators. That leaves 273 to train on and 51 to test.
 
     Args:
         part: "train", "test" or "all".
-        folder: the folder that ``weizmann_horse_db`` lies in, ``settings.data_folder()`` where None.
+        folder: the folder that holds ``weizmann_horse_db``; ``settings.data_folder()`` if None.
         size: height and width to resize to.
 
     Raises:
-        ValueError: another part, size is below 1, a photograph without a mask, or masks in which nothing is bright.
-        FileNotFoundError: there is no such folder, or no photograph in it.
+        ValueError: if part is another word, if size is below 1, if a photograph has no mask, or if no mask has a bright
+            pixel.
+        FileNotFoundError: if the folder does not exist or holds no photograph.
     """
     home = Path(folder or settings.data_folder()) / "weizmann_horse_db"
     photographs = sorted(path for path in home.glob("horse/*") if path.suffix.lower() in image_sets.SUFFIXES)
     if not photographs:
-        raise FileNotFoundError(f"no photographs in {home}/horse: put the folders horse and mask there")
+        raise FileNotFoundError(f"no photographs in {home}/horse: put the folders horse and mask into {home}")
     masks = {path.stem: path for path in home.glob("mask/*") if path.suffix.lower() in image_sets.SUFFIXES}
     lonely = [path.name for path in photographs if path.stem not in masks]
     if lonely:
@@ -61,20 +62,23 @@ def horses(part: str = "train", folder: Path | str | None = None, *, size: int =
 
 
 def twins(photographs: Tensor) -> list[tuple[int, int]]:
-    """Pairs i < j of photographs, (N, C, H, W) in [0, 1], that are the same to within 0.08 (root mean square)."""
+    """The pairs i < j of photographs, (N, C, H, W) in [0, 1], whose root mean square difference is below 0.08."""
     flat = photographs.flatten(1)
     distance = torch.cdist(flat, flat) / math.sqrt(flat.shape[1])
     return [(i, j) for i, j in (distance < 0.08).nonzero().tolist() if i < j]
 
 
 def random_view(masks: Tensor, photographs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mask and photograph seen from elsewhere, both alike: mirrored, shifted, turned and zoomed at random.
+    """Mirror, shift, turn and zoom each mask and its photograph at random, both in the same way.
 
-    The photograph's brightness and contrast change, too. What comes into sight from beyond a border is a copy of it.
+    The photograph's brightness and contrast change, too. Pixels beyond a border are copies of the border.
 
     Args:
-        masks: (B, C, H, W), integers, which stay those that they are.
-        photographs: (B, K, H', W'), in [0, 1].
+        masks: (B, C, H, W), integers; no other integers appear in the result.
+        photographs: (B, C_x, H', W'), in [0, 1].
+
+    Returns:
+        The changed masks and photographs, of the same shapes and types.
     """
     n, device = len(masks), masks.device
 
@@ -100,7 +104,7 @@ def random_view(masks: Tensor, photographs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _masks(pairs: Iterable[tuple[Image.Image, Image.Image]], labels: Tensor, size: int) -> Images:
-    """Pairs of a photograph and a mask, bright on what it shows: two levels, with the photographs as contexts."""
+    """Binary masks from pairs of a photograph and a mask that is bright on the object; the photographs are contexts."""
     check_positive(size=size)
     masks = torch.empty(len(labels), 1, size, size, dtype=torch.uint8)
     photographs = torch.empty(len(labels), 3, size, size)
@@ -113,16 +117,16 @@ def _masks(pairs: Iterable[tuple[Image.Image, Image.Image]], labels: Tensor, siz
     return Images(masks, labels, levels=2, contexts=photographs)
 
 
-# --- how good predicted masks are: overlap, calibration, what a distribution over masks is worth ----------------------
+# --- measures of predicted masks: overlap, calibration, likelihood ----------------------------------------------------
 
 
 def iou(predicted: Tensor, true: Tensor) -> Tensor:
-    """Intersection over union of the pixels that are 1: (N, ...), booleans or 0 and 1, twice, to (N,), in [0, 1].
+    """Intersection over union (IoU) of the pixels that are 1, for each of N pairs of masks: (N,), in [0, 1].
 
-    Two empty masks agree: 1.
+    Both arguments have the shape (N, ...) and hold booleans, or 0 and 1. Two empty masks have an IoU of 1.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: if the shapes differ.
     """
     if predicted.shape != true.shape:
         raise ValueError(f"predicted: expected shape {tuple(true.shape)}, that of true, got {tuple(predicted.shape)}")
@@ -132,19 +136,20 @@ def iou(predicted: Tensor, true: Tensor) -> Tensor:
 
 
 def calibration(probabilities: Tensor, true: Tensor, bins: int = 10) -> tuple[list[tuple[float, float, int]], float]:
-    """Whether pixels of which the model says "1 with probability p" are 1 in a share p of the cases.
+    """How often pixels are 1, compared with the probabilities that a model gives them.
 
     Args:
-        probabilities: in [0, 1], any shape.
-        true: of the same shape, booleans or 0 and 1.
+        probabilities: the model's probabilities of a 1, in [0, 1], of any shape.
+        true: the true pixels, of the same shape, booleans or 0 and 1.
         bins: number of equal intervals that the probabilities are sorted into.
 
     Returns:
-        For each interval that is not empty the mean probability, the share of ones, the number of pixels; and the
-        expected calibration error, the mean of ``|share - probability|`` over all pixels (Guo et al. 2017, eq. 3).
+        Two things: for each interval that is not empty, the mean probability, the share of ones and the number of
+        pixels; and the expected calibration error, the mean of ``|share - probability|`` over all pixels (Guo et al.
+        2017, eq. 3).
 
     Raises:
-        ValueError: the shapes differ, a probability is out of range, or bins is below 1.
+        ValueError: if the shapes differ, if a probability is outside of [0, 1], or if bins is below 1.
     """
     if probabilities.shape != true.shape:
         got = tuple(probabilities.shape)
@@ -169,9 +174,14 @@ def draws(model: Flow | PixelClassifier, contexts: Tensor, n: int = 100, tempera
 
 
 def covered(drawn: Tensor, true: Tensor) -> float:
-    """Share of images for which the sum of the true one's pixels is in the middle 80 % of the sums of those drawn.
+    """The coverage of the central 80 % interval of the sum of the pixels.
 
-    drawn: (n, B, ...). true: (B, ...).
+    This is the share of images whose true sum lies between the 10 % and the 90 % quantile of the sums of the samples.
+    In a calibrated model it is about 0.8.
+
+    Args:
+        drawn: n samples for each of B images, (n, B, ...).
+        true: the true images, (B, ...).
     """
     sums = drawn.flatten(2).sum(2)
     low, high = (sums.quantile(q, dim=0) for q in (0.1, 0.9))
@@ -181,19 +191,24 @@ def covered(drawn: Tensor, true: Tensor) -> float:
 
 @torch.no_grad()
 def metrics(model: Flow | PixelClassifier, images: Images, samples: int = 10, most: int = 100) -> dict[str, Any]:
-    """What ``run.json`` says of a model of masks given photographs, on these images.
+    """The metrics in ``run.json`` of a model of masks given photographs, measured on these images.
 
-    - ``iou``: of the mean of ``samples`` samples, thresholded at 1/2, with its standard error over images.
-    - ``iou_most``: of the mean of ``most`` samples; ``iou_one``: of single samples.
-    - ``iou_between``: of two samples with each other; it is 1 if there is no diversity.
-    - ``iou_cold``: as ``iou``, of samples at temperature 0.5.
-    - ``calibration`` and its ``calibration_error``: of the mean of ``most`` samples.
-    - ``area_covered``: :func:`covered`, of the areas of all samples.
-    - ``bits_per_dim_most``: -log2 of the mean likelihood over ``most`` draws of the noise, a tighter bound than
-      the mean of the logs.
-    - ``shuffled``: by how many nats a mask is likelier given its own photograph than given another image's.
+    - ``iou``: :func:`iou` of the true mask with the mean of ``samples`` samples, thresholded at 1/2;
+      ``iou_error``: its standard error over images.
+    - ``iou_most``: the same with the mean of ``most`` samples; ``iou_one``: with single samples.
+    - ``iou_between``: :func:`iou` of two samples with each other; it is 1 if all samples are equal.
+    - ``iou_cold``: the same as ``iou``, with samples at temperature 0.5.
+    - ``calibration`` and ``calibration_error``: :func:`calibration` of the mean of ``most`` samples.
+    - ``area_covered``: :func:`covered`, for the area of the mask.
+    - ``bits_per_dim_most``: bits/dim by the importance-weighted bound with ``most`` draws of the noise, which is
+      tighter than the mean of the logs.
+    - ``shuffled``: how many nats a mask is likelier given its own photograph than given another image's.
 
-    For a :class:`~nflows_lib.experiments.pixelwise.PixelClassifier` the mean is what its network says, without samples.
+    For a :class:`~nflows_lib.experiments.pixelwise.PixelClassifier` the network's own probabilities take the place of
+    the mean of samples.
+
+    Raises:
+        ValueError: if not 1 <= samples <= most, or if most is below 2.
     """
     if not 1 <= samples <= most or most < 2:
         raise ValueError(f"samples, most: expected 1 <= samples <= most and most >= 2, got {samples} and {most}")

@@ -1,4 +1,4 @@
-"""Sheets of pictures: samples of a run, the stages of its training, the frames of a flow's way."""
+"""Sheets of pictures: a run's samples, the stages of its training, and the frames of a flow's layers."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def save_samples(
     temperature: float = 1.0,
     contexts: Tensor | None = None,
 ) -> None:
-    """Draw n samples, ten in a row, into a PNG: from the same latents every time, so that pictures can be compared.
+    """Draw n samples, ten in a row, into a PNG; all calls use the same latents, so that pictures can be compared.
 
-    Where the flow is conditional, all of a row have the same context: the first of those that are given, the second ...
+    If the flow is conditional, ``contexts`` holds one context per row of the sheet; with too few of them, they repeat.
     """
     if contexts is not None:
         rows = torch.arange(n, device=contexts.device) // 10 % len(contexts)
@@ -52,11 +52,18 @@ def save_stages(
     steps: Collection[int] | None = None,
     parts: tuple[float, ...] = (0.05, 0.15, 0.4, 1),
 ) -> list[int]:
-    """One sheet of how the samples came to be: for each part of the evaluations the first row of its samples.
+    """Write ``stages.png``, a sheet that shows how the samples change in training, in 256 colours.
 
-    All rows are from the same latents. Into ``stages.png``, in 256 colours; the steps at which they were drawn. In a
-    folder without such samples there are none, and no file. ``steps``: those of the evaluations; None: all that the
-    folder has.
+    All rows of the sheet are from the same latents. A folder without samples of evaluations gets no file.
+
+    Args:
+        out: the run's folder, which holds the samples of its evaluations.
+        shape: (C, H, W) of one image.
+        steps: the steps of the evaluations to choose from; all that the folder has if None.
+        parts: for each row, which evaluation's first row of samples it shows, as a share of all evaluations.
+
+    Returns:
+        The steps of the rows.
     """
     drawn = {int(path.stem.removeprefix("samples-")): path for path in sorted(out.glob("samples-*.png"))}
     drawn = [path for step, path in drawn.items() if steps is None or step in steps]
@@ -64,7 +71,7 @@ def save_stages(
         return []
     chosen = list(dict.fromkeys(drawn[math.ceil(part * len(drawn)) - 1] for part in parts))
     sheets = [np.asarray(Image.open(path).convert("RGB")) for path in chosen]
-    height = shape[1] + 1  # with the white line above it
+    height = shape[1] + 1  # a row, and the white line above it
     sheet = np.concatenate([sheet[:height] for sheet in sheets] + [sheets[0][:1]])
     Image.fromarray(sheet).quantize(256).save(out / STAGES, optimize=True)
     return [int(path.stem.removeprefix("samples-")) for path in chosen]
@@ -76,12 +83,15 @@ def filmstrip(
 ) -> int:
     """The warp of :func:`nflows_lib.plotting.warp` as a sheet of equal frames, in reading order.
 
-    The first frame is the data, then comes the way through each layer. Between one layer's output and the next, points
-    and grid go straight, in ``between`` steps. The last frame has the latents alone, and circles around the origin at
-    1, 2 and 3. In a cell tagged ``frames-4x3`` (columns x rows) the page turns the sheet into one frame with a slider.
-    Returns the number of frames. The figure's size should be that of columns x rows squares.
+    The first frame shows the data, the next ones show the points and a grid after each layer. Between one layer's
+    output and the next one's, points and grid move on straight lines, in ``between`` frames. The last frame shows only
+    the latents, with circles around the origin of radius 1, 2 and 3. In a cell tagged ``frames-4x3`` (columns x rows)
+    the page turns the sheet into one frame with a slider. The figure should have the size of columns x rows squares.
+
+    Returns:
+        The number of frames.
     """
-    # Not at the top: a run that draws samples needs no matplotlib.
+    # Not at the top, since a run that draws samples needs no matplotlib.
     from matplotlib.collections import LineCollection
     from matplotlib.patches import Circle, Rectangle
 
@@ -97,13 +107,13 @@ def filmstrip(
     frames.append(("latent $z$", points, mesh[:0]))
     height = -(-len(frames) // columns)
     figure.set_layout_engine("none")
-    figure.add_axes((0, 0, 1, 1)).set_axis_off()  # so that a figure cut to its content keeps its size
+    figure.add_axes((0, 0, 1, 1)).set_axis_off()  # so that a figure that is cut to its content keeps its size
     figure.axes[0].add_patch(Rectangle((0, 0), 1, 1, color="white"))
     for i, (title, dots, lines) in enumerate(frames):
         box = (i % columns / columns, 1 - (i // columns + 1) / height, 1 / columns, 1 / height)
         ax = figure.add_axes(box, xlim=(-extent, extent), ylim=(-extent, extent))
         ax.set_axis_off()
-        # Lines without half tones: a sheet then takes half the space.
+        # Lines without half tones make the file of a sheet half as large.
         thin = {"colors": "0.8", "linewidths": 0.4, "antialiaseds": False, "zorder": 1}
         ax.add_collection(LineCollection(lines.cpu().numpy(), **thin))
         ax.scatter(*dots.cpu().T, s=2, c=hue, cmap="coolwarm", linewidths=0, zorder=2)

@@ -1,6 +1,6 @@
-"""The table of the named runs: data alone. A new run is one entry of ``RUNS``.
+"""The table of the named runs, which holds data only: a new run is one entry of ``RUNS``.
 
-What its words stand for (models, data sets, augmentations, metrics) is in :mod:`nflows_lib.experiments.runs`.
+The names of models, data sets, augmentations and metrics are defined in :mod:`nflows_lib.experiments.runs`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any
 class Run:
     """One line of the table of runs.
 
-    title: what it is, in a few words.
-    model: which model, a key of ``MODELS`` of :mod:`nflows_lib.experiments.runs`; it also decides the optimizer.
-    size: arguments of the model beside the shapes.
-    data: which images, a key of ``DATA`` of :mod:`nflows_lib.experiments.runs`.
+    title: a description in a few words.
+    model: the model, a key of ``MODELS`` of :mod:`nflows_lib.experiments.runs`, which also decides the optimizer.
+    size: the model's arguments other than the shapes.
+    data: the images, a key of ``DATA`` of :mod:`nflows_lib.experiments.runs`.
     shape: (C, H, W) of one image.
-    context_shape: of the contexts that come with the images and that the model needs; None where there are none.
-    rates: arguments of the optimizer.
+    context_shape: the shape of one context; None if the model needs no context.
+    rates: the optimizer's arguments.
     training: batch size, augmentation, clipping, warm-up, average, for :func:`nflows_lib.experiments.trainer.train`.
-    budget: seconds of training where none are asked for.
-    held_out: how many of the training images are kept back for the curve.
-    paper: the result to compare with, in bits/dim on the test images, and whose it is; None where there is none.
-    metrics: further measures on the test images, a key of ``METRICS`` of :mod:`nflows_lib.experiments.runs`, or None.
+    budget: seconds for the whole run, if the caller does not give another budget.
+    held_out: how many of the training images are held out for the curve.
+    paper: the result to compare with, in bits/dim on the test images, and its source; None if no result is published.
+    metrics: further metrics on the test images, a key of ``METRICS`` of :mod:`nflows_lib.experiments.runs`, or None.
     """
 
     title: str
@@ -44,7 +44,7 @@ class Run:
 
 MINUTES = 60
 
-# What several runs have in common.
+# Settings that several runs share.
 STEADY = {"clip": 100.0, "warmup": 200, "cosine": True, "ema": 0.999, "batch_size": 64}
 PHOTOGRAPHS = STEADY | {"augment": "random_flip"}
 VECTORS = {"batch_size": 256, "warmup": 100, "cosine": True, "ema": 0.999}
@@ -58,7 +58,8 @@ GLOW_CIFAR10 = CIFAR10 | {
     "model": "glow",
     "paper": (3.35, "Kingma and Dhariwal 2018, 32 steps per scale, networks of 512 channels"),
 }
-# Glow on logits with learned noise. Without bounded priors, and without logits, a gradient was infinite at step 4,597.
+# Glow on logits with learned noise. A trial without bounded priors and without logits had an infinite gradient at step
+# 4,597.
 LOGIT_GLOW = {"scales": 2, "bounded": True, "bounded_priors": True, "alpha": 1e-4}
 GLOW_MNIST = MNIST | {
     "model": "glow",
@@ -270,7 +271,11 @@ RUNS: dict[str, Run] = {
 
 
 def find(name: str) -> Run:
-    """The run of that name; a ValueError lists the names there are."""
+    """The run of that name.
+
+    Raises:
+        ValueError: if no run has that name; the message lists all names.
+    """
     if name not in RUNS:
         raise ValueError(f"run: expected one of {', '.join(RUNS)}, got {name!r}")
     return RUNS[name]

@@ -1,4 +1,4 @@
-"""Training that outlives a kill: :func:`train`, around the same update step as :func:`nflows_lib.training.fit`."""
+"""Training that survives a kill: :func:`train`, around the same update step as :func:`nflows_lib.training.fit`."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ from nflows_lib.training import (
 
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 LOCK = ".training.lock"
-RANDOM_STATES = "random_states", "cuda_random_states"  # names in a checkpoint: of the CPU, of the GPU
-PROBE = 25  # steps of a run with a time budget that are timed before their number is fixed
-SLACK = 0.05  # share of the budget kept for pictures and for writing checkpoints
-TIMED = 100  # held-out examples that are evaluated to learn how long an evaluation takes
+RANDOM_STATES = "random_states", "cuda_random_states"  # the CPU's and the GPU's, by their names in a checkpoint
+PROBE = 25  # a run with a time budget times this number of steps before it fixes the number of all steps
+SLACK = 0.05  # share of the budget that is kept for pictures and for writing checkpoints
+TIMED = 100  # this number of held-out examples is evaluated to learn how long an evaluation takes
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop. It finished its step and saved; ``resume=True`` goes on from there."""
+    """The run was asked to stop, finished its step and wrote a checkpoint; ``resume=True`` goes on from there."""
 
 
 @dataclass
 class Schedule:
-    """How far a run has come, from 0 to 1, and the learning rate that goes with it.
+    """A run's progress, from 0 to 1, and the factor of the learning rate that belongs to it.
 
-    From step ``start``, where the progress was ``reached``, it grows evenly to 1 at step ``total``. Before the total is
-    known (None) it stays where it is.
+    From step ``start``, at which the progress was ``reached``, the progress grows evenly to 1 at step ``total``. While
+    the total is unknown (None), the progress stays the same.
     """
 
     warmup: int
@@ -69,23 +69,23 @@ class Schedule:
     total: int | None = None
 
     def plan(self, step: int, total: int | None) -> None:
-        """From this step on, arrive at the end in the given total number of steps, or wait for that number.
+        """Let the progress grow from this step on so that it reaches 1 at step ``total``; if None, let it wait.
 
-        A warm-up that is longer than the whole run would keep the learning rate from ever reaching its full value: it
-        is shortened to half of the run.
+        A warm-up that is longer than the whole run would keep the learning rate from ever reaching its full value, so
+        it is shortened to half of the run.
         """
         self.start, self.reached, self.total = step, self.progress(step), total
         if total is not None and self.warmup > total:
             self.warmup = total // 2
 
     def progress(self, step: int) -> float:
-        """How far the run is before that step, from 0 to 1."""
+        """The progress before that step, from 0 to 1."""
         if self.total is None or step <= self.start:
             return self.reached
         return self.reached + (1 - self.reached) * (step - self.start) / (self.total - self.start)
 
     def factor(self, step: int) -> float:
-        """What the learning rates are multiplied by in that step."""
+        """The factor by which the learning rates are multiplied in that step."""
         return rate_factor(step, self.progress(step), self.warmup, self.cosine)
 
 
@@ -115,52 +115,53 @@ def train(
     resume: bool = False,
     compiled: bool = False,
 ) -> History:
-    """Train a flow as :func:`nflows_lib.training.fit` does, with checkpoints in a folder.
+    """Train a flow as :func:`nflows_lib.training.fit` does, with checkpoints in a folder, and return the history.
 
-    The run outlives a kill: called again with the same arguments and ``resume=True``, it goes on from its last
-    checkpoint and takes the very steps that it would have taken (on a CPU to the bit). An interrupt (Ctrl-C, or
-    SIGTERM) lets it finish its step and save. The folder is locked as long as a training runs in it.
+    The run survives a kill: called again with the same arguments and ``resume=True``, it goes on from its last
+    checkpoint and takes the same steps that it would have taken without the kill (on a CPU to the bit). On an interrupt
+    (Ctrl-C, or SIGTERM) it finishes its step and writes a checkpoint. The folder is locked while a training runs in it.
 
-    Under torchrun (:mod:`~nflows_lib.experiments.processes`) every process calls it alike, with the same data and the
-    same random state, and takes its share of each batch. Each initialises the flow on the whole first batch; rank 0
-    draws the shuffle, evaluates and writes; noise and augmentation of the steps are drawn by each process for its own
-    share, from a seed of its own. All end with the same parameters.
+    Under torchrun (:mod:`~nflows_lib.experiments.processes`) every process calls this function with the same data and
+    the same random state, and takes its share of each batch. Each process initialises the flow on the whole first
+    batch. Rank 0 draws the shuffle, evaluates and writes. Each process draws the noise and the augmentation of its own
+    share from a seed of its own. All processes end with the same parameters.
 
     Args:
         flow, data, context, augment, lr, optimizer, clip, cosine, ema, held_out, held_out_context, evaluations, draws:
-            as of :func:`nflows_lib.training.fit`. A resumed run checks the name of ``augment``, and the data by a
+            as in :func:`nflows_lib.training.fit`. A resumed run checks the name of ``augment``, and the data by a
             checksum.
         steps: number of updates.
-        folder: where checkpoints go; made if it is missing.
-        budget: instead of steps, the seconds that the whole run may take, evaluations included; the first steps and
-            an evaluation are timed, then the number of steps is fixed. A run whose later steps are slower would
-            overrun: an evaluation that sees this coming makes the number smaller. A resumed run keeps the number unless
-            it is given another budget: then the rest of the schedule is fitted to the rest of the time.
-        batch_size: examples for each update, those of all processes together.
-        warmup: as of ``fit``; a budget that is shorter than the warm-up shortens it to half of the run.
-        on_evaluation: called after each evaluation with the flow that was judged and the history so far, on rank 0.
-        afterwards: how many examples the caller will evaluate after the training. A budget with held-out data keeps the
-            time for them, at most half of itself.
+        folder: the folder for checkpoints; it is made if it is missing.
+        budget: instead of steps, the seconds that the whole run may take, evaluations included. The first steps and
+            an evaluation are timed, then the number of steps is fixed. If later steps are slower, so that the run would
+            take longer than the budget, the next evaluation makes the number smaller. A resumed run keeps the number,
+            unless it is given another budget: then the rest of the schedule is fitted to the rest of the time.
+        batch_size: examples per update, in all processes together.
+        warmup: as in ``fit``; if the run is shorter than the warm-up, the warm-up is shortened to half of the run.
+        on_evaluation: a function that rank 0 calls after each evaluation, with the evaluated flow and the history so
+            far.
+        afterwards: how many examples the caller will evaluate after the training. If there are held-out data, a budget
+            keeps the time for these examples, at most half of itself.
         save_every: seconds between two checkpoints.
-        resume: go on from the folder's checkpoint; without one, start.
-        compiled: let torch.compile make one graph of the training step's forward and backward pass. It takes a minute
-            or more, which counts in the budget. If it fails, the run says so and goes on without it. The checkpoint's
-            settings say whether the steps are compiled; a resumed run may change that.
+        resume: whether to go on from the folder's checkpoint; without a checkpoint the run starts.
+        compiled: whether torch.compile makes one graph of the training step's forward and backward pass. Compiling
+            takes a minute or more, which counts in the budget. If it fails, the run says so and goes on without it. The
+            checkpoint's settings say whether the steps are compiled; a resumed run may change that.
 
     Raises:
-        ValueError: an argument is out of its range, data are not the flow's, the folder cannot be written to, another
-            training runs in it, or it holds a checkpoint and resume is False.
-        checkpoint.CheckpointError: a checkpoint cannot be written or read, or is another model's or another run's.
-        NonFiniteLoss: the loss or the norm of its gradient is NaN or infinite. Its history ends there.
-        Interrupted: the run was asked to stop, and has saved.
+        ValueError: if an argument is out of its range, if the data do not fit the flow, if the folder cannot be written
+            to, if another training runs in it, or if it holds a checkpoint and resume is False.
+        checkpoint.CheckpointError: if a checkpoint cannot be written or read, or is another model's or another run's.
+        NonFiniteLoss: if the loss or the norm of its gradient is NaN or infinite; the error's history ends there.
+        Interrupted: if the run was asked to stop; it has written a checkpoint.
     """
     optimizer = optimizer or torch.optim.Adam(flow.parameters(), lr=lr, fused=True)
     if (steps is None) == (budget is None):
-        raise ValueError(f"steps, budget: expected one of them, got {steps} and {budget}")
+        raise ValueError(f"steps, budget: expected exactly one of the two, got {steps} and {budget}")
     if budget is None:
         check_steps(steps, warmup)
     elif not 0 < budget < math.inf:
-        raise ValueError(f"budget: expected seconds above 0, got {budget}")
+        raise ValueError(f"budget: expected a finite number of seconds above 0, got {budget}")
     elif warmup < 0:
         raise ValueError(f"warmup: expected at least 0, got {warmup}")
     check_options(flow, optimizer, len(data), batch_size, clip, ema)
@@ -168,7 +169,7 @@ def train(
     check_data(flow, data, context, ("data", "context"))
     count = processes.world_size()
     if batch_size % count:
-        raise ValueError(f"batch_size: expected a multiple of the {count} processes, got {batch_size}")
+        raise ValueError(f"batch_size: expected a multiple of {count}, the number of processes, got {batch_size}")
     keep_freed_memory()
     with _locked(folder), _stop_requested() as stop:
         schedule = Schedule(warmup, cosine)
@@ -196,7 +197,7 @@ def train(
             trainer.load(latest)
         else:
             raise ValueError(
-                f"folder: expected one without a checkpoint, or resume=True, got {folder}, which holds one"
+                f"folder: expected a folder without a checkpoint, or resume=True, got {folder}, which holds one"
             )
         trainer.plan(steps, budget)
         if compiled:
@@ -215,7 +216,7 @@ def train(
                 bar.total = trainer.schedule.total
                 show(bar, flow, trainer.history)
                 finished = trainer.step == trainer.schedule.total
-                # A request that comes after this line is seen in the next step.
+                # The next step sees a request that comes after this line.
                 stopping, due = processes.any_of(bool(stop), time.monotonic() - saved > save_every)
                 if finished or stopping or due:
                     trainer.save()
@@ -230,13 +231,13 @@ def train(
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The facts of a folder's last checkpoint (steps taken, seconds trained, settings); None where there is none."""
+    """The facts of a folder's last checkpoint (steps taken, seconds trained, settings); None without a checkpoint."""
     path = _latest(folder)
     return None if path is None else checkpoint.load_facts(path)
 
 
 def read_model(folder: Path) -> dict[str, Tensor] | None:
-    """The state dict of the model in a folder's last checkpoint, averaged if the run averages; None without one."""
+    """The model's state dict in a folder's last checkpoint, averaged if the run averages; None without a checkpoint."""
     path = _latest(folder)
     if path is None:
         return None
@@ -246,7 +247,7 @@ def read_model(folder: Path) -> dict[str, Tensor] | None:
 
 @dataclass
 class _Trainer:
-    """All that a run needs in order to go on: parameters, optimizer, average, schedule, shuffle, random state."""
+    """A run's state, all that it needs to go on: parameters, optimizer, average, schedule, shuffle, random states."""
 
     flow: Flow
     data: Tensor
@@ -266,27 +267,27 @@ class _Trainer:
 
     def __post_init__(self) -> None:
         self.device = next(self.flow.parameters()).device
-        self.replica: nn.Module = self.flow  # what an update calls: with several processes it averages their gradients
+        self.replica: nn.Module = self.flow  # an update calls it; of several processes it averages the gradients
         self.compiled = False
         self.shuffle = Shuffle(self.batch_size, self._permutation)
         self.history = History()
         self.average: Average | None = None
-        self.first: tuple[Tensor, Tensor | None] | None = None  # the batch of the first step, drawn before that step
+        self.first: tuple[Tensor, Tensor | None] | None = None  # the first step's batch, drawn before it
         self.settings = self._settings()
         self.asked: dict[str, float | None] = {}  # steps or budget, as the caller gave them
-        self.durations: list[float] = []  # of this process's first steps, in seconds
-        self.planned = 0, 0.0  # steps and seconds of the run when it was planned last
-        self.seconds_each: float | None = None  # of evaluating one example, once it has been timed
-        self.seconds = 0.0  # trained so far, before this process
+        self.durations: list[float] = []  # seconds of each of this process's first steps
+        self.planned = 0, 0.0  # steps and seconds when the run was last planned
+        self.seconds_each: float | None = None  # seconds to evaluate one example, once that has been timed
+        self.seconds = 0.0  # the run's seconds before this process
         self.started = time.monotonic()
 
     @property
     def step(self) -> int:
-        """Steps taken."""
+        """The number of steps taken."""
         return len(self.history.grad_norm)
 
     def start(self) -> None:
-        """Initialise the flow on the whole first batch, in every process alike; then let their random states differ."""
+        """Initialise the flow on the whole first batch, the same in every process; then let random states differ."""
         index = self.shuffle.next()
         self.flow.train()
         self._replicate()
@@ -300,14 +301,14 @@ class _Trainer:
             self.first = self._batch(index)
 
     def compile(self) -> None:
-        """Let updates call a compiled graph of the flow, if compiling works. Evaluations call the flow itself."""
+        """Let updates call a compiled graph of the flow, if compiling works; evaluations still call the flow itself."""
         with random_state_kept(self.device):
             batch = self._batch(torch.arange(self.batch_size, device=self.data.device))
         plain, self.replica = self.replica, compiling.compile_flow(self.replica, *batch)
         self.compiled = self.replica is not plain
 
     def plan(self, steps: int | None, budget: float | None) -> None:
-        """Fix the number of steps, if it is given or can be told by now, and unless that has been done."""
+        """Fix the number of steps, if it is given or steps have been timed, and if it is not yet fixed."""
         asked = {"steps": steps, "budget": budget}
         if self.schedule.total is not None and asked == self.asked:
             return
@@ -318,7 +319,7 @@ class _Trainer:
             self.schedule.plan(self.step, None)
             return
         else:
-            timed = self.durations[5:] or self.durations  # the first steps are slow
+            timed = self.durations[5:] or self.durations  # the first five steps are slow
             pace = statistics.median(timed) if timed else self._elapsed() / self.step
             if self.seconds_each is None and self.held_out is not None and processes.rank() == 0:
                 self.seconds_each = self._time_evaluation()
@@ -332,7 +333,7 @@ class _Trainer:
         self._plan(total)
 
     def hurry(self, budget: float) -> None:
-        """Plan fewer steps, if at the pace since the last plan the rest would not fit into the budget."""
+        """Plan fewer steps if, at the pace since the last plan, the remaining steps do not fit into the budget."""
         (step, seconds), total = self.planned, self.schedule.total
         if self.step not in (step, total):
             pace = (self._elapsed() - seconds) / (self.step - step)
@@ -342,11 +343,11 @@ class _Trainer:
                 self._plan(fits)
 
     def _kept(self, budget: float, examples: int) -> float:
-        """Seconds of the budget that evaluating so many examples takes; at most half of it."""
+        """The seconds that evaluating this number of examples takes, at most half of the budget."""
         return min((self.seconds_each or 0.0) * examples, budget / 2)
 
     def _time_evaluation(self) -> float:
-        """Seconds of evaluating one example: the second of two evaluations, since the first is slow."""
+        """Seconds to evaluate one example, from the second of two evaluations, since the first is slow."""
         part = slice(TIMED)
         for _ in range(2):
             began = time.monotonic()
@@ -359,7 +360,7 @@ class _Trainer:
         self.planned = self.step, self._elapsed()
 
     def take_step(self) -> None:
-        """The next batch, and the update with it."""
+        """Take the next batch and update the flow with it."""
         began = time.monotonic()
         batch, self.first = self.first or self._batch(self.shuffle.next()), None
         options = {"factor": self.schedule.factor(self.step), "clip": self.clip, "average": self.average}
@@ -368,7 +369,7 @@ class _Trainer:
             self.durations.append(time.monotonic() - began)
 
     def evaluate(self, on_evaluation: Callable[[Flow, History], None] | None) -> None:
-        """Judge the flow on held-out data, on rank 0, and let all ranks know the loss."""
+        """Evaluate the flow on held-out data on rank 0, and tell all ranks the loss."""
         judged, leads, found = self.judged(), processes.rank() == 0, None
         if leads:
             began = time.monotonic()
@@ -383,11 +384,11 @@ class _Trainer:
             judged.train(training)
 
     def judged(self) -> nn.Module:
-        """What is evaluated, and what the flow holds in the end: the average, if there is one, or the flow."""
+        """The flow that is evaluated and that the run ends with: the average if there is one, else the flow."""
         return self.flow if self.average is None else self.average.flow()
 
     def save(self) -> None:
-        """Write everything to the folder's checkpoint, on rank 0."""
+        """Write the run's state to the folder's checkpoint, on rank 0."""
         random_states = processes.all_gather(self._random_states())
         if processes.rank() > 0:
             return
@@ -414,22 +415,22 @@ class _Trainer:
         checkpoint.save(self.folder / CHECKPOINT, tensors, facts, previous=self.folder / PREVIOUS)
 
     def load(self, path: Path) -> None:
-        """Take everything from a checkpoint, if it is this run's.
+        """Read the run's state from a checkpoint.
 
         Raises:
-            checkpoint.CheckpointError: it cannot be read, or is another model's or another run's.
+            checkpoint.CheckpointError: if the checkpoint cannot be read, or is another model's or another run's.
         """
         try:
             tensors, facts = checkpoint.load(path)
         except checkpoint.CheckpointError as error:
             if path.with_name(PREVIOUS).exists() and path.name != PREVIOUS:
                 raise checkpoint.CheckpointError(
-                    f"{error}; the one before it is kept: remove {path.name} to go on from {PREVIOUS}"
+                    f"{error}; the previous checkpoint is kept: remove {path.name} to go on from {PREVIOUS}"
                 ) from error
             raise
-        # Names and shapes first: of another model's checkpoint the settings tell little.
+        # Names and shapes are compared first: they show another model better than the settings do.
         checkpoint.load_into(self.flow, _under("flow.", tensors), path.name)
-        # What checkpoints of earlier versions lack: one process trained; nothing is known of data and precision.
+        # Checkpoints of earlier versions lack some settings: one process trained; data and precision are unknown.
         unknown = {name: self.settings[name] for name in ("checksum", "precision")}
         theirs = {"processes": 1, **unknown, **facts["settings"]}
         for name, ours in self.settings.items():
@@ -463,12 +464,12 @@ class _Trainer:
             [(int(step), loss, error) for step, loss, error in history["held_out"].tolist()],
         )
         rank, saved = processes.rank(), (f"run.{name}" for name in RANDOM_STATES)
-        # Copies, not views: the generator reads from the start of the storage.
+        # These are copies, not views, since the generator reads from the start of the storage.
         self._set_random_states([tensors[name][rank].clone() for name in saved if name in tensors])
         self._replicate()
 
     def _random_states(self) -> list[Tensor]:
-        """Those of the CPU and, if the flow is on a GPU, of the GPU."""
+        """The random states of the CPU and, if the flow is on a GPU, of the GPU."""
         states = [torch.get_rng_state()]
         if self.device.type != "cpu":
             states.append(torch.get_device_module(self.device).get_rng_state(self.device))
@@ -483,7 +484,7 @@ class _Trainer:
         return self.seconds + time.monotonic() - self.started
 
     def _settings(self) -> dict[str, Any]:
-        """What must be the same for a run to be resumed, as JSON gives it back."""
+        """The settings that must stay the same for a run to be resumed, as JSON returns them."""
         groups = [{name: v for name, v in group.items() if name != "params"} for group in self.optimizer.param_groups]
         found = {
             "examples": len(self.data),
@@ -506,7 +507,7 @@ class _Trainer:
 
     def _replicate(self) -> None:
         if processes.world_size() > 1:
-            self.replica = DistributedDataParallel(self.flow)  # which gives all of them what rank 0 holds
+            self.replica = DistributedDataParallel(self.flow)  # which copies rank 0's parameters to all
 
     def _permutation(self) -> Tensor:
         """A permutation of the examples, the same in every process, on the data's device."""
@@ -518,10 +519,10 @@ class _Trainer:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other trainings out of the folder, on rank 0 for all.
+    """A context that keeps other trainings out of the folder; rank 0 holds the lock for all processes.
 
     Raises:
-        ValueError: the folder cannot be made or written to, or another training runs in it.
+        ValueError: if the folder cannot be made or written to, or if another training runs in it.
     """
     if processes.rank() > 0:
         yield
@@ -531,10 +532,10 @@ def _locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise ValueError(f"folder: expected one in which no other training runs, got {folder}") from error
+        raise ValueError(f"folder: expected a folder in which no other training runs, got {folder}") from error
     except OSError as error:
         raise ValueError(
-            f"folder: expected one that can be written to, got {folder}: {error.strerror or error}"
+            f"folder: expected a folder that can be written to, got {folder}: {error.strerror or error}"
         ) from error
     try:
         yield
@@ -544,9 +545,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _stop_requested() -> Iterator[list[int]]:
-    """A list that is empty until the process is asked to stop (Ctrl-C, SIGTERM). Asked again, it stops at once.
+    """A context with a list that is empty until the process is asked to stop (Ctrl-C, SIGTERM).
 
-    Not so under torchrun, which asks again by itself, and ends after 30 seconds what has not stopped by then.
+    Asked a second time, the process stops at once, but not under torchrun: torchrun asks again by itself, and kills a
+    process that has not stopped after 30 seconds.
     """
     noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # other threads cannot set handlers
@@ -569,7 +571,7 @@ def _stop_requested() -> Iterator[list[int]]:
 
 
 def _checksum(*tensors: Tensor | None) -> int:
-    """CRC-32 of the tensors' numbers."""
+    """The CRC-32 checksum of the tensors' numbers."""
     found = 0
     for tensor in tensors:
         if tensor is not None:
@@ -578,9 +580,10 @@ def _checksum(*tensors: Tensor | None) -> int:
 
 
 def _latest(folder: Path) -> Path | None:
-    """The folder's checkpoint. Killed between two renames, a run leaves the one before as the only one."""
+    """The folder's checkpoint, or the previous one, if a kill between two renames left only that one."""
     return next((path for path in (folder / CHECKPOINT, folder / PREVIOUS) if path.exists()), None)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, by the rest of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""The built book: it builds without a warning, works without a network, and leads nowhere that does not exist."""
+"""Tests of the built book: it builds without a warning, works without a network, and has no dead link."""
 
 import re
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from playwright.sync_api import Page as BrowserPage
 
 ROOT = Path(__file__).parents[2]
 MAX_PAGE_BYTES = 1_500_000
-# What a page loads by itself. A plain <a> may lead elsewhere: the reader chooses to follow it.
+# Attributes whose files a page loads by itself. A plain <a> may lead elsewhere, since the reader chooses to follow it.
 LOADING_RELS = {"stylesheet", "preload", "prefetch", "preconnect", "dns-prefetch", "modulepreload", "icon", "manifest"}
 LOADING_TAGS = {"script", "img", "iframe", "source", "video", "audio", "embed", "object", "track", "input"}
 
 
 class Page(HTMLParser):
-    """What one built page loads, links to, shows and can be linked at."""
+    """What one built page loads, what it links to and shows, and its anchors."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def test_no_page_loads_from_another_host(book: Path, pages: list[Page]) -> None:
 
 
 def test_inline_scripts_name_no_other_host(pages: list[Page]) -> None:
-    """sphinx_thebe and the widget manager would be fetched by such a script."""
+    """No inline script names another host, from which sphinx_thebe or the widget manager would be fetched."""
     for page in pages:
         scripts = re.findall(r"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", page.path.read_text("utf-8"), re.DOTALL)
         hosts = [host for script in scripts for host in re.findall(r"(?:https?|wss?)://[\w.-]+", script)]
@@ -148,14 +148,14 @@ def test_pages_are_light(pages: list[Page]) -> None:
 
 @pytest.fixture(scope="module")
 def context(browser: Browser) -> Iterator[BrowserContext]:
-    """One reader, whose browser keeps the scripts that it has loaded once."""
+    """A browser context for one reader, in which the browser caches scripts that it has loaded."""
     context = browser.new_context(viewport={"width": 1200, "height": 900})
     yield context
     context.close()
 
 
 def listen(page: BrowserPage) -> tuple[list[str], list[str]]:
-    """Two lists that fill as the page works: its errors, and what it asks for."""
+    """Two lists that fill while a page works: its errors, and the addresses that it requests."""
     errors: list[str] = []
     requests: list[str] = []
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
@@ -165,8 +165,8 @@ def listen(page: BrowserPage) -> tuple[list[str], list[str]]:
 
 
 def violations(page: BrowserPage, contrast: bool = True) -> list[str]:
-    """What axe-core finds on a page that is serious or critical."""
-    options = {"resultTypes": ["violations"], "preload": False}  # it would fetch style sheets from wrong addresses
+    """The serious and critical violations that axe-core finds on a page."""
+    options = {"resultTypes": ["violations"], "preload": False}  # axe would fetch style sheets from wrong addresses
     results = Axe().run(page, options={**options, "rules": {"color-contrast": {"enabled": contrast}}})
     return [
         f"{violation['id']}: {node['target']} {node['html'][:150]}"
@@ -178,9 +178,9 @@ def violations(page: BrowserPage, contrast: bool = True) -> list[str]:
 
 @pytest.fixture(scope="module")
 def read_pages(plain_site: str, context: BrowserContext) -> dict[str, dict[str, list[str]]]:
-    """Every page, opened: its errors, what it asked for, and what axe-core found in it.
+    """By page: the errors, the requests, and the violations that axe-core finds when the page is opened.
 
-    What takes long is left to a few pages, below: thousands of coloured words of code, mathematics, and contrast.
+    Checks that take long (thousands of coloured words of code, mathematics, contrast) are left to a few pages, below.
     """
     entries = re.findall(r"(?:root|file): (\S+)", (ROOT / "_toc.yml").read_text(encoding="utf-8"))
     found = {}
@@ -214,7 +214,7 @@ def test_axe_finds_no_serious_violation(read_pages: dict[str, dict[str, list[str
     ("entry", "theme"), [("01_nice", "light"), ("clinic", "dark"), ("playground", "light"), ("playground", "dark")]
 )
 def test_axe_finds_nothing_in_a_whole_page(site: str, context: BrowserContext, entry: str, theme: str) -> None:
-    """With its code, its mathematics and all colours; nor does the page complain of anything."""
+    """Code, mathematics and all colours are included, and the page reports no error."""
     page = context.new_page()
     page.emulate_media(color_scheme=theme)
     errors, _ = listen(page)
@@ -226,7 +226,7 @@ def test_axe_finds_nothing_in_a_whole_page(site: str, context: BrowserContext, e
 
 
 def test_search_finds_dequantization(site: str, context: BrowserContext) -> None:
-    """As a reader does it: Ctrl-K on any page, the word, Enter, and the first result."""
+    """A reader searches with Ctrl-K on any page, types the word, presses Enter, and follows the first result."""
     page = context.new_page()
     page.goto(f"{site}/chapters/01_nice.html")
     page.keyboard.press("Control+k")
@@ -234,7 +234,7 @@ def test_search_finds_dequantization(site: str, context: BrowserContext) -> None
     page.keyboard.press("Enter")
     results = page.locator("#search-results li a")
     results.first.wait_for()
-    # The page adds one result after another: wait for the chapter's own, which must be among them.
+    # The page adds one result after another: wait for the chapter's result, which must be among them.
     page.locator("#search-results li a[href*='02_dequantization.html']").first.wait_for()
     assert any("02_dequantization.html" in link.get_attribute("href") for link in results.all())
     results.first.click()
@@ -243,7 +243,7 @@ def test_search_finds_dequantization(site: str, context: BrowserContext) -> None
 
 
 def test_solutions_unfold(site: str, context: BrowserContext) -> None:
-    """Each is closed until it is asked for, by keyboard too."""
+    """Each solution is closed until the reader opens it, by mouse or by keyboard."""
     page = context.new_page()
     page.goto(f"{site}/chapters/02_dequantization.html")
     buttons = page.locator("div.solution button.toggle-button")

@@ -1,4 +1,4 @@
-"""The page on the long runs, the queue, and who reads which data: what they say is what table and records say."""
+"""The page on the long runs, the queue of runs and the list of data sets agree with the table and the records."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_run_is_on_the_page_or_waits(page):
 
 
 def test_a_new_run_needs_no_other_entry(monkeypatch):
-    """It joins the page, the queue and the readers of its data set by itself."""
+    """A new run appears on the page, in the queue and among the readers of its data set without further edits."""
     monkeypatch.setitem(table.RUNS, "nice-new", dataclasses.replace(table.find("nice-mnist-small"), title="A new one"))
     assert "* - `nice-new`\n  - A new one\n" in full_scale.page()
     assert "| `nice-new` | 15 minutes | 4.356 (Dinh et al. 2014" in full_scale.queue()
@@ -68,7 +68,7 @@ def test_the_queue_has_the_shortest_run_without_a_record_first():
 
 
 def test_every_data_set_is_described_and_told_who_reads_it():
-    """What can be fetched is named by the function that fetches it, and every set with the runs of the table."""
+    """The README names the function that fetches a data set, and the runs of the table that read it."""
     described, _, generated = full_scale.SETS.read_text(encoding="utf-8").partition("<!-- written by")
     loaders = {name: getattr(home, name) for home in (data, image_sets) for name in runs.DATA if hasattr(home, name)}
     fetched = [name for name, load in loaders.items() if "download" in inspect.signature(load).parameters]
@@ -164,7 +164,7 @@ def test_the_table_at_equal_cost_follows_from_the_records(page):
 
 
 def test_another_record_gives_another_page(monkeypatch):
-    """A GPU, a longer run, a better figure: what the text says follows."""
+    """The text follows a record with a GPU, a longer run and a better result."""
 
     def better(name: str) -> dict:
         record = json.loads(json.dumps(RECORDS[name]))
@@ -182,7 +182,7 @@ def test_another_record_gives_another_page(monkeypatch):
 
 @pytest.mark.parametrize("name", full_scale.MARKS)
 def test_a_ten_minute_run_is_not_run_yet_or_shown_from_its_record(name):
-    """A lent GPU must need no further code: its record alone makes the page."""
+    """The record of a run on a lent GPU makes its part of the page without further code."""
     shown = {name: RECORDS["glow-mnist"] | {"run": name, "hardware": "NVIDIA H100"}}
     without, text = full_scale.ten_minutes({}), full_scale.ten_minutes(shown)
     assert without.count("not run yet") == len(full_scale.MARKS)

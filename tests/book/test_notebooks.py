@@ -1,4 +1,4 @@
-"""The committed chapters are in order, and the comparison that guards them sees what it must see."""
+"""The committed chapters have the normal form, and the comparison that guards them fails when it must."""
 
 import os
 import re
@@ -43,7 +43,7 @@ CASES = {
 
 
 def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command that starts pytest or make, without what the surrounding pytest and make left for their own."""
+    """Run a command that starts pytest or make, without the variables of the surrounding pytest and make."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "MAKE"))}
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=120
@@ -58,7 +58,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
     for number, (source, stored, _) in enumerate(CASES.values(), start=1):
         outputs = [v4.new_output("stream", name="stdout", text=stored)] if stored else []
         cells.append(v4.new_code_cell(source, outputs=outputs, execution_count=number))
-    # A kernel that does not exist: what the notebook names must not matter.
+    # This kernel does not exist: the kernel that a notebook names must not matter.
     kernel = {"kernelspec": {"name": "someone-elses", "display_name": "", "language": "python"}}
     nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), folder / "cases.ipynb")
     flags = re.search(r"^NBVAL := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
@@ -78,7 +78,7 @@ def test_comparison(outcomes: dict[str, bool], case: str) -> None:
 
 @pytest.mark.skipif(not (ROOT / ".venv" / ".ready").exists(), reason="make would set up .venv first")
 def test_make_seeds_runs_the_tool_that_runs_each_seed(tmp_path: Path) -> None:
-    """Instead of Python it starts a program that prints how it was started, and fails."""
+    """A program that prints its arguments and fails takes the place of Python."""
     program = tmp_path / "python"
     program.write_text('#!/bin/sh\necho "$OMP_NUM_THREADS $NFLOWS_PRESET $NFLOWS_PROGRESS $NFLOWS_DEVICE $*"\nexit 1\n')
     program.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The pages beside the chapters say what is so: the clinic, its entries and pictures, the path, the library."""
+"""The companion pages are true: the clinic's report, entries and pictures, the path, the page on the library."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_clinics_report_is_what_its_code_prints() -> None:
         exec(compile(code, "clinic.md", "exec"), {"__name__": "clinic"})
     shown, now = ([NUMBER.sub("#", line) for line in text.splitlines()] for text in (report, printed.getvalue()))
     assert shown == now
-    assert max(map(len, report.splitlines())) <= 84  # what the page shows without scrolling
+    assert max(map(len, report.splitlines())) <= 84  # the page shows this width without scrolling
 
 
 def test_every_entry_that_the_doctor_names_is_in_the_clinic() -> None:
@@ -67,7 +67,7 @@ def test_what_was_seen_in_the_wild_is_linked() -> None:
 
 
 def test_a_failure_has_one_title_in_its_chapter_and_in_the_clinic() -> None:
-    """A card's title in a chapter, an entry's heading in the clinic; for every failure there are both."""
+    """Every failure has a card in a chapter and an entry in the clinic, and both have the same title."""
     cards = {}
     for path in sorted(CHAPTERS.glob("0*.ipynb")):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
@@ -79,7 +79,7 @@ def test_a_failure_has_one_title_in_its_chapter_and_in_the_clinic() -> None:
 
 @pytest.mark.parametrize("failure", thumbnails.SOURCES)
 def test_a_thumbnail_is_its_chapters_figure(failure: str) -> None:
-    """Up to the noise of another run: `python tools/thumbnails.py` cuts them again."""
+    """A stored thumbnail equals its figure up to the noise of another run; tools/thumbnails.py cuts it again."""
     stored = Image.open(thumbnails.FOLDER / f"{failure}.png").convert("L").resize((48, 48))
     now = thumbnails.thumbnail(failure).convert("L").resize((48, 48))
     assert np.abs(np.asarray(stored, float) - np.asarray(now, float)).mean() < 6
@@ -99,7 +99,7 @@ def test_the_path_gives_the_chapters_own_times() -> None:
 
 
 def test_the_page_on_the_library_has_every_module() -> None:
-    """But for command lines, what the doctor is made of, and the single ablations."""
+    """Command lines, the modules inside the clinic, and the single ablations are exempt."""
     page = (CHAPTERS / "api.md").read_text(encoding="utf-8")
     modules = {module.name for module in pkgutil.iter_modules(nflows_lib.__path__)} - {"experiments"}
     modules |= {f"experiments.{module.name}" for module in pkgutil.iter_modules(experiments.__path__)}

@@ -1,4 +1,4 @@
-"""The playground: its JavaScript computes what PyTorch does, and a hand, a keyboard and a finger can play with it."""
+"""Tests of the playground: its JavaScript agrees with PyTorch, and mouse, keyboard and touch work."""
 
 import html
 import json
@@ -35,7 +35,7 @@ CASES = [
     for model, lines in playground.LEFT_OUT.items()
     for without in lines
 ]
-# Reads flows and points, prints the paths forward from the points and backward from them.
+# This script reads flows and points, and prints the paths forward from the points and backward from them.
 RUN = """
 const vm = require("vm"), fs = require("fs");
 vm.runInThisContext(fs.readFileSync(process.argv[1], "utf8"));
@@ -53,7 +53,7 @@ console.log(JSON.stringify({
 
 
 def in_node(flow: dict[str, Any], points: torch.Tensor) -> dict[str, Any]:
-    """What flow.js makes of the points, as data, as latents, and halfway."""
+    """What flow.js computes from the points, taken as data, as latents, and as vectors in the middle of the flow."""
     told = json.dumps({"flow": flow, "points": points.tolist()})
     ran = subprocess.run([NODE, "-e", RUN, str(SCRIPTS / "flow.js")], input=told, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
@@ -61,7 +61,7 @@ def in_node(flow: dict[str, Any], points: torch.Tensor) -> dict[str, Any]:
 
 
 def numbers(values: Any) -> torch.Tensor:
-    """Nested lists as a tensor; null, which is how JSON writes infinity and NaN, is NaN."""
+    """Nested lists as a tensor, in which null, JSON's form of infinity and NaN, becomes NaN."""
 
     def filled(value: Any) -> Any:
         return [filled(inner) for inner in value] if isinstance(value, list) else math.nan if value is None else value
@@ -70,13 +70,13 @@ def numbers(values: Any) -> torch.Tensor:
 
 
 def agree(found: Any, true: torch.Tensor) -> None:
-    """To 1e-5; and where one is no finite number, neither is the other."""
+    """Assert that two tensors agree within 1e-5, and that neither is finite where the other is not."""
     true = true.where(true.isfinite(), math.nan)
     torch.testing.assert_close(numbers(found), true, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def compare(content: dict[str, Any], flow: Flow) -> None:
-    """Every state, log-det and log p on the way, from data, from latent, and from the middle, to 1e-5."""
+    """Compare every state, log-det and log p on the way from data, from latent, and from the middle, within 1e-5."""
     torch.manual_seed(0)
     flow = flow.double()
     points = torch.randn(100, flow.dims, dtype=torch.float64)
@@ -175,7 +175,7 @@ def test_what_is_left_out_is_left_out(shipped: dict[str, Any]) -> None:
 
 
 def test_what_the_page_says_of_the_failures(shipped: dict[str, Any]) -> None:
-    """Each claim of the page, and of the playground's stories, that a number can decide."""
+    """Every claim of the page and of the playground's stories that a number can decide is true."""
     log_p = {
         name: {m: {w: f["log_prob"] for w, f in fs.items()} for m, fs in e["flows"].items()}
         for name, e in shipped.items()
@@ -189,7 +189,7 @@ def test_what_the_page_says_of_the_failures(shipped: dict[str, Any]) -> None:
     assert log_p["curve"]["realnvp"]["alternation"] == pytest.approx(log_p["curve"]["realnvp"]["nothing"], abs=0.02)
     slower = {name for name, entry in shipped.items() if entry["flows"]["realnvp"]["tanh"]["lr"] < 0.01}
     assert slower == {"moons", "circles"}
-    # Where log p is largest on the moons, the latent is 0 for NICE, and not for RealNVP.
+    # At the point of the moons with the largest log p, NICE's latent is 0 and RealNVP's is not.
     for model, most in (("nice", 0.05), ("realnvp", 2.0)):
         flow = playground.from_json(shipped["moons"]["flows"][model]["nothing"])
         pane = plotting.grid(3.4, 240)
@@ -244,7 +244,7 @@ def test_the_flows_are_light() -> None:
 
 @pytest.fixture(scope="module")
 def page(plain_site: str, browser: Browser) -> Iterator[Page]:
-    """The playground's page. Whatever it complains about, or asks of another machine, is an error."""
+    """The playground's page; an error on it, or a request to another machine, fails the test."""
     context = browser.new_context(viewport={"width": 1200, "height": 1000})
     page = context.new_page()
     trouble: list[str] = []
@@ -260,7 +260,7 @@ def page(plain_site: str, browser: Browser) -> Iterator[Page]:
 
 @pytest.fixture
 def fresh(page: Page) -> Page:
-    """The page as one finds it."""
+    """The page as a reader first finds it."""
     page.goto(page.url.split("#")[0] + "#data=moons&model=realnvp&without=nothing&layer=0")
     page.reload()
     page.locator("flow-playground canvas").first.scroll_into_view_if_needed()
@@ -283,7 +283,7 @@ def go(page: Page, address: str) -> None:
 
 
 def hand_over(page: Page, content: Any, name: str = "own.json") -> None:
-    """Open a flow, without the detour over a file on the disk."""
+    """Open a flow on the page without writing a file to the disk."""
     page.evaluate(
         f"([content, name]) => {IT}.open(new File([JSON.stringify(content)], name))",
         [content, name],
@@ -291,7 +291,7 @@ def hand_over(page: Page, content: Any, name: str = "own.json") -> None:
 
 
 def after(flow: Flow, layers: int, x: Any) -> torch.Tensor:
-    """Where points of the data are after so many layers."""
+    """The positions of points of the data after a number of layers."""
     x = torch.as_tensor(x, dtype=torch.float32)
     with torch.no_grad():
         for layer in flow.chain[:layers]:
@@ -300,7 +300,7 @@ def after(flow: Flow, layers: int, x: Any) -> torch.Tensor:
 
 
 def values(page: Page) -> dict[str, list[float]]:
-    """What the fields for x and z hold."""
+    """The numbers in the fields for x and z."""
     found = {}
     for letter in "xz":
         fields = [page.get_by_label(f"{letter}{i}", exact=True) for i in "₁₂"]
@@ -316,7 +316,7 @@ def expected_latent(
 
 
 def drag(page: Page, pane: int, to: tuple[float, float]) -> None:
-    """Drag the pane's point to a place, as fractions of the pane's width and height."""
+    """Drag the pane's point to a place, given as fractions of the pane's width and height."""
     handle = page.locator("flow-playground .handle").nth(pane).bounding_box()
     canvas = page.locator("flow-playground canvas").nth(pane).bounding_box()
     page.mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2)
@@ -385,7 +385,7 @@ def test_a_point_can_be_typed_and_is_spoken(fresh: Page, shipped: dict[str, Any]
 
 
 def test_a_failure_is_switched_on(fresh: Page, shipped: dict[str, Any]) -> None:
-    """And those of one model are not offered for the other."""
+    """A failure of one model is not offered for the other model."""
     fresh.get_by_label("NICE", exact=True).check()
     assert fresh.get_by_label("tanh", exact=True).is_hidden()
     fresh.get_by_label("scaling", exact=True).check()
@@ -432,7 +432,7 @@ def test_what_is_drawn_stays_until_it_is_wiped(fresh: Page) -> None:
 
 
 def coarse(page: Page, lines: list[list[list[list[float]]]]) -> float:
-    """The share of the pieces of lines, in any layer's pane, that are longer than a few pixels there."""
+    """The share of line pieces, in any layer's pane, that are longer than a few pixels."""
     extents = torch.tensor(page.evaluate("document.querySelector('flow-playground').extents"))
     found = []
     for line in lines:
@@ -443,7 +443,7 @@ def coarse(page: Page, lines: list[list[list[list[float]]]]) -> float:
 
 
 def test_what_is_drawn_is_smooth_in_every_layer_and_closes(fresh: Page) -> None:
-    """A few points of the hand become a line fine enough for every layer, with its ends joined."""
+    """A few points of a stroke become a line that is fine enough for every layer, with its ends joined."""
     fresh.get_by_role("button", name="pen", exact=True).click()
     box = fresh.locator("flow-playground canvas").first.bounding_box()
     x, y, r = box["x"] + 0.7 * box["width"], box["y"] + 0.6 * box["height"], 0.2 * box["width"]
@@ -509,7 +509,7 @@ def test_a_choice_is_spoken(fresh: Page) -> None:
 
 
 def test_a_flow_of_ones_own_is_opened(fresh: Page, tmp_path: Path) -> None:
-    """The page's own code writes it; a file that is no flow is refused in words."""
+    """The page's own code writes the file; a file without a flow is refused with a message."""
     text = (ROOT / "chapters" / "playground.md").read_text(encoding="utf-8")
     flow = models.realnvp_points(2, couplings=4, hidden=16)
     assert "models.realnvp_points(2, couplings=4, hidden=16)" in text
@@ -518,7 +518,7 @@ def test_a_flow_of_ones_own_is_opened(fresh: Page, tmp_path: Path) -> None:
     fresh.wait_for_function("document.querySelector('flow-playground').last === 4")
     fresh.get_by_label("x₁", exact=True).fill("0.5")
     now = values(fresh)
-    assert now["z"] == pytest.approx(now["x"], abs=1e-6)  # not trained, it is the identity
+    assert now["z"] == pytest.approx(now["x"], abs=1e-6)  # an untrained flow is the identity map
     assert fresh.evaluate("document.querySelector('flow-playground').points.length") > 100  # samples from it
     good = json.loads((tmp_path / "flow.json").read_text())
     wrong = {
@@ -589,7 +589,7 @@ def test_with_reduced_motion_nothing_moves_by_itself(book: Path, browser: Browse
 
 
 def test_the_shading_is_the_density_of_the_flow_that_is_chosen(page: Page, shipped: dict[str, Any]) -> None:
-    """At the position that is shown, the right way up."""
+    """The shading is that of the position that is shown, the right way up."""
     for model, k in (("realnvp", 0), ("nice", 0), ("realnvp", 5)):
         go(page, f"data=moons&model={model}&without=nothing&layer={k}")
         found = page.evaluate(
@@ -610,7 +610,7 @@ def test_the_shading_is_the_density_of_the_flow_that_is_chosen(page: Page, shipp
 
 
 def test_a_drag_a_key_and_the_pen_act_on_the_plane_that_is_shown(page: Page, shipped: dict[str, Any]) -> None:
-    """After 5 of 8 layers, whose pane is wider than that of the data."""
+    """The plane is that after 5 of 8 layers, whose pane is wider than the data's."""
     go(page, "data=circles&model=realnvp&without=nothing&layer=5")
     flow = playground.from_json(shipped["circles"]["flows"]["realnvp"]["nothing"])
     extent = page.evaluate(f"{IT}.extents[5]")
@@ -698,7 +698,7 @@ def test_play_stops_at_the_last_layer_and_begins_again(page: Page) -> None:
 
 
 def test_samples_are_the_flows_own(page: Page) -> None:
-    """And of the next flow, when another one is chosen."""
+    """When another flow is chosen, the samples are that flow's."""
     go(page, "data=moons&model=realnvp&without=nothing&layer=0")
     samples = page.get_by_role("button", name="samples instead of data")
     samples.click()
@@ -778,7 +778,7 @@ def test_a_flow_without_finite_samples_leaves_the_pane_as_it_is(page: Page) -> N
 
 
 def test_where_there_is_no_number_the_page_says_so(page: Page, shipped: dict[str, Any]) -> None:
-    """And the point can still be moved by keys, from where it was last."""
+    """Keys can still move the point, from its last place."""
     go(page, "data=moons&model=realnvp&without=tanh&layer=8")
     flow = playground.from_json(shipped["moons"]["flows"]["realnvp"]["tanh"])
     pane = plotting.grid(3.3, 40)
@@ -838,7 +838,7 @@ def test_the_panes_follow_the_theme_and_the_windows_size(page: Page) -> None:
 
 
 def test_a_line_that_leaves_the_numbers_has_a_gap(page: Page) -> None:
-    """It does not jump over: that would be a tear."""
+    """The line does not jump across the gap, which would look like a tear."""
     go(page, "data=moons&model=realnvp&without=nothing&layer=0")
     found = page.evaluate(
         f"""() => {{

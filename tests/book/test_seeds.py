@@ -1,4 +1,4 @@
-"""What ``make seeds`` runs: it sees a check that fails, a text that changed, a crash, and how safe a comparison is."""
+"""Tests of ``make seeds``: it reports a check that fails, a text that changed, a crash, and each comparison's slack."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from nbformat import v4
 
 TOOL = Path(__file__).parents[1] / "seeds.py"
-# As nflows_lib.checks has it, without a wait for PyTorch.
+# A copy of nflows_lib.checks that needs no PyTorch.
 CHECK = """def check(claim, holds):
     assert holds, f'✗ {claim}'
     print(f'✓ {claim}')"""
@@ -31,7 +31,7 @@ CELLS = {
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> subprocess.CompletedProcess[str]:
-    """Of one chapter under the seeds 2, 4 and 12."""
+    """The report of one chapter under the seeds 2, 4 and 12."""
     folder = tmp_path_factory.mktemp("seeds")
     cells = []
     for name, (source, stored) in CELLS.items():
@@ -66,10 +66,10 @@ def test_checks_that_fail_are_named_and_the_chapter_goes_on(report):
 
 
 def test_the_slack_of_each_comparison_is_measured(report):
-    """Of a comparison made for several values it is the least, of one in two parts the lesser."""
+    """A comparison of several values has the least of their slacks, and one of two parts the lesser slack."""
     lines = report.stdout.splitlines()
     (below,) = [line for line in lines if "i + seed < 10" in line]
     assert "mean 3.333 sd 4.7 least -2  cell 2, line 004" in below  # slacks 7, 5 and, where the first fails, -2
     (between,) = [line for line in lines if "-1 < seed <= 4" in line]
     assert "least -8  cell 3" in between
-    assert not [line for line in lines if "seed < 3" in line]  # it is in no check
+    assert not [line for line in lines if "seed < 3" in line]  # the comparison is in no check

@@ -1,4 +1,4 @@
-"""The sheets of pictures in the playground: what the models decode, small files, and controls that everyone can use."""
+"""Tests of the playground's sheets of pictures: the models decode them, files are small, controls are accessible."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ sys.path.insert(0, str(ROOT / "tools"))
 import sheets  # noqa: E402  (a script, not a package)
 
 PLAYGROUND = (ROOT / "chapters" / "playground.md").read_text(encoding="utf-8")
-# Mean difference in levels, of 255, between a decoded picture and the stored one. A PNG loses nothing, but half
-# precision rounds otherwise on other machines; a WebP is off by 2 to 3.
+# The mean difference, in levels of 255, between a decoded picture and the stored one. A PNG loses nothing, but half
+# precision rounds differently on other machines. A WebP is off by 2 to 3 levels.
 BOUND = {"png": 1.5, "webp": 4.5}
-# Cells to decode again, and beside each the cells that it must not be taken for: another temperature, another draw.
+# Cells to decode again, each with the cells from which it must differ: another temperature, another draw.
 CELLS = {
     "digits-between.png": {0: (2, 34), 16: (14, 50), 144: (142, 178)},
     "flowers-between.webp": {0: (2, 22), 10: (8, 32), 60: (58, 82)},
@@ -46,7 +46,7 @@ class Elements(HTMLParser):
 
 
 def elements() -> list[tuple[str, dict[str, str]]]:
-    """Each element of the page: the file that it shows, and its attributes."""
+    """For each element of the page, the file that it shows and its attributes."""
     parser = Elements()
     parser.feed(PLAYGROUND)
     files = [re.search(r"assets/playground/(\S+)", part)[1] for part in PLAYGROUND.split("<latent-sheet")[1:]]
@@ -90,7 +90,7 @@ def test_pictures_put_together_come_apart_again(name: str, tmp_path: Path, monke
 
 
 def test_the_page_says_how_much_each_scale_changes() -> None:
-    """As far as the compression lets one see."""
+    """The numbers agree as far as the compression allows."""
     levels = re.findall(r"^  - about (\d+) levels?$", PLAYGROUND, re.MULTILINE)
     sides = re.search(
         r"the right pictures differ from one another by (\d+) levels on average, the originals on the left by (\d+)",
@@ -111,7 +111,7 @@ def test_the_page_says_how_much_each_scale_changes() -> None:
 
 @pytest.fixture
 def page(browser: Browser, book: Path) -> Iterator[Page]:
-    """The playground on a narrow screen that can be touched; at the end its scripts have raised no error."""
+    """The playground on a narrow touch screen; at the end its scripts must have raised no error."""
     context = browser.new_context(viewport={"width": 360, "height": 740}, has_touch=True)
     page = context.new_page()
     errors: list[str] = []
@@ -130,12 +130,12 @@ def sheet(page: Page, file: str) -> Locator:
 
 
 def pixels(sheet: Locator) -> str:
-    """What the canvas shows: from a file it cannot be read, but it can be photographed."""
+    """The canvas's picture, from a screenshot, since scripts cannot read it if the page is a file."""
     return sheet.locator("canvas.view").screenshot().hex()
 
 
 def shown(sheet: Locator) -> np.ndarray:
-    """The canvas's own pixels, each of which the page shows as a square, (H, W, 3)."""
+    """The canvas's own pixels, (H, W, 3), each of which the page shows as a square."""
     view = sheet.locator("canvas.view")
     size = [view.evaluate(f"view => view.{side}") for side in ("height", "width")]
     photograph = np.asarray(Image.open(io.BytesIO(view.screenshot())).convert("RGB")).astype(float)
@@ -204,7 +204,7 @@ def test_a_row_and_a_draw_are_those_of_the_sheet(page: Page) -> None:
 def test_a_finger_a_key_and_a_slider_move_through_the_square(page: Page) -> None:
     square = sheet(page, "digits-between.png")
     pad, said = square.locator(".pad"), square.locator("output")
-    assert said.inner_text() == "7: 14 %, 3: 11 %, 0: 42 %, 8: 33 %"  # where the page lets it begin
+    assert said.inner_text() == "7: 14 %, 3: 11 %, 0: 42 %, 8: 33 %"  # the page's start
     side = pad.bounding_box()["width"]
     pad.tap(position={"x": 6, "y": 6})
     assert said.inner_text() == "7: 100 %"
@@ -216,7 +216,7 @@ def test_a_finger_a_key_and_a_slider_move_through_the_square(page: Page) -> None
     page.mouse.down()
     assert said.inner_text() == "0: 100 %"
     box = pad.bounding_box()
-    page.mouse.move(box["x"] - 9, box["y"] - 50)  # beyond the edge: as far as it goes
+    page.mouse.move(box["x"] - 9, box["y"] - 50)  # a drag beyond the edge stops at the edge
     page.mouse.up()
     assert said.inner_text() == "7: 100 %"
     assert pixels(square) == first
@@ -237,7 +237,7 @@ def test_the_corners_pixels_can_be_mixed_instead(page: Page) -> None:
     corner = pixels(square)
     mixing = square.get_by_label("mix the corners' pixels instead")
     mixing.check()
-    assert pixels(square) == corner  # in a corner there is nothing to mix
+    assert pixels(square) == corner  # a corner shows one picture
     square.get_by_label("left to right").fill("8")
     mixed = pixels(square)
     mixing.uncheck()
@@ -258,7 +258,7 @@ def test_the_temperature_is_read_out(page: Page) -> None:
         slider.press("End")
         seen.add(pixels(twelve))
         assert said.inner_text() == f"temperature {values[2]}"
-        assert said.get_attribute("aria-live") == "off"  # the slider says it already
+        assert said.get_attribute("aria-live") == "off"  # the slider itself says the value
         assert len(seen) == 3
 
 

@@ -16,21 +16,21 @@ ROOT = Path(__file__).parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = re.findall(r"^([a-z-]+):(?!.*export)", MAKEFILE, re.MULTILINE)
 PYTHONS = ["3.11", "3.12", "3.13"]
-# Written in pieces, so that this file does not find itself.
+# The names are written in pieces, so that the search does not find this file.
 HOSTS = [".".join(pieces) for pieces in [("pypi", "org"), ("pythonhosted", "org"), ("anaconda", "org"), ("npmjs", "")]]
 MACHINE_PATHS = ["/" + name + "/" for name in ("root", "work", "tmp", "home", "Users")]
 MAX_FILE_BYTES = 16 * 2**20
 
 
 def requirements() -> list[Requirement]:
-    """All but the benchmark's, which has a lock of its own (tests/test_benchmarks.py)."""
+    """All requirements except the benchmark's, which have their own lock (tests/test_benchmarks.py)."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = [lines for name, lines in project["optional-dependencies"].items() if name != "bench"]
     return [Requirement(line) for line in [*project["dependencies"], *(line for extra in extras for line in extra)]]
 
 
 def lock(python: str, platform: str = "linux") -> dict[str, str]:
-    """{package: version} that requirements.lock installs under this Python."""
+    """The versions that requirements.lock installs under this Python, by package."""
     environment = {"python_version": python, "python_full_version": f"{python}.9", "sys_platform": platform}
     pins: dict[str, str] = {}
     for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines():
@@ -55,7 +55,7 @@ def test_the_lock_has_what_the_project_asks_for(python: str) -> None:
 
 @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
 def test_the_lock_has_what_builds_the_package(platform: str) -> None:
-    """The package is built without isolation, by the lock's own setuptools."""
+    """The package is built without isolation, by the setuptools in the lock."""
     build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]
     for requirement in map(Requirement, build["requires"]):
         assert requirement.specifier.contains(lock("3.11", platform)[requirement.name])
@@ -89,7 +89,7 @@ def test_the_supported_pythons_are_the_same_everywhere() -> None:
 
 
 def find_python(tmp_path: Path, *candidates: str) -> subprocess.CompletedProcess[str]:
-    """What tools/environment.sh chooses among this interpreter in the guise of other versions."""
+    """What tools/environment.sh chooses if this interpreter pretends to be other versions."""
     for name in candidates:
         if name != "missing":
             guise = f"import sys; sys.version_info = ({name[1:].replace('.', ', ')}, 0); exec(sys.stdin.read())"
@@ -154,10 +154,10 @@ def test_no_file_is_tied_to_a_machine_or_a_registry() -> None:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue  # a picture
-        # A path stands at the start of a word; `figures/work/` is none.
+        # A path begins a word, so `figures/work/` is not a path of this machine.
         found += [(path.name, host) for host in HOSTS if host in text]
         found += [(path.name, start) for start in MACHINE_PATHS if re.search(rf"(?<![\w.*~-]){start}", text)]
-    # Two tests write machine paths on purpose, to see them refused.
+    # Two tests contain machine paths on purpose, to test that they are refused.
     assert [entry for entry in found if entry[0] != "test_notebooks.py"] == []
 
 

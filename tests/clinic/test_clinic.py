@@ -49,7 +49,7 @@ ROOT = Path(__file__).parents[2]
 
 @functools.cache
 def chapter(name: str) -> SimpleNamespace:
-    """The imports, classes and functions of a chapter; nothing else in it is run."""
+    """The imports, classes and functions of a chapter, without running the rest of it."""
     cells = json.loads((ROOT / "chapters" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
     source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     kinds = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
@@ -73,7 +73,7 @@ def patches() -> Tensor:
 
 
 def examined(flow: nn.Module, batch: Tensor, context: Tensor | None = None, **options: object) -> list[Finding]:
-    """The doctor's findings. Each names no other entry than those that its test declares."""
+    """The doctor's findings; each names only entries that its test declares."""
     findings = doctor(flow, batch, context, **options)
     declared = {test.name: {"", *test.finds} for test in TESTS}
     assert all(finding.entry in declared[finding.test] for finding in findings), findings
@@ -104,7 +104,7 @@ def with_layers(flow: Flow, layers: list) -> Flow:
 
 
 def first(layer: nn.Module, *rest: nn.Module) -> Flow:
-    """A small NICE with these layers instead of its noise (and its rescaling)."""
+    """A small NICE with these layers instead of its noise and its rescaling."""
     whole = small_nice()
     return with_layers(whole, [layer, *rest, *whole.chain[1 + len(rest) :]])
 
@@ -141,7 +141,7 @@ def f4(fixed: bool) -> Patient:
 
 
 def f4_graph(fixed: bool) -> Patient:
-    """A scale of the prior that is computed once, outside of the loop."""
+    """A flow with a scale of the prior that is computed once, outside of the loop."""
 
     class Prior(nn.Module):
         def __init__(self) -> None:
@@ -154,7 +154,7 @@ def f4_graph(fixed: bool) -> Patient:
             return StandardLogistic().log_prob(z / scale) - scale.log().sum()
 
     flow = small_nice(base=Prior())
-    return Patient(flow[:-1], vectors())  # without the scaling that it would mirror
+    return Patient(flow[:-1], vectors())  # without the scaling layer that it would mirror
 
 
 def f5(fixed: bool) -> Patient:
@@ -168,7 +168,7 @@ def f6(fixed: bool) -> Patient:
     whole = nice(64, levels=2, couplings=2, hidden=64, depth=2)
     binary = (digits().flatten(1) > 7).to(torch.uint8)
     flow, values = (whole, binary) if fixed else (whole[1:], binary.float())
-    fit(flow, values, 20 if fixed else 600, batch_size=128, lr=1e-2)  # the fixed one has only just begun: see F14
+    fit(flow, values, 20 if fixed else 600, batch_size=128, lr=1e-2)  # the fixed flow is hardly trained: see F14
     return Patient(flow, values[:64])
 
 
@@ -204,7 +204,7 @@ def f10(fixed: bool) -> Patient:
 
 
 def f11(fixed: bool) -> Patient:
-    """Gradients of the recorded runs, each the longest of ten steps, as the optimizer took them."""
+    """The gradients of the recorded runs, each the longest of ten steps, as the optimizer took them."""
     arm = "no batch norm, clipped at 1" if fixed else "no batch norm, not clipped"
     norms = ablations.load("realnvp-clipping")["results"][arm][0]["gradient"]
     flow = realnvp_points(2)
@@ -286,7 +286,7 @@ def f17(fixed: bool) -> Patient:
 
 @functools.cache
 def trained_nested() -> tuple[Flow, Tensor]:
-    """A flow with a split, and the batch that it was trained on, past the random start of its networks."""
+    """A flow with a split, and the batch that it was trained on until its networks had left their random start."""
     couplings = [AffineCoupling(channel_mask((4, 4, 4), i), ResNet(4, 8, 8, 1)) for i in (0, 1)]
     inner = [AffineCoupling(channel_mask((2, 4, 4), i), ResNet(2, 4, 8, 1)) for i in (0, 1)]
     split = chapter("04_multiscale").Nested(inner, (2, 4, 4))
@@ -299,19 +299,21 @@ def trained_nested() -> tuple[Flow, Tensor]:
 def f18(fixed: bool) -> Patient:
     Nested = chapter("04_multiscale").Nested
 
-    class Redrawn(Nested):  # the finished half is drawn by the inverse, not taken from z
+    class Redrawn(Nested):  # the inverse redraws the factored-out half instead of taking it from z
         def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
             done, inside = z.chunk(2, dim=1)
             return super().inverse(torch.cat([torch.randn_like(done), inside], dim=1))
 
     flow, batch = copy.deepcopy(trained_nested())
     if not fixed:
-        flow.chain[-1].__class__ = Redrawn  # training calls no inverse: it would have gone the same way
+        flow.chain[
+            -1
+        ].__class__ = Redrawn  # training calls no inverse, so the broken flow would be trained in the same way
     return Patient(flow, batch)
 
 
 def f18_coarse(fixed: bool) -> Patient:
-    """A split whose forward hands on the coarse half alone, and whose inverse draws the other."""
+    """A split whose forward returns only the coarse half, and whose inverse draws the other half."""
 
     class Split(Squeeze):
         def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -329,7 +331,7 @@ def f18_coarse(fixed: bool) -> Patient:
 
 
 class Scored(Flow):
-    """A flow whose bits_per_dim is -log p(u) and a correction, by hand."""
+    """A flow whose bits_per_dim is that of -log p(u) plus a correction."""
 
     def bits_per_dim(self, x: Tensor, context: Tensor | None = None, draws: int = 1) -> Tensor:
         nats = -(self(x, context) + self.dims * math.log(self.levels))
@@ -362,7 +364,7 @@ def f20(fixed: bool) -> Patient:
 
 
 def f20_constant(fixed: bool) -> Patient:
-    """A fourth channel that is always 1; the fixed patient is without it."""
+    """A batch with a fourth channel that is always 1; the fixed flow has no such channel."""
     x = torch.randn(64, 3, 4, 4) if fixed else torch.cat([torch.randn(64, 3, 4, 4), torch.ones(64, 1, 4, 4)], dim=1)
     norm = chapter("05_glow").ActNormByHand(x.shape[1])
     norm.initialize(x)
@@ -450,8 +452,10 @@ def f23(fixed: bool) -> Patient:
 
 @functools.cache
 def halves() -> tuple[Tensor, Tensor]:
-    """Lower and upper halves. The levels are 8 to 24 of 33: on digits as they are, black and white at the edge, the
-    doctor finds what Glow's papers leave out, a logit.
+    """Lower and upper halves of digits, with levels 8 to 24 of 33.
+
+    On the digits themselves, whose black and white are at the edge of the range, the doctor finds that a Glow lacks a
+    logit, as the papers' Glow does.
     """
     pairs = data.digit_halves("train")
     return pairs.images + 8, pairs.contexts
@@ -485,7 +489,7 @@ def trained_conditional() -> Flow:
 
 
 def f25(fixed: bool) -> Patient:
-    """The loader mixes the pairs up: those it is trained on, and those it is examined on."""
+    """A loader that mixes the pairs up, both those for training and those for the examination."""
     _, contexts = halves()
     unseen = data.digit_halves("test")
     images, others = unseen.images[:64] + 8, unseen.contexts
@@ -496,7 +500,7 @@ def f25(fixed: bool) -> Patient:
 
 
 def f25_deaf(fixed: bool) -> Patient:
-    """The context reaches no layer."""
+    """A flow whose layers never get the context."""
 
     class Deaf(nn.Module):
         def __init__(self, layers: nn.Module) -> None:
@@ -520,7 +524,7 @@ def f26(fixed: bool) -> Patient:
     whole = nice(64, levels=2, couplings=2, hidden=32, depth=1)
     layers = [*whole.chain] if fixed else [layer for layer in whole.chain if not isinstance(layer, Rescale)]
     flow = Scored(layers, whole.base, whole.shape)
-    flow.counted = 64 if fixed else 128  # -D log 2 taken off once more than anything was scaled
+    flow.counted = 64 if fixed else 128  # D log 2 is subtracted though nothing was scaled
     return Patient(flow, (digits()[:64].flatten(1) > 7).to(torch.uint8))
 
 
@@ -565,7 +569,7 @@ COURSE = {
     "F26": f26,
 }
 
-# A fixed patient that is, number by number, the one of another failure: the doctor examines it once.
+# Fixed flows that equal the fixed flow of another failure: the doctor examines them once.
 SAME_WHEN_FIXED = {
     "F2 nothing mixes": "F22",
     "F4": "F1",
@@ -663,7 +667,7 @@ class BoundedShift(AffineCoupling):
 
 
 class Forgetting(nn.Module):
-    """A flow that leaves the log-det of its second layer out."""
+    """A flow that does not add the log-det of its second layer."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -703,7 +707,7 @@ def batch_norm_inside() -> Patient:
 
 
 def five_bits() -> Patient:
-    """32 levels, scaled by 1/32 and scored with log 256."""
+    """A flow on 32 levels, scaled by 1/32 and scored with log 256."""
 
     class Scored256(Rescale):
         def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -749,14 +753,14 @@ def test_it_names_what_goes_wrong_in_public_code(name: str) -> None:
     entry, make = PUBLIC[name]
     failed = [finding for finding in make().examined() if finding.passed is False]
     assert entry in {finding.entry for finding in failed}, failed
-    assert failed[0].entry == entry, failed  # "fix the first one first"
+    assert failed[0].entry == entry, failed  # the doctor says: fix the first failure first
 
 
 # --- how it behaves ---------------------------------------------------------------------------------------------------
 
 
 class TwoWays(nn.Module):
-    """No Flow and no Layer: a module of somebody else's, whose inverse returns a pair, too."""
+    """A foreign module, neither a Flow nor a Layer, whose inverse also returns a pair."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -798,7 +802,7 @@ class MaskedUnbounded(Masked):
 
 
 class MaskedInput(Masked):
-    """Only what goes into the network is masked."""
+    """A coupling that masks the network's input but not its output."""
 
     def parts(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         raw, shift = self.network(x * self.mask, context).chunk(2, dim=1)
@@ -825,7 +829,7 @@ def test_a_reader_s_masked_coupling_is_examined_as_the_library_s_halves_are() ->
     }
     assert theirs["round trip"].passed
     assert theirs["log-det"].passed
-    assert theirs["scales"].measured == "bounded in 2 of 2 couplings"
+    assert theirs["scales"].measured == "the log-scale is bounded in 2 of 2 couplings"
     assert of(masked(MaskedUnbounded))["scales"].entry == "F12"
     assert of(masked(MaskedInput))["round trip"].entry == "F3"
 
@@ -846,8 +850,8 @@ def test_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     findings = doctor(f1(False).flow, vectors())
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "64 examples of (64,), 6 layers with an inverse, training mode"
-    assert printed[-1] == f"1 of {len(findings)} tests failed: fix the first one first"
+    assert printed[0] == "64 examples of shape (64,), 6 layers with an inverse, training mode"
+    assert printed[-1] == f"1 of {len(findings)} tests failed: fix the first failure first"
     failed = next(i for i, line in enumerate(printed) if line.startswith("✗"))
     assert re.fullmatch(r"✗ volume +no parameter moves a log-det", printed[failed])
     assert re.fullmatch(r"  cause +every learned layer keeps volume.* \[F1\]", printed[failed + 1])
@@ -877,7 +881,7 @@ def test_large_images_are_compared_on_a_corner() -> None:
     flow.initialize(batch)
     findings = {finding.test: finding for finding in doctor(flow, batch)}
     assert findings["log-det"].passed
-    assert findings["log-det"].measured.startswith("5 layers")
+    assert findings["log-det"].measured.startswith("agrees with autograd in 5 layers")
     assert findings["masks"].passed is None
     norm = next(module for module in flow.modules() if isinstance(module, ActNorm))
     norm.forward = lambda x, context=None: (2 * x, torch.zeros(len(x)))
@@ -941,7 +945,7 @@ def test_each_seed_is_another_noise() -> None:
         (torch.arange(64).remainder(5).view(8, 8) / 4, 0.25, 5),
         (torch.tensor([0.0, 1.0, 3.0, 4.0] * 16).view(8, 8), 1.0, 5),
         (torch.tensor([0.0, 1.0, 2.05, 3.05] * 16).view(8, 8), None, None),
-        (torch.arange(64.0).view(8, 8), None, None),  # each value once: nothing says that they are levels
+        (torch.arange(64.0).view(8, 8), None, None),  # every value occurs once, so nothing shows that they are levels
         (torch.arange(4096.0).remainder(512).view(64, 64), None, None),
     ],
 )
@@ -986,11 +990,11 @@ def test_of_what_is_not_finite_it_names_the_cause_and_stops(flow: nn.Module, val
 
 
 def test_a_log_determinant_that_is_not_finite_is_laid_to_its_layer() -> None:
-    """A scale that underflows to 0: what comes out is finite, the log-determinant is not."""
+    """A scale that underflows to 0 gives a finite output and an infinite log-determinant."""
     layer = GlowCoupling(2, MLP(1, 2, 4, 1))
     nn.init.constant_(layer.network.layers[-1].bias, -1e3)
     finding = doctor(layer.eval(), torch.randn(16, 2))[0]
-    assert finding.measured == "GlowCoupling makes NaN or infinity of the data"
+    assert finding.measured == "GlowCoupling turns the data into NaN or infinity"
 
 
 def test_a_layer_that_says_that_it_has_no_inverse_is_passed_over() -> None:
@@ -1050,7 +1054,7 @@ def test_mass_where_no_data_can_be_is_looked_for_in_a_sound_flow(sound: bool, le
 
 
 class Claims(Rescale):
-    """Claims two nats more for each value than it scales by."""
+    """A scaling that claims two nats too much per value."""
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, log_det = super().forward(x)
@@ -1073,7 +1077,7 @@ def test_how_many_dimensions_are_counted() -> None:
     whole = small_nice()
     flow = Scored([*whole.chain], whole.base, whole.shape)
     flow.counted = 48
-    assert found(flow, vectors())["bits/dim"].cause == "D is 64, it counts 48"
+    assert found(flow, vectors())["bits/dim"].cause == "D is 64, but bits_per_dim counts 48"
     flow.counted = 128
     assert found(flow, vectors())["bits/dim"].entry == "F10"
 
@@ -1090,7 +1094,7 @@ def test_a_volume_that_is_not_1_is_no_lack_of_scaling() -> None:
 
 
 class Shrinking(nn.Module):
-    """A coupling whose log-scale has a limit above, and none below."""
+    """A coupling whose log-scale has an upper bound and no lower bound."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1111,7 +1115,7 @@ def test_a_scale_that_can_shrink_without_limit_is_mentioned() -> None:
     torch.manual_seed(0)
     finding = found(Shrinking(), data.toy("moons", 64))["scales"]
     assert finding.passed
-    assert finding.measured == "bounded in 0 of 1 couplings; 1 can shrink without limit"
+    assert finding.measured == "the log-scale is bounded in 0 of 1 couplings; in 1 the scale can shrink to 0"
 
 
 def test_looking_at_the_scales_leaves_the_woken_copy_alone() -> None:
@@ -1126,7 +1130,7 @@ def test_looking_at_the_scales_leaves_the_woken_copy_alone() -> None:
 def test_another_start_is_compared_in_training_mode() -> None:
     torch.manual_seed(0)
     norm = FlowBatchNorm(2)
-    norm.running_mean.fill_(30.0)  # stale: of this the modes speak, not the start
+    norm.running_mean.fill_(30.0)  # stale averages belong to the test of modes, not to that of the start
     couplings = [AffineCoupling(alternating_mask(2, i), MLP(1, 2, hidden=16, depth=2)) for i in (0, 1)]
     patient = toy([*couplings, norm])
     findings = found(patient.flow, patient.batch)
@@ -1169,11 +1173,11 @@ def test_the_default_type_outside_is_put_back() -> None:
 
 
 class FirstBatch(DiagonalScaling):
-    """Takes its scale from the first batch that it is given in training mode."""
+    """A layer that takes its scale from the first batch in training mode."""
 
     def __init__(self, dims: int) -> None:
         super().__init__(dims)
-        self.from_init = False  # an option, beside the flag
+        self.from_init = False  # an option, in addition to the flag
         self.register_buffer("initialized", torch.tensor(False))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -1202,7 +1206,7 @@ def test_which_permutations_are_too_few() -> None:
         return [swap, AffineCoupling(mask, network), ChannelPermutation(torch.arange(channels).flip(0)), *more]
 
     assert on_images((4, 4, 4), *layers(4)).entry == "F22"
-    assert on_images((2, 4, 4), *layers(2)).passed  # of two there is no other
+    assert on_images((2, 4, 4), *layers(2)).passed  # of two channels there is only one other order
     assert on_images((4, 4, 4), *layers(4, Invertible1x1Conv(4))).passed
 
 

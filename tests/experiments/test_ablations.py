@@ -1,4 +1,4 @@
-"""The stored experiments: written by a clean checkout, and told truly on the pages that show them."""
+"""Tests of the ablations: a clean checkout wrote the records, and the pages show them correctly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHAPTERS = archive.ROOT / "chapters"
 
 
 def printed(chapter: str) -> str:
-    """All that the cells of a chapter print."""
+    """Everything that the cells of a chapter print."""
     cells = json.loads((CHAPTERS / chapter).read_text(encoding="utf-8"))["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     return "".join("".join(output.get("text", [])) for output in outputs)
@@ -213,7 +213,7 @@ def test_the_table_of_f8_on_the_page_follows_from_the_file():
 
 
 def test_log_scales_start_where_the_arm_says():
-    """At 0 the first loss hardly depends on the seed; at random it does, and the arm repeats."""
+    """From log-scales at 0 the first loss hardly depends on the seed, from random ones it does; the variant repeats."""
     zeros, other = (ablations.nice.nice_initialisation(False, 0.01, 2, seed)["first"] for seed in (0, 1))
     assert zeros == pytest.approx(other, abs=0.5)
     first, again, other = (ablations.nice.nice_initialisation(True, 0.01, 2, seed) for seed in (0, 0, 1))
@@ -388,7 +388,7 @@ def test_an_arm_repeats_and_its_seed_matters():
 
 
 def test_the_arm_without_noise_breaks_and_says_where():
-    """With a learning rate five hundred times as high the end comes within 400 steps."""
+    """With a learning rate five hundred times as high the training breaks within 400 steps."""
     left_out = ablations.nice.no_dequantization(False, 0, steps=400, every=50, lr=0.5)
     assert left_out["broke_at"] == left_out["steps"] + 1 < 400
     assert left_out["broke_with"] in ("nan", "inf")
@@ -421,7 +421,7 @@ def test_replace_reaches_into_a_factor_out_and_keeps_the_order():
 
 
 def test_replace_takes_the_exact_type_only():
-    """A derived layer stays, what is put in is not replaced again, and what stands inside a replaced one is reached."""
+    """A derived layer stays, a new layer is not replaced again, and layers inside a replaced one are reached."""
 
     class Derived(nn.Linear):
         pass
@@ -441,7 +441,7 @@ def test_replace_takes_the_exact_type_only():
 
 
 def test_grid_texture_by_hand():
-    """Rows 0 1 5 7: inside 1 and 2, across 4; columns step by 3, 1, 0: inside 3 and 0, across 1."""
+    """Rows 0 1 5 7 step by 1 and 2 inside squares and by 4 across; columns by 3 and 0 inside and by 1 across."""
     row = torch.tensor([0, 1, 5, 7])
     image = row + torch.tensor([0, 3, 4, 4])[:, None]
     inside, across = (1 + 2) / 2 + (3 + 0) / 2, 4 + 1
@@ -451,7 +451,7 @@ def test_grid_texture_by_hand():
 
 
 def test_grid_texture_is_1_of_noise():
-    """Each of 2 x 500 x 3 x 16 x 8 steps inside has a coefficient of variation below 1; neighbours share a value."""
+    """The 2 x 500 x 3 x 16 x 8 steps inside have a coefficient of variation below 1; two may share a value."""
     torch.manual_seed(0)
     images = torch.randint(256, (500, 3, 16, 16))
     error = 2 / math.sqrt(2 * 500 * 3 * 16 * 7)
@@ -460,14 +460,14 @@ def test_grid_texture_is_1_of_noise():
 
 
 def squares(n: int, noise: float, size: int = 8) -> Tensor:
-    """Constant 2x2 squares of random values, and a little noise."""
+    """Images of constant 2x2 squares with random values, and a little noise."""
     values = torch.randn(n, 3, size, size).repeat_interleave(2, 2).repeat_interleave(2, 3)
     return values + noise * torch.randn(n, 3, 2 * size, 2 * size)
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.5, 1.0])
 def test_grid_texture_of_squares_is_known(noise):
-    """Steps inside are N(0, 2 noise^2), across N(0, 2 + 2 noise^2): the ratio of their mean sizes."""
+    """Steps inside are N(0, 2 noise^2), steps across N(0, 2 + 2 noise^2); the texture is the ratio of mean sizes."""
     torch.manual_seed(0)
     expected = math.sqrt(1 + noise**-2)
     assert ablations.glow.grid_texture(squares(300, noise)) == pytest.approx(expected, rel=0.03)
@@ -532,7 +532,7 @@ def test_the_flow_of_an_arm_has_its_mixer_and_its_coupling(mixer, bounded):
 
 
 def test_the_options_of_an_arm_reach_its_flow_and_its_training():
-    """Seen from outside: other mixers, couplings, depths, widths and lengths give other parameters or results."""
+    """Other mixers, couplings, depths, widths and lengths give other numbers of parameters or other results."""
     usual = ablations.glow.glow_patches(0, **TINY)
     counts = {"bounded": True, "steps_per_scale": 2, "hidden": 3, "mixer": "nothing"}
     for name, value in counts.items():
@@ -543,7 +543,7 @@ def test_the_options_of_an_arm_reach_its_flow_and_its_training():
 
 
 class Drawn(Bijection):
-    """Gives these images back, whatever the latents."""
+    """A stand-in for a flow that decodes every latent to the same images."""
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
@@ -558,7 +558,7 @@ class Drawn(Bijection):
 
 
 def test_the_grid_of_an_arm_is_that_of_its_finite_samples():
-    """Rounded to levels as the flow rounds them; how many were not finite is told."""
+    """Samples are rounded to levels as the flow rounds them, and the share that is not finite is returned."""
     torch.manual_seed(0)
     drawn = 20 + squares(500, 0.5)
     drawn[5:7, 0, 4, 4] = torch.tensor([-1e6, 1e6])  # far beyond the levels
@@ -571,7 +571,7 @@ def test_the_grid_of_an_arm_is_that_of_its_finite_samples():
 
 
 def test_the_variants_of_the_first_updates_are_what_their_names_say(monkeypatch):
-    """Each variant's flow and first batch as they are when training begins; then one that stops being finite."""
+    """Each variant has its flow and first batch when training begins; the last variant stops being finite."""
     seen = {}
 
     def fit(flow, train, steps, **options):
@@ -622,7 +622,7 @@ def test_the_arms_of_the_questions_about_glow_are_what_their_names_say():
 
 
 def test_dead_networks_are_those_that_it_names():
-    """What is silenced is zero throughout, and the rest keeps its random weights."""
+    """The named networks are 0 in all layers, and the other networks keep their random weights."""
     seen = {}
     for kinds in ((), ("couplings",), ("ActNorm and W",), ("ActNorm and W", "couplings")):
         flow = ablations.cglow.dead(cglow((1, 4, 4), (1, 4, 4), scales=1, steps=2, hidden=4, conditioning=4), *kinds)
@@ -647,7 +647,7 @@ def test_the_label_is_ten_more_channels():
 
 
 def test_neighbours_by_hand():
-    """Rows that are constant correlate wholly, alternating ones to the contrary, once the mean is off."""
+    """After the mean is subtracted, constant rows have correlation 1, alternating rows have correlation -1."""
     mean = torch.arange(32.0).reshape(1, 1, 4, 8).expand(5, -1, -1, -1)
     rows = torch.randn(5, 1, 4, 1).expand(-1, -1, -1, 8)
     signs = torch.tensor([1.0, -1.0]).repeat(4)

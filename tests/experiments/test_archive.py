@@ -1,4 +1,4 @@
-"""Records: written whole or not at all, with where and with what they were made."""
+"""Tests of records: they are written whole or not at all, and hold their origin."""
 
 from __future__ import annotations
 

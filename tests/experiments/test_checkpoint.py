@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, and clear about what is wrong."""
+"""Tests of checkpoints: they are written whole or not at all, and errors say what is wrong."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_full_disk_is_an_error_and_keeps_the_last_good_one(saved, monkeypatch)
 
 
 def test_a_file_that_may_not_grow_is_an_error_and_keeps_the_last_good_one(saved):
-    """The operating system itself refuses, in the middle of the writing."""
+    """The operating system itself refuses in the middle of the writing."""
     resource = pytest.importorskip("resource")
     before = saved.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -140,8 +140,8 @@ def test_killed_between_two_renames_one_whole_file_is_left(saved, monkeypatch, r
     ("other", "message"),
     [
         (nn.Linear(3, 3), r"expected bias with shape \(2,\), got shape \(3,\)"),
-        (nn.Linear(3, 2, bias=False), r"expected bias with shape \(2,\), got none"),
-        (nn.Sequential(nn.Linear(3, 2)), r"another model's: expected 0\.bias with none, got shape \(2,\)"),
+        (nn.Linear(3, 2, bias=False), r"expected bias with shape \(2,\), got no such tensor"),
+        (nn.Sequential(nn.Linear(3, 2)), r"another model's: expected no tensor 0\.bias, got shape \(2,\)"),
     ],
 )
 def test_another_models_tensors_are_refused_whole(other, message):
@@ -153,7 +153,7 @@ def test_another_models_tensors_are_refused_whole(other, message):
 
 
 def masked_coupling(mask: Tensor, affine: bool, context: int = 0) -> tuple[Masked, Bijection]:
-    """A coupling with a network of whole vectors, all of it random, and one of the library's for halves."""
+    """A masked coupling on whole vectors with random parameters, and one of the library's couplings on halves."""
     dims, passes, parts = len(mask), int(mask.sum()), 1 + affine
     sizes = {"hidden": 6, "depth": 2, "activation": nn.Tanh, "context": context}
     masked = Masked(mask, MLP(dims, parts * dims, **sizes), affine)
@@ -171,7 +171,7 @@ MASKS += [torch.tensor([True, True, False, False, False])]
 @pytest.mark.parametrize("mask", MASKS, ids=lambda mask: "".join(map(str, mask.int().tolist())))
 @torch.no_grad()
 def test_a_masked_coupling_of_an_earlier_version_loads_as_the_same_function(mask, affine, context):
-    """Alone and inside a flow; what is in halves already loads as it is."""
+    """It does so alone and inside a flow; a state dict of halves loads unchanged."""
     torch.manual_seed(0)
     masked, halves = masked_coupling(mask, affine, context)
     checkpoint.load_into(halves, masked.state_dict(), "masked")
@@ -205,7 +205,7 @@ def test_the_mask_of_the_file_says_what_of_a_masked_coupling_is_kept():
         ({"mask": alternating_mask(5, 0)}, r"expected mask with shape \(6,\), got shape \(5,\)"),
         ({"network.layers.0.weight": torch.ones(6, 7)}, r"0\.weight with shape \(6, 3\), got shape \(6, 7\)"),
         ({"network.layers.0.weight": torch.ones(5, 6)}, r"0\.weight with shape \(6, 3\), got shape \(5, 6\)"),
-        ({"network.layers.4.bias": torch.ones(6)}, r"4\.bias with shape \(6,\), got none"),
+        ({"network.layers.4.bias": torch.ones(6)}, r"4\.bias with shape \(6,\), got no such tensor"),
         ({"network.layers.4.bias": torch.ones(13)}, r"4\.bias with shape \(6,\), got shape \(13,\)"),
         ({"network.layers.4.weight": torch.ones(12, 5)}, r"4\.weight with shape \(6, 6\), got shape \(12, 5\)"),
     ],
@@ -213,7 +213,7 @@ def test_the_mask_of_the_file_says_what_of_a_masked_coupling_is_kept():
 def test_a_masked_coupling_of_another_size_is_refused_whole(change, message):
     masked, halves = masked_coupling(alternating_mask(6, 0), affine=True)
     tensors = masked.state_dict() | change
-    if "none" in message:
+    if "no such tensor" in message:
         del tensors["network.layers.4.bias"]
     before = {name: tensor.clone() for name, tensor in halves.state_dict().items()}
     with pytest.raises(CheckpointError, match=f"it: another model's: .*{message}"):

@@ -1,4 +1,4 @@
-"""Which named runs are compiled: those of more than ten minutes where there is a compiler, unless someone objects."""
+"""Tests of torch.compile in named runs: by default, runs above ten minutes are compiled if there is a compiler."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOUR = 3600.0
 
 @pytest.fixture
 def compiler(monkeypatch) -> None:
-    """A compiler for CPU and CUDA."""
+    """A fixture that pretends that CPU and CUDA have a compiler."""
     monkeypatch.setattr(compiling, "has_compiler", lambda device: device.type != "mps")
 
 
@@ -74,7 +74,7 @@ def test_a_run_is_worth_compiling_if_it_is_longer_than_ten_minutes(seconds, expe
 
 
 def test_on_a_cpu_a_flow_of_many_layers_must_train_longer():
-    """Two seconds for each of its 400 parameter tensors. On other devices nothing has been measured."""
+    """The limit is two seconds for each of its 400 parameter tensors; on other devices nothing has been measured."""
     flow = nn.Sequential(*(nn.Linear(1, 1) for _ in range(200)))
     for device, expected in ((CPU, False), (CUDA, True)):
         assert compiling.is_worth_it(800, flow, device) is expected
@@ -92,7 +92,7 @@ def test_a_new_run_is_compiled_if_it_is_worth_it(compiler, worth_it):
 @pytest.mark.parametrize("kept", [None, True, False])
 @pytest.mark.parametrize("wish", [True, False])
 def test_a_wish_is_followed(compiler, monkeypatch, wish, kept, worth_it, capsys):
-    """With a compiler and without one, which the first step would show."""
+    """The wish decides with a compiler and without one; without one the first step fails."""
     assert compiling.choose(wish, kept, worth_it, CPU) is wish
     monkeypatch.setattr(compiling, "has_compiler", lambda device: False)
     assert compiling.choose(wish, kept, worth_it, CPU) is wish
@@ -112,7 +112,9 @@ def test_without_a_compiler_a_run_that_was_compiled_says_why_it_no_longer_is(mon
         assert compiling.choose(None, kept, True, CPU) is False
     assert capsys.readouterr().out == ""
     assert compiling.choose(None, True, True, CPU) is False
-    assert capsys.readouterr().out == ("The run was compiled before. It goes on without torch.compile: no compiler.\n")
+    assert capsys.readouterr().out == (
+        "The run was compiled before. It goes on without torch.compile: there is no compiler.\n"
+    )
 
 
 @pytest.mark.parametrize(("device", "where"), [(CPU, "under torchrun"), (MPS, "on mps")])
@@ -131,12 +133,12 @@ def test_where_compiling_is_untried_nothing_is_compiled(compiler, monkeypatch, d
 
 
 class Begun(ValueError):
-    """Instead of a training."""
+    """Raised instead of training."""
 
 
 @pytest.fixture
 def asked(compiler, monkeypatch) -> list[bool]:
-    """For each training that begins, whether it is to be compiled; it ends there."""
+    """A list that collects, for each training that begins and ends at once, whether it is to be compiled."""
     found = []
 
     def begin(flow: nn.Module, data: Tensor, steps: int | None, *, compiled: bool, **options) -> None:
@@ -150,7 +152,7 @@ def asked(compiler, monkeypatch) -> list[bool]:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], False),  # the table says 30 s
+        ([], False),  # the table's budget is 30 s
         (["--budget", "10m"], False),
         (["--budget", "11m"], True),
         (["--budget", "11m", "--no-compile"], False),
@@ -175,7 +177,7 @@ def test_without_a_budget_the_table_s_decides(asked, minutes, monkeypatch, tmp_p
 
 @pytest.mark.parametrize(("settings", "kept"), [({}, False), ({"compiled": False}, False), ({"compiled": True}, True)])
 def test_a_resumed_run_does_what_its_checkpoint_says(asked, settings, kept, monkeypatch, tmp_path):
-    """Whatever its length. Checkpoints that do not say it are of runs that were not compiled by themselves."""
+    """This holds for every length; checkpoints that do not say it are of runs that were not compiled by default."""
     for seconds in (30.0, HOUR):
         facts = {"asked": {"steps": None, "budget": seconds}, "settings": settings}
         monkeypatch.setattr(trainer, "read_checkpoint", lambda folder, facts=facts: facts)
@@ -187,7 +189,7 @@ def test_a_resumed_run_does_what_its_checkpoint_says(asked, settings, kept, monk
 
 @pytest.mark.parametrize(("budget", "end"), [(None, ""), (HOUR, " --no-compile")])
 def test_the_command_in_a_record_repeats_what_was_done(monkeypatch, budget, end, tmp_path):
-    """A long run that was not compiled names the refusal, since another machine may have a compiler."""
+    """The record of a long run that was not compiled names --no-compile, since another machine may have a compiler."""
     train = trainer.train
 
     def few_steps(flow: nn.Module, data: Tensor, steps: int | None, *, budget: float, **options) -> trainer.History:
@@ -206,7 +208,7 @@ def test_the_command_in_a_record_repeats_what_was_done(monkeypatch, budget, end,
 
 @pytest.mark.parametrize("works", [True, False])
 def test_the_step_that_tries_a_compiler_changes_nothing(works, monkeypatch, capsys):
-    """Not even the batch norm's averages, nor the state from which the noise is drawn, nor a gradient that is there."""
+    """The batch norm's averages, the random state and a gradient from before stay the same."""
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
         def call(*given: Tensor) -> tuple[Tensor, ...]:

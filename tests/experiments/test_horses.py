@@ -1,4 +1,4 @@
-"""Horses: photographs and masks as they are read, and views of both that keep them together."""
+"""Tests of the horses: how photographs and masks are read, and random views that move both alike."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_horses_are_in_the_order_of_their_names_and_every_sixth_is_for_testing(t
 
 
 def test_a_photograph_that_is_trained_on_is_not_tested(tmp_path):
-    """Two of the test set that are each other's twins stay; so does what is in the training set twice."""
+    """Twins within the test set stay, and so do twins within the training set."""
     # 11 is like 0, 17 like 23, 2 like 3
     greys = [0, 22, 44, 44, 88, 110, 132, 154, 176, 198, 220, 0, *[242] * 5, 66, *[250] * 5, 66]
     for i, grey in enumerate(greys):
@@ -71,7 +71,7 @@ def test_masks_of_any_mode_and_suffix(tmp_path, mode, suffix):
 
 
 def test_a_pixel_of_a_small_mask_is_what_most_of_its_pixels_are(tmp_path):
-    """Of 24 columns the last 10 are bright, or the last 14: of the middle 8 two, or six."""
+    """Of 24 columns the last 10 or 14 are bright, so of the middle 8 columns two or six are."""
     save_horse(tmp_path, "1.png", 0, right=5)
     assert segmentation.horses("all", tmp_path, size=3).images[0, 0, 0].tolist() == [0, 0, 1]
     save_horse(tmp_path, "1.png", 0, right=7)
@@ -79,7 +79,7 @@ def test_a_pixel_of_a_small_mask_is_what_most_of_its_pixels_are(tmp_path):
 
 
 def test_horses_are_squashed_and_not_cut(tmp_path):
-    """A photograph brighter from left to right and from top to bottom, of another size than its mask."""
+    """A photograph that brightens to the right and downwards has another size than its mask."""
     save_horse(tmp_path, "1.png", 0)
     ramp = np.stack(
         [np.tile(np.arange(40), (20, 1)), np.tile(5 * np.arange(20)[:, None], (1, 40)), np.full((20, 40), 200)]
@@ -113,7 +113,7 @@ def test_horses_errors(tmp_path):
 
 
 def test_masks_with_nothing_bright_in_them_are_named(tmp_path):
-    """As masks of 0 and 1 would be: they would all be empty."""
+    """Masks of 0 and 1, for example, would all be empty."""
     save_horse(tmp_path, "1.png", 100)
     path = tmp_path / "weizmann_horse_db" / "mask" / "1.png"
     Image.fromarray(np.array(Image.open(path)) // 255).save(path)
@@ -130,7 +130,7 @@ def view(masks: torch.Tensor, photographs: torch.Tensor, seed: int = 0) -> tuple
 
 
 def blobs(n: int, size: int) -> torch.Tensor:
-    """Masks of a half disc around the middle, which no turn and no mirror maps to itself: (n, 1, size, size)."""
+    """Masks of a half disc around the middle, (n, 1, size, size), which no turn and no mirror maps to itself."""
     axis = (torch.arange(size) + 0.5) / size - 0.5
     inside = (axis[:, None].square() + axis.square() < 0.3**2) & (axis[:, None] < axis / 2)
     return inside.to(torch.uint8).expand(n, 1, size, size).clone()
@@ -153,7 +153,7 @@ def test_a_view_keeps_levels_types_and_shapes(kind):
 
 @pytest.mark.parametrize("size", [24, 12, 48])
 def test_mask_and_photograph_move_alike(size):
-    """The mask itself as photograph, at another size, too: where it is bright is where the mask is."""
+    """With the mask as photograph, also at another size, the photograph stays bright where the mask is."""
     seen, shown = view(blobs(60, 24), blobs(60, size).float())
     middle = (shown.amax((1, 2, 3)) + shown.amin((1, 2, 3))) / 2
     bright = F.interpolate((shown > middle[:, None, None, None]).float(), (24, 24), mode="nearest")
@@ -174,7 +174,7 @@ def test_a_view_is_drawn_with_torch_s_generator_for_each_example():
 
 
 def moments(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centre of each mask in [-1/2, 1/2], (N, 2), x first, and the share that is 1."""
+    """The centre of each mask in [-1/2, 1/2], (N, 2), x first, and the share of pixels that are 1."""
     size = masks.shape[-1]
     axis = (torch.arange(size) + 0.5) / size - 0.5
     m = masks[:, 0].float()
@@ -183,7 +183,7 @@ def moments(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_views_are_mirrored_half_of_the_time():
-    """What lay to the right then lies to the left: no turn by 0.2 does that."""
+    """What was on the right is then on the left, which no turn by at most 0.2 can do."""
     n = 600
     masks = torch.zeros(n, 1, 40, 40, dtype=torch.uint8)
     masks[:, :, 16:24, 16:24] = 1  # a square in the middle, that says where the middle is ...
@@ -200,7 +200,7 @@ def test_views_are_mirrored_half_of_the_time():
 
 
 def test_views_are_shifted_turned_and_zoomed_within_bounds():
-    """By a tenth of the size, by 0.2 and from 1 / 1.1 to 1 / 0.75, as far as a bar of many pixels tells."""
+    """A bar of many pixels shows shifts up to a tenth, turns up to 0.2 and zooms from 1 / 1.1 to 1 / 0.75."""
     n, size = 400, 80
     bar = torch.zeros(n, 1, size, size, dtype=torch.uint8)
     bar[..., size // 2 - 4 : size // 2 + 4, size // 2 - 16 : size // 2 + 16] = 1
@@ -221,7 +221,7 @@ def test_views_are_shifted_turned_and_zoomed_within_bounds():
 
 
 def test_light_and_contrast_of_a_photograph_change_and_those_of_a_mask_do_not():
-    """Grey a becomes (a - 1/2) c + 1/2 + l, the same all over a photograph, for the same c and l in all its pixels."""
+    """A grey a becomes (a - 1/2) c + 1/2 + l, with the same c and l in all pixels of a photograph."""
     n = 400
     photographs = torch.stack([torch.full((4, 4), grey) for grey in (0.4, 0.5, 0.6)]).expand(n, 3, 4, 4)
     seen, shown = view(torch.ones(n, 1, 4, 4, dtype=torch.uint8), photographs)
@@ -236,7 +236,7 @@ def test_light_and_contrast_of_a_photograph_change_and_those_of_a_mask_do_not():
 
 
 def test_beyond_a_border_lies_a_copy_of_it():
-    """Nothing that the image does not hold comes into sight: one value stays one value."""
+    """An image of one value keeps that value everywhere."""
     seen, shown = view(torch.ones(50, 1, 8, 8, dtype=torch.uint8), torch.full((50, 3, 8, 8), 0.5))
     assert seen.eq(1).all()
     assert (shown - shown[:, :1, :1, :1]).abs().max() < 1e-6

@@ -1,4 +1,4 @@
-"""Flows that store less in training: the gradients stay, the memory does not grow with depth."""
+"""Tests of flows that store less in training: gradients stay the same, and memory does not grow with depth."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nflows_lib.training import fit
 
 WAYS = pytest.mark.parametrize("way", [reversible, checkpointed])
 EXACT = sorted(name for name in BIJECTIONS if "batch_norm" not in name)
-# Every model; those that begin with noise, without it. RealNVP on images has batch norms, which no inverse undoes.
+# Every model, without its noise layer. RealNVP on images is missing: it has batch norms, which no inverse undoes.
 MODELS = {
     "nice": (lambda: models.nice(5, levels=17, hidden=6, depth=2)[1:], None),
     "points": (lambda: models.realnvp_points(3, hidden=6), None),
@@ -32,7 +32,7 @@ MODELS = {
 
 
 def gradients(flow: Flow, x: Tensor, context: Tensor | None) -> dict[str, Tensor]:
-    """Of a weighted sum of log p(x): with respect to x, the context, and every parameter by its own name."""
+    """Gradients of a weighted sum of log p(x) with respect to x, the context, and every parameter by its name."""
     inputs = {"x": x.clone().requires_grad_()}
     if context is not None:
         inputs["context"] = context.clone().requires_grad_()
@@ -73,7 +73,7 @@ def test_gradients_through_each_model_are_autograds(name, way):
     make, context_shape = MODELS[name]
     torch.manual_seed(0)
     flow = make().double()
-    x = 0.1 + 0.8 * torch.rand(4, *flow.shape, dtype=torch.float64)  # within (0, 1), for the logit's sake
+    x = 0.1 + 0.8 * torch.rand(4, *flow.shape, dtype=torch.float64)  # within (0, 1), as the logit needs
     context = None if context_shape is None else torch.rand(4, *context_shape, dtype=torch.float64)
     randomize(flow, 0.1)
     flow.initialize(x, context)
@@ -101,7 +101,7 @@ def test_a_frozen_parameter_gets_no_gradient(way):
 
 @WAYS
 def test_training_goes_the_same_way(way):
-    """From the integers on, noise included; what is trained is the flow itself."""
+    """The training starts from integers with noise, and moves the original flow's parameters."""
     losses, flows = [], []
     data = torch.randint(8, (64, 1, 4, 4))
     for change in (lambda flow: flow, way):
@@ -165,7 +165,7 @@ def test_batch_norms_are_updated_once_where_only_couplings_are_run_again():
 
 
 def stored(flow: Flow, x: Tensor) -> int:
-    """Bytes that autograd keeps between the forward and the backward pass, parameters aside, each storage once."""
+    """The bytes that autograd keeps between forward and backward pass, without parameters, each storage once."""
     own = {parameter.untyped_storage().data_ptr() for parameter in flow.parameters()}
     sizes: dict[int, int] = {}
 

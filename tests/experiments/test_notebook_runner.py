@@ -1,4 +1,4 @@
-"""nflows_lib.notebook: a chapter without Jupyter."""
+"""Tests of nflows_lib.notebook, which runs a chapter without Jupyter."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_notebook(path: Path, *cells: str | tuple[str, str]) -> Path:
-    """A notebook of code cells, each a source or (source, tag), with a text cell before them."""
+    """Write a notebook of code cells, each a source or (source, tag), after a text cell."""
     made = [{"cell_type": "markdown", "metadata": {}, "source": ["# Not run\n"]}]
     for cell in cells:
         source, tags = (cell, []) if isinstance(cell, str) else (cell[0], [cell[1]])
@@ -75,14 +75,14 @@ def test_a_syntax_error_names_the_cell(tmp_path: Path) -> None:
 def test_an_exception_that_stays_away_is_an_error(tmp_path: Path) -> None:
     done = run(tmp_path, write_notebook(tmp_path / "chapter.ipynb", ("x = 1", "raises-exception")))
     assert done.returncode == 1
-    assert "expected an exception (tag raises-exception), came none" in done.stderr
+    assert "expected an exception (tag raises-exception), got none" in done.stderr
 
 
 def test_what_is_no_notebook_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.ipynb").write_text("# not JSON", encoding="utf-8")
     done = run(tmp_path, "text.ipynb")
     assert done.returncode == 1
-    assert "text.ipynb: expected a Jupyter notebook, came no JSON" in done.stderr
+    assert "text.ipynb: expected a Jupyter notebook, got a file that is not JSON" in done.stderr
     assert "Traceback" not in done.stderr
     missing = run(tmp_path, "missing.ipynb")
     assert missing.returncode == 1 and "missing.ipynb" in missing.stderr and "Traceback" not in missing.stderr

@@ -1,4 +1,4 @@
-"""Pixels told one by one: the classifier's likelihood, samples and mean by hand, and the U-Net inside."""
+"""Tests of the pixelwise classifier: its likelihood, samples and mean by hand, and its U-Net."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nflows_lib.training import fit
 
 
 class Given(nn.Module):
-    """Gives its context as it is, under a parameter that a flow's device is read from."""
+    """A network that returns its context, with one parameter that gives its device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,14 +32,14 @@ class Given(nn.Module):
 
 
 def told(shape=(2, 2, 3), levels: int = 3, n: int = 4) -> tuple[PixelClassifier, Tensor]:
-    """A classifier whose logits are its context, and contexts."""
+    """A classifier whose logits are its contexts, and contexts for it."""
     torch.manual_seed(0)
     return PixelClassifier(Given(), shape, levels), torch.randn(n, levels * shape[0], *shape[1:])
 
 
 @torch.no_grad()
 def test_log_likelihood_by_hand():
-    """Of each pixel the logit of its level less the log of the sum of all; channels lie within a level."""
+    """A pixel's log-likelihood is its level's logit minus the logsumexp over levels; channels are within a level."""
     model, context = told()
     y = torch.randint(3, (4, 2, 2, 3))
     expected = torch.zeros(4)
@@ -65,7 +65,7 @@ def test_the_probabilities_of_all_images_sum_to_one(shape, levels):
 
 @torch.no_grad()
 def test_the_likelihood_is_exact_and_of_each_example_alone():
-    """No noise: twice the same, and the random state untouched."""
+    """There is no noise: two calls agree, and the random state stays the same."""
     model, context = told()
     y = torch.randint(3, (4, 2, 2, 3))
     state = torch.get_rng_state()
@@ -90,7 +90,7 @@ def test_samples_follow_the_softmax_of_the_logits_over_the_temperature(temperatu
     for c, i, j in itertools.product(range(2), range(2), range(3)):
         counts = torch.bincount(drawn[:, c, i, j], minlength=3)
         assert chisquare(counts.numpy(), (n * p[:, c, i, j]).numpy()).pvalue > FIVE_SIGMA
-    # Each pixel for itself.
+    # Every pixel is drawn by itself.
     together = torch.corrcoef(drawn.flatten(1).T.double())
     assert (together - torch.eye(12).double()).abs().max() < 5 / math.sqrt(n)
 
@@ -111,7 +111,7 @@ def test_a_sample_has_the_context_of_its_row():
 
 
 def test_the_mean_is_that_of_the_levels():
-    """Of two levels it is the probability of a one."""
+    """For two levels the mean is the probability of a 1."""
     model, context = told()
     p = context.unflatten(1, (3, 2)).softmax(1)
     torch.testing.assert_close(model.mean(context), p[:, 1] + 2 * p[:, 2])
@@ -121,7 +121,7 @@ def test_the_mean_is_that_of_the_levels():
 
 
 def test_a_classifier_is_trained_by_fit():
-    """To the shares of the levels given either context, and the loss to their entropy."""
+    """The probabilities approach the shares of the levels under each context, and the loss their entropy."""
     torch.manual_seed(0)
     which = torch.arange(1_000) % 2
     shares = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]])
@@ -142,8 +142,8 @@ def test_a_classifier_is_trained_by_fit():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, y, c: m(y), "context: expected one row for each example, got None"),
-        (lambda m, y, c: m.sample(4), "context: expected one row for each example, got None"),
+        (lambda m, y, c: m(y), "context: expected one row per example, got None"),
+        (lambda m, y, c: m.sample(4), "context: expected one row per example, got None"),
         (lambda m, y, c: m(y, c[:1]), "context: expected one row per example, 4 in all, got 1"),
         (lambda m, y, c: m.sample(3, context=c), "context: expected one row per example, 3 in all, got 4"),
         (lambda m, y, c: m(y.float(), c), "x: expected integers from 0 to 2, got torch.float32"),
@@ -179,7 +179,7 @@ def unet(levels: int = 3, **options) -> UNet:
 @pytest.mark.parametrize(("levels", "size"), [(1, (5, 3)), (2, (2, 6)), (3, (8, 4)), (4, (8, 16))])
 @torch.no_grad()
 def test_a_u_net_is_its_formula(levels, size):
-    """Two 3x3 convolutions a level, each with a ReLU; pooled by 2 on the way down, doubled and joined on the way up."""
+    """Each size has two 3x3 convolutions with ReLUs; images are pooled by 2 on the way down, doubled on the way up."""
     network = unet(levels).double()
     x = torch.randn(2, 2, *size).double()
 
@@ -204,7 +204,7 @@ def test_a_u_net_is_its_formula(levels, size):
 
 
 def parameters_of_unet(inputs: int, outputs: int, hidden: int, levels: int) -> int:
-    """Counted by hand: two convolutions a level on either way, of 3x3 with biases, and one of 1x1."""
+    """The number of parameters, counted by hand: two 3x3 convolutions with biases per size and way, and one 1x1."""
 
     def two(a: int, b: int) -> int:
         return 9 * a * b + b + 9 * b * b + b
@@ -233,7 +233,7 @@ def test_gradients_reach_every_parameter_of_a_u_net(precision):
 
 @pytest.mark.parametrize(("levels", "reach"), [(1, 2), (4, 31)])
 def test_how_far_a_u_net_looks(levels, reach):
-    """With one size two pixels to either side; with four, from corner to corner of 32x32."""
+    """With one size it looks two pixels to either side, with four sizes from corner to corner of 32x32."""
     torch.manual_seed(0)
     network = UNet(1, 1, hidden=8, levels=levels).double()
     x = torch.rand(1, 1, 32, 32, dtype=torch.float64, requires_grad=True)

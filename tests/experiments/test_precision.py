@@ -1,4 +1,4 @@
-"""Runs compute in bfloat16 where the device multiplies it, in float32 elsewhere, and their records say which."""
+"""Tests of precision: runs compute in bfloat16 if the device multiplies it, else in float32, and records say which."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def give_cpu(patch: pytest.MonkeyPatch, *instructions: str) -> None:
-    """A CPU that has these instructions and no others."""
+    """Pretend that the CPU has these instructions and no others."""
     known = types.MappingProxyType(
         {"avx2": True, "amx_bf16": False, "avx512_bf16": False} | dict.fromkeys(instructions, True)
     )
@@ -65,7 +65,7 @@ def test_on_a_mac_s_gpu_networks_compute_in_float32(monkeypatch):
 
 @pytest.mark.parametrize("has", [True, False])
 def test_runs_and_shipped_models_take_the_fastest_precision(monkeypatch, has):
-    """One run of each model, and a shipped one."""
+    """One run of each model is built, and one shipped model is loaded."""
     give_cpu(monkeypatch, *(["amx_bf16"] * has))
     expected = {torch.bfloat16 if has else torch.float32}
     one_each = {run.model: run for run in table.RUNS.values() if run.budget < 3600}
@@ -76,7 +76,7 @@ def test_runs_and_shipped_models_take_the_fastest_precision(monkeypatch, has):
 
 
 def test_a_shipped_model_is_the_same_in_both(monkeypatch):
-    """Within a hundredth of a bit per dimension, on images that it draws."""
+    """Both precisions agree within 0.01 bits/dim on images that the model draws."""
     found = []
     for instructions in ([], ["amx_bf16"]):
         give_cpu(monkeypatch, *instructions)
@@ -104,7 +104,7 @@ RUN = table.Run(
 
 @pytest.fixture
 def begun(monkeypatch, tmp_path) -> Callable[[], Path]:
-    """Begins the run, which is then in the table, and asks it to stop after its first step; gives its folder."""
+    """The folder of a run, put into the table, that is asked to stop after its first step."""
     monkeypatch.setitem(table.RUNS, "few", RUN)
     save_samples = sheets.save_samples
 
@@ -123,7 +123,7 @@ def begun(monkeypatch, tmp_path) -> Callable[[], Path]:
 
 @pytest.mark.parametrize("first", ["bfloat16", "float32"])
 def test_a_record_names_the_precision_and_a_resumed_run_keeps_it(monkeypatch, begun, first):
-    """Also on a machine with another one. The trained model is loaded with that of the machine that loads it."""
+    """A resumed run keeps it on any machine; the trained model loads in the loading machine's precision."""
     give_cpu(monkeypatch, *(["amx_bf16"] * (first == "bfloat16")))
     folder = begun()
     give_cpu(monkeypatch, *(["amx_bf16"] * (first != "bfloat16")))
@@ -134,7 +134,7 @@ def test_a_record_names_the_precision_and_a_resumed_run_keeps_it(monkeypatch, be
 
 
 def test_a_checkpoint_from_before_goes_on_in_bfloat16(monkeypatch, begun):
-    """Checkpoints that name no precision were written when every run had bfloat16."""
+    """Checkpoints that name no precision were written when every run computed in bfloat16."""
     give_cpu(monkeypatch, "amx_bf16")
     folder = begun()
     tensors, facts = checkpoint.load(folder / trainer.CHECKPOINT)

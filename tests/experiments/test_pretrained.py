@@ -1,4 +1,4 @@
-"""What is shipped: models that load and sample on the CPU, and a queue that says what the records say."""
+"""Tests of the shipped files: models load and sample on the CPU, and the queue agrees with the records."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_shipped_model_loads_and_samples(name):
     assert drawn.shape == (16, *flow.shape)
     assert drawn.min() >= 0
     assert drawn.max() < flow.levels
-    # Trained: an untrained one gives the same grey noise everywhere, or as many ones as zeros.
+    # The model is trained: an untrained one gives the same grey noise everywhere, or as many ones as zeros.
     assert drawn.float().std() > 1 or drawn.float().mean() < 0.4
     log_p = flow.log_prob(drawn, context)
     assert log_p.isfinite().all()
@@ -47,7 +47,7 @@ def test_a_shipped_model_loads_and_samples(name):
 
 @torch.no_grad()
 def test_a_shipped_nice_of_masked_couplings_is_the_same_function_in_halves():
-    """It was trained when its networks took whole vectors with zeros in them, and the file still holds those."""
+    """Its networks took whole vectors with zeros in them when it was trained, and its file holds those weights."""
     tensors, _ = checkpoint.load(archive.folder("nice-mnist-small") / archive.MODEL)
     flow = runs.load_flow("nice-mnist-small")
     layers = list(flow.chain)
@@ -65,7 +65,7 @@ def test_a_shipped_nice_of_masked_couplings_is_the_same_function_in_halves():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_half_precision_costs_less_than_a_hundredth_of_a_bit(name):
-    """Records from before runs measured the difference have the figure of the stored model instead."""
+    """Records from before runs measured this difference hold the stored model's result instead."""
     record = archive.load(name)
     if "half_precision_adds" in record:
         added = record["half_precision_adds"]["bits_per_dim"]

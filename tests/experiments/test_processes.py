@@ -1,4 +1,4 @@
-"""Training with torchrun: two processes on the CPU against one, which takes the joint batches."""
+"""Tests of training with torchrun: two processes on the CPU compared with one, which takes the joint batches."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from nflows_lib.experiments.trainer import CHECKPOINT, PREVIOUS
 from nflows_lib.flow import Flow
 from nflows_lib.normalization import DiagonalScaling, mean_over_processes
 
-# --standalone: on a port that is free. Two processes on the CPU, whatever the machine has.
+# --standalone takes a free port. Two processes run on the CPU, whatever GPUs the machine has.
 ON_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 STEPS = 100  # of the run that is stopped
 
 
 class Stopped(NamedTuple):
-    """A run on the command line that Ctrl-C has stopped: its folder, its exit status and what it said."""
+    """A run on the command line that Ctrl-C has stopped: its folder, exit status and output."""
 
     out: Path
     status: int
@@ -43,14 +43,14 @@ class Stopped(NamedTuple):
 
     @property
     def again(self) -> list[str]:
-        """The words of the command that goes on."""
+        """The words of the command that resumes the run."""
         (words,) = re.findall(r"To go on: (.*)", self.said)
         return shlex.split(words)
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory) -> Stopped:
-    """Under torchrun, in a group of its own, so that all its processes can be sent what a terminal sends."""
+    """A run under torchrun in a process group of its own, to which a terminal's signals can be sent."""
     out = tmp_path_factory.mktemp("stopped") / "a folder"
     words = [*shlex.split(f"-m nflows_lib train nice-digits --steps {STEPS} --save-every 0s --out"), str(out)]
     process = subprocess.Popen(
@@ -68,7 +68,7 @@ def stopped(tmp_path_factory) -> Stopped:
 
 
 class Job(NamedTuple):
-    """What two processes have done, one after the other: see two_processes.py."""
+    """The results of two processes that ran the functions of two_processes.py."""
 
     folder: Path
     status: int
@@ -105,7 +105,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], **tolera
 
 
 def test_two_processes_train_like_one_on_the_joint_batch(found, tmp_path):
-    """Losses, gradients, held-out losses and parameters, those of batch norms and of the average among them."""
+    """Losses, gradients, held-out losses and parameters agree, those of batch norms and of the average included."""
     expected = two_processes.points(tmp_path)
     for process in found:
         for name in ("loss", "grad_norm", "held_out"):
@@ -116,7 +116,7 @@ def test_two_processes_train_like_one_on_the_joint_batch(found, tmp_path):
 
 
 def test_the_expected_run_depends_on_what_is_compared(found, tmp_path):
-    """Half a batch would be another run: the comparison above could fail."""
+    """A run on half of each batch differs, so the comparison above could fail."""
     before, two_processes.OPTIONS["batch_size"] = two_processes.OPTIONS["batch_size"], 8
     try:
         other = two_processes.points(tmp_path)
@@ -174,7 +174,9 @@ def test_a_run_of_two_does_not_go_on_with_one(found, job):
 
 def test_what_one_meets_all_raise(found):
     for process in found:
-        assert process["errors"]["batch_size"] == "batch_size: expected a multiple of the 2 processes, got 15"
+        assert (
+            process["errors"]["batch_size"] == "batch_size: expected a multiple of 2, the number of processes, got 15"
+        )
         assert process["errors"]["loss"].startswith("the loss is inf at step 1;")
 
 
@@ -205,7 +207,7 @@ def test_one_process_gives_back_what_it_gets():
 
 
 def test_what_one_alone_meets_ends_all(found, job):
-    """A full disk, a failing callback: only rank 0 has it, and torchrun must see it."""
+    """torchrun must see an error that only rank 0 has: a full disk, a failing callback."""
     assert job.status != 0
     assert "OSError: no space left" in job.said
     assert (job.folder / "fail").exists()
@@ -213,7 +215,7 @@ def test_what_one_alone_meets_ends_all(found, job):
 
 
 def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
-    """The one of its number on this machine; alone, the first one, without a group."""
+    """A process has the GPU of its local rank; without torchrun it has the first GPU and no group."""
     said = []
     monkeypatch.delenv("NFLOWS_DEVICE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -229,7 +231,7 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
         assert (str(device), said) == ("cuda:3", ["cuda:3", "cpu:gloo,cuda:nccl"])
     assert said[2:] == ["left"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    message = r"^nproc-per-node: expected at most 3, the number of GPUs, got more than 3$"
+    message = r"^nproc-per-node: expected at most 3, the number of GPUs, got at least 4$"
     with pytest.raises(ValueError, match=message), processes.process_group():
         pass
     monkeypatch.setenv("NFLOWS_DEVICE", "cpu")
@@ -239,7 +241,7 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
 
 
 def test_after_an_error_no_process_waits_for_the_others(monkeypatch):
-    """Leaving the group may wait for them, and they may wait for this one."""
+    """Leaving the group could wait for the other processes, and they could wait for this one."""
     said = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(processes.dist, "init_process_group", said.append)
@@ -268,7 +270,7 @@ def test_rank_0_alone_shows_a_bar(monkeypatch, tmp_path, rank):
 
 
 def test_several_processes_go_on_when_asked_twice(monkeypatch):
-    """One alone stops at once, but under torchrun a second signal is the first one, passed on."""
+    """A process alone stops at once, but under torchrun the second signal is the first one, passed on."""
     monkeypatch.setattr(processes, "torchrun", lambda: True)
     before = signal.getsignal(signal.SIGINT)
     with trainer._stop_requested() as noted:
@@ -286,7 +288,7 @@ def test_only_rank_0_measures_and_writes(monkeypatch, tmp_path):
 
 
 def test_one_process_draws_the_shuffle_the_noise_of_the_first_batch_and_that_of_the_steps(tmp_path):
-    """From one seed, in this order, as ever: other draws would be other runs than those of the records."""
+    """The draws come from one seed in this order, on which the runs of the records depend."""
     found = two_processes.first_step(tmp_path)
     data = torch.randint(8, (32, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(7)

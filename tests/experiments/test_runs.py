@@ -1,4 +1,4 @@
-"""Named runs from the command line to their records: trained, resumed, evaluated, sampled, compiled."""
+"""Tests of named runs from the command line to their records: train, resume, evaluate, sample, compile."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ STEPS = 120
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """The folder of a short run, made by the command line."""
+    """The folder of a short run on the command line."""
     out = tmp_path_factory.mktemp("runs") / "digits"
     assert main(["train", NAME, "--steps", str(STEPS), "--draws", "2", "--out", str(out)]) == 0
     return out
@@ -57,7 +57,7 @@ def shown(figure: dict) -> str:
 
 def test_the_record_of_a_run_says_what_it_was(record):
     assert record["run"] == NAME
-    assert record["command"] == f"python -m nflows_lib train {NAME} --steps {STEPS}"  # no folders in it
+    assert record["command"] == f"python -m nflows_lib train {NAME} --steps {STEPS}"  # it names no folders
     assert record["commit"] == archive.commit()
     assert record["seed"] == 0
     assert record["torch"] == torch.__version__
@@ -195,7 +195,7 @@ def test_an_argument_that_makes_no_sense_is_refused(arguments, message, tmp_path
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_command_imports_what_it_needs_and_no_more(arguments, loads, code, tmp_path):
-    """What answers without PyTorch does not wait for it; to draw samples needs neither scikit-learn nor matplotlib."""
+    """Commands without PyTorch do not wait for it; drawing samples needs neither scikit-learn nor matplotlib."""
     ask = f"""
 import sys
 from nflows_lib.__main__ import main
@@ -212,7 +212,7 @@ print([name for name in ("torch", "sklearn", "matplotlib", "torchvision") if nam
 def test_a_folder_with_a_run_in_it_is_not_overwritten(trained, capsys):
     before = (trained / trainer.CHECKPOINT).read_bytes()
     assert main(["train", NAME, "--steps", "100", "--out", str(trained)]) == 1
-    assert "ValueError: folder: expected one without a checkpoint, or resume=True" in capsys.readouterr().err
+    assert "ValueError: folder: expected a folder without a checkpoint, or resume=True" in capsys.readouterr().err
     assert (trained / trainer.CHECKPOINT).read_bytes() == before
 
 
@@ -238,7 +238,7 @@ def test_another_runs_model_is_refused(tmp_path):
 
 
 def test_a_finished_run_resumed_keeps_its_record(trained, record, tmp_path, capsys):
-    """Its length is that of the checkpoint, and so are the command and the figure."""
+    """The checkpoint's length, the command and the result stay the same."""
     for path in (trained / trainer.CHECKPOINT, *trained.glob("samples-*.png")):
         shutil.copy(path, tmp_path)
     assert main(["train", NAME, "--resume", "--draws", "2", "--out", str(tmp_path)]) == 0
@@ -298,7 +298,7 @@ def draws_of(flow: Flow, images: Images, draws: int) -> np.ndarray:
 
 @pytest.mark.parametrize("draws", [1, 2, 5])
 def test_draws_in_one_bound_by_hand(trained, draws):
-    """-log of the mean of p over the draws, in bits, and its error over the images."""
+    """The number is -log2 of the mean of p over the draws, with its standard error over images."""
     flow, images = runs.load_flow(NAME, trained), data.digits("test")
     found = runs.in_one_bound(flow, images, draws)
     log_p = draws_of(flow, images, draws)
@@ -315,7 +315,7 @@ def test_draws_in_one_bound_by_hand(trained, draws):
     ("name", "draws", "passes"), [(NAME, None, 2), (NAME, 5, 5), ("glow-mnist", None, 2 + 8), ("glow-mnist", 1, 1 + 8)]
 )
 def test_a_budget_knows_what_is_evaluated_after_the_training(monkeypatch, tmp_path, name, draws, passes):
-    """The test images for each draw and each pass of the metrics, and a thousand of them twice."""
+    """These are the test images for each draw and each pass of the metrics, and twice a thousand of them."""
     asked = {}
 
     def train(flow, images, steps, **options):
@@ -345,7 +345,7 @@ class Noisy(Flow):
 
 @pytest.mark.parametrize(("noise", "enough"), [(0.0, {1}), (0.1, {1}), (0.3, {4, 5, 6}), (2.0, {10})])
 def test_draws_are_as_few_as_leave_the_printed_error_what_it_is(noise, enough):
-    """With d draws the variance of a mean is 1 + noise^2 / d, which should be at most 1.02."""
+    """With d draws a mean has the variance 1 + noise^2 / d, which should be at most 1.02."""
     generator = torch.Generator().manual_seed(0)
     images = Images(torch.randint(256, (2000, 1, 1, 4), generator=generator).byte(), torch.zeros(2000), 256)
     flow = Noisy(noise)
@@ -373,7 +373,7 @@ def test_no_draws_in_one_bound_are_refused(trained):
 
 
 def test_draws_in_one_bound_are_tighter_than_their_average():
-    """The more the tighter, up to the exact figure: of pairs of bits, P is a product of the normal's masses."""
+    """More draws are tighter, up to the exact value: for pairs of bits P is a product of the normal's masses."""
     flow = Flow([UniformDequantize(2), Rescale(1.5)], StandardNormal(), (1, 1, 2))
     images = torch.randint(2, (500, 1, 1, 2), generator=torch.Generator().manual_seed(0))
     images = Images(images, torch.zeros(500), levels=2)
@@ -446,7 +446,7 @@ def halves(tmp_path_factory) -> Iterator[Path]:
 
 
 def test_the_record_of_a_conditional_run_holds_what_it_measures(halves):
-    """On the test images, with the flow as it is in the end."""
+    """The record measures the test images with the final flow."""
     record = json.loads((halves / "run.json").read_text())
     assert record["measured"] == {"n": 299}
     (measured,) = MEASURED
@@ -487,7 +487,7 @@ def test_draws_in_one_bound_are_given_their_contexts(halves):
 
 
 def test_results_can_be_taken_again(halves, tmp_path, monkeypatch, capsys):
-    """Of the model in the folder; the rest of the record stays, the figure too where the images are as many."""
+    """The folder's model is measured; other entries stay, also bits/dim if the number of images is the same."""
     out = tmp_path / "copy"
     shutil.copytree(halves, out)
     before = json.loads((out / "run.json").read_text())
@@ -508,12 +508,12 @@ def test_results_can_be_taken_again(halves, tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_without_further_metrics_has_none_to_take_again(tmp_path):
-    with pytest.raises(ValueError, match=r"^run: expected one with further metrics, got nice-digits$"):
+    with pytest.raises(ValueError, match=r"^run: expected a run with further metrics, got nice-digits$"):
         runs.measure_again(NAME, tmp_path)
 
 
 class Copies(nn.Module):
-    """Logits that leave no doubt that an image is its context."""
+    """A network whose logits say with certainty that an image is its context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -531,7 +531,7 @@ def copies(part: str) -> Images:
 
 
 def test_every_image_of_a_conditional_run_keeps_its_context(monkeypatch, tmp_path):
-    """In training, in evaluations and in the result: a model that copies the context is right of every image."""
+    """In training, evaluations and result, a model that copies the context is right about every image."""
     run = table.Run(
         title="Copies",
         model="copies",
@@ -554,14 +554,14 @@ def test_every_image_of_a_conditional_run_keeps_its_context(monkeypatch, tmp_pat
     assert record["figure"]["bits_per_dim"] == 0
     others = Images(copies("test").images, copies("test").labels, 2, copies("train").contexts)
     assert runs.evaluate(flow, others, 1)["bits_per_dim"] > 100
-    # The pictures show copies of what is held out, the first images, and in the end of those to test.
+    # The pictures show copies of the held-out images, which come first, and the last one shows copies of test images.
     for name, part in (("samples-0000020.png", "train"), ("samples.png", "test")):
         sheets.save_samples(flow, run.shape, tmp_path / "again.png", contexts=copies(part).contexts[:40])
         assert (tmp_path / name).read_bytes() == (tmp_path / "again.png").read_bytes()
 
 
 def test_sample_draws_given_the_contexts_of_the_test_images(halves, monkeypatch, tmp_path):
-    """Those of the folder that --data names."""
+    """The test images are those of the folder that --data names."""
     asked = []
 
     def spy(part: str, folder: Path | None, size: int) -> Images:
@@ -589,7 +589,7 @@ def test_sample_asks_for_no_data_where_none_are_needed(trained, monkeypatch, tmp
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """The graphs that are compiled, which PyTorch runs as they are: its compiler takes a minute."""
+    """A list that collects the graphs to compile, which then run uncompiled, since the compiler takes a minute."""
     graphs, compile = [], torch.compile
 
     def eager(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
@@ -603,9 +603,9 @@ def compiled(monkeypatch):
 
 
 def assert_same_run(found: Path, expected: Path, compiled: bool) -> None:
-    """The checkpoints hold the same numbers, up to rounding, under the same names, and the records tell the same.
+    """Assert that two checkpoints hold the same numbers, up to rounding, and that the records agree.
 
-    But for the command and the settings, which say whether the run (its last part) was compiled.
+    The command and the settings may differ, since they say whether the run's last part was compiled.
     """
     ours, theirs = (checkpoint.load(folder / trainer.CHECKPOINT)[0] for folder in (found, expected))
     assert ours.keys() == theirs.keys()
@@ -621,7 +621,7 @@ def assert_same_run(found: Path, expected: Path, compiled: bool) -> None:
 
 
 def test_a_compiled_run_is_the_same_run(trained, compiled, tmp_path):
-    """One graph serves the step that tries it and all others; what is stored is loaded where nothing is compiled."""
+    """One graph serves the trial step and all others; an uncompiled program loads the stored model."""
     options = ["--steps", str(STEPS), "--draws", "2", "--out", str(tmp_path)]
     assert main(["train", NAME, *options, "--compile"]) == 0
     assert len(compiled) == 1
@@ -635,7 +635,7 @@ def test_a_compiled_run_is_the_same_run(trained, compiled, tmp_path):
 
 
 def test_a_compiler_that_fails_does_not_stop_a_run(trained, monkeypatch, tmp_path, capsys):
-    """The run says so, takes the steps of one that is not compiled, and tells its record."""
+    """The run prints a line, takes the steps of an uncompiled run, and its record says so."""
     compile = torch.compile
 
     def fail(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
@@ -656,7 +656,7 @@ def test_a_compiler_that_fails_does_not_stop_a_run(trained, monkeypatch, tmp_pat
 def test_a_stopped_run_goes_on_as_it_began_or_as_it_is_told(
     trained, compiled, first, then, expected, monkeypatch, tmp_path, capsys
 ):
-    """As the line that it prints says, it keeps its choice; with either flag it is the same run."""
+    """The printed command keeps the run's choice; with either flag the run has the same result."""
     save_samples = sheets.save_samples
 
     def stop_at_60(flow: Flow, shape: tuple[int, ...], path: Path, **options) -> None:

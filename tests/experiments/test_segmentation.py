@@ -1,4 +1,4 @@
-"""Overlap and calibration by hand, and the metrics of models that predict what is known."""
+"""Tests of overlap and calibration by hand, and of the metrics of models with known predictions."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_masks_of_different_shapes_are_named():
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.float32])
 def test_calibration_by_hand(kind):
-    """Four bins, of which one is empty; an edge belongs to the bin above it, and 1 to the last."""
+    """One of four bins is empty; an edge belongs to the bin above it, and 1 to the last bin."""
     p = torch.tensor([[0.0, 0.2, 0.25], [0.4, 1.0, 0.8]])
     true = torch.tensor([[0, 1, 1], [1, 1, 0]]).to(kind)
     rows, error = calibration(p, true, bins=4)
@@ -124,7 +124,7 @@ TRUE = torch.tensor([[[[1, 1], [0, 0]]], [[[1, 0], [0, 0]]]], dtype=torch.uint8)
 
 
 class Scripted(nn.Module):
-    """A model of masks that draws what it is told, in turn; log p is less by the squared distance from the context."""
+    """A model of masks that draws given masks in turn; log p is less by the squared distance from the context."""
 
     def __init__(self, *draws: Tensor) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Scripted(nn.Module):
 
 
 def test_metrics_of_draws_by_hand():
-    """Of the first image always right; of the second right twice, and three times its complement."""
+    """Draws of the first image are always right; of the second, two are right and three are its complement."""
     right, half = TRUE, torch.stack([TRUE[0], 1 - TRUE[1]])
     model = Scripted(right, half, right, half, half, half, half, half)
     context = TRUE.float()
@@ -192,7 +192,7 @@ def test_too_few_samples_are_named(samples, most):
 
 
 def test_the_closer_bound_is_the_mean_of_likelihoods():
-    """Over draws of the noise that differ: log p is -1 and -3 by turns."""
+    """The draws of the noise differ: log p alternates between -1 and -3."""
 
     class Noisy(Scripted):
         def forward(self, y: Tensor, context: Tensor | None = None) -> Tensor:
@@ -205,7 +205,7 @@ def test_the_closer_bound_is_the_mean_of_likelihoods():
 
 
 def test_the_middle_of_the_areas_is_80_percent_of_them():
-    """Of 11 draws with 0 to 10 ones; true areas within and beyond the 10 % at either end."""
+    """The 11 draws have 0 to 10 ones; true areas are inside of the interval and beyond either end."""
     areas = [0, 1, 2, 5, 9, 10]
     true = (torch.arange(16) < torch.tensor(areas)[:, None]).view(-1, 1, 4, 4).to(torch.uint8)
     draws = [(torch.arange(16) < n).expand(len(areas), 16).view(-1, 1, 4, 4).to(torch.uint8) for n in range(11)]
@@ -214,7 +214,7 @@ def test_the_middle_of_the_areas_is_80_percent_of_them():
 
 
 def classifier(n: int = 30) -> tuple[PixelClassifier, Images]:
-    """Whose logits are its contexts, and masks drawn from it."""
+    """A classifier whose logits are its contexts, and masks drawn from it."""
     torch.manual_seed(0)
     contexts = 2 * torch.randn(n, 2, 4, 4)
     model = PixelClassifier(Given(), (1, 4, 4), 2)

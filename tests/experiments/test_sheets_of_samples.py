@@ -1,4 +1,4 @@
-"""Sheets of pictures: samples of one context in each row, the stages of a training, the frames of a flow's way."""
+"""Tests of sheets of pictures: samples with one context per row, stages of a training, frames of a flow's layers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def close_figures():
 
 
 class Shows(nn.Module):
-    """Logits that leave no doubt that an image is its context."""
+    """A network whose logits say with certainty that an image is its context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Shows(nn.Module):
 
 @pytest.mark.parametrize(("n", "given"), [(60, 3), (25, 40), (7, 1), (60, 6)])
 def test_all_samples_of_a_row_have_one_context(tmp_path, n, given):
-    """The first of those that are given, the second ..., and again from the first."""
+    """The rows have the given contexts in order, and begin again with the first."""
     torch.manual_seed(0)
     contexts = (torch.rand(given, 1, 3, 5) > 0.5).float()
     sheets.save_samples(PixelClassifier(Shows(), (1, 3, 5), 2), (1, 3, 5), tmp_path / "a.png", n, contexts=contexts)
@@ -54,12 +54,12 @@ def test_all_samples_of_a_row_have_one_context(tmp_path, n, given):
 
 
 def pixels(path: Path) -> np.ndarray:
-    """(height, width, 3), bytes."""
+    """A picture as (height, width, 3) bytes."""
     return np.asarray(Image.open(path).convert("RGB"))
 
 
 def draw_sheets(folder: Path, steps: list[int], shape: tuple[int, int, int], levels: int) -> None:
-    """What evaluations leave: random images, twelve of them in two rows, another sheet for each step."""
+    """Write the sheets of evaluations: twelve random images in two rows, another sheet for each step."""
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         images = torch.randint(levels, (12, *shape), generator=generator)
@@ -68,7 +68,7 @@ def draw_sheets(folder: Path, steps: list[int], shape: tuple[int, int, int], lev
 
 
 def assert_rows_are_first_rows(folder: Path, steps: list[int], height: int, tolerance: int) -> None:
-    """Of the sheets of these steps, in this order, each under a white line; and one more at the end."""
+    """Assert that the rows are these steps' first rows, each under a white line, with a line at the end."""
     sheet = pixels(folder / "stages.png").astype(int)
     first = [pixels(folder / f"samples-{step:07d}.png").astype(int) for step in steps]
     assert sheet.shape == (len(steps) * (height + 1) + 1, *first[0].shape[1:])
@@ -84,7 +84,7 @@ def assert_rows_are_first_rows(folder: Path, steps: list[int], height: int, tole
     [(20, [1, 3, 8, 20]), (10, [1, 2, 4, 10]), (7, [1, 2, 3, 7]), (3, [1, 2, 3]), (2, [1, 2]), (1, [1])],
 )
 def test_the_stages_are_the_first_rows_of_a_few_evaluations(tmp_path, shape, drawn, chosen):
-    """After a twentieth, 3/20 and 2/5 of them, rounded up, and the last; none comes twice. Few colours stay exact."""
+    """These are at 1/20, 3/20 and 2/5 of them, rounded up, and the last, without repetition; few colours stay exact."""
     (tmp_path / "samples.png").write_bytes(b"of the end, not of a stage")
     draw_sheets(tmp_path, [123_450 * i for i in range(1, drawn + 1)], shape, levels=5)
     steps = [123_450 * i for i in chosen]
@@ -99,7 +99,7 @@ def test_the_parts_of_the_stages_can_be_chosen(tmp_path):
 
 
 def test_the_stages_of_photographs_have_256_colours(tmp_path):
-    """Whichever come nearest; the white of the lines stays white."""
+    """The nearest colours are used; the white of the lines stays white."""
     draw_sheets(tmp_path, [1, 2, 3], (3, 16, 16), levels=256)
     assert len(np.unique(pixels(tmp_path / "samples-0000001.png").reshape(-1, 3), axis=0)) > 1000
     sheets.save_stages(tmp_path, (3, 16, 16))
@@ -113,7 +113,7 @@ def test_the_stages_of_photographs_have_256_colours(tmp_path):
 
 
 def test_an_area_of_one_colour_stays_one_in_the_stages(tmp_path):
-    """Colours are not mixed from dots, where there are more than 256."""
+    """Above 256 colours, no colour is mixed from dots."""
     images = torch.randint(256, (10, 3, 8, 8), generator=torch.Generator().manual_seed(0))
     images = images.repeat_interleave(4, 2).repeat_interleave(4, 3)
     picture = data.tile(images, columns=10, levels=256, shape=(3, 32, 32))
@@ -136,7 +136,7 @@ def test_stages_are_those_of_the_run_and_not_of_an_earlier_one_in_the_folder(tmp
 
 
 def test_filmstrip_has_equal_frames_in_reading_order():
-    """Data, then two frames a layer; halfway through a doubling the points are at 1.5."""
+    """The data come first, then two frames per layer; halfway through a doubling the points are at 1.5."""
     flow = Flow([Rescale(2.0), Rescale(0.5)], StandardNormal(), (2,))
     figure = plt.figure(figsize=(3, 2))
     assert sheets.filmstrip(figure, flow, torch.ones(4, 2), columns=3, between=2) == 6
@@ -158,7 +158,7 @@ def test_filmstrip_has_equal_frames_in_reading_order():
 
 
 def test_a_filmstrip_cut_to_its_content_keeps_its_size(tmp_path):
-    """Jupyter saves figures with bbox_inches="tight"; the page divides the picture into equal frames."""
+    """Jupyter saves figures with bbox_inches="tight", and the page divides the picture into equal frames."""
     figure = plt.figure(figsize=(6, 2), dpi=100)
     sheets.filmstrip(figure, Flow([Rescale(2.0)], StandardNormal(), (2,)), torch.ones(4, 2), columns=3)
     figure.savefig(tmp_path / "strip.png", dpi=100, bbox_inches="tight", pad_inches=0)

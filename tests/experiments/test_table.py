@@ -1,7 +1,7 @@
-"""The table of runs: every entry builds what it says, reads its images and can be trained.
+"""Tests of the table of runs: every entry builds its model, reads its images and can be trained.
 
-All tests here take their runs from the table itself, so a new run needs no line in this file. A new model needs one in
-COUNTED and one in SMALL, a new data set one in tests/sets.py.
+All tests take their runs from the table itself, so a new run needs no line in this file. A new model needs an entry in
+COUNTED and one in SMALL, a new data set needs an entry in tests/sets.py.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ every_run = pytest.mark.parametrize("name", table.RUNS)
 
 
 def test_the_table_is_read_without_torch():
-    """A page or a shell completion that lists the runs does not wait for it."""
+    """A page or a shell completion that lists the runs does not wait for torch."""
     code = "import sys, nflows_lib.experiments.table; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
@@ -59,7 +59,7 @@ def test_every_word_of_a_run_stands_for_something(name):
 
 
 def test_no_word_stands_for_nothing():
-    """A model, a data set, an augmentation or a metric that no run uses is not tested here."""
+    """Every model, data set, augmentation and metric is used by some run, since the tests here test only those."""
     every = table.RUNS.values()
     assert runs.MODELS.keys() == {run.model for run in every}
     assert runs.DATA.keys() == {run.data for run in every}
@@ -78,15 +78,16 @@ class Built(NamedTuple):
 
 @pytest.fixture(scope="module", params=table.RUNS)
 def built(request) -> Iterator[Built]:
-    """A run with its model, untrained, and its optimizer."""
+    """A run with its untrained model and its optimizer."""
     run = table.find(request.param)
     flow = runs.build(run)
     yield Built(run, flow, runs.optimizer_of(run, flow))
 
 
 def parameters_of_nice(shape: tuple[int, int, int], couplings: int, hidden: int, depth: int, **others: Any) -> int:
-    """Counted by hand: in each coupling a network with biases from one half to the other, and one scale for each
-    dimension at the end.
+    """The number of parameters, counted by hand.
+
+    Each coupling has a network with biases from one half to the other, and the end has one scale per dimension.
     """
     dims = math.prod(shape)
     half = dims // 2
@@ -95,8 +96,10 @@ def parameters_of_nice(shape: tuple[int, int, int], couplings: int, hidden: int,
 
 
 def parameters_of_resnet(inputs: int, outputs: int, hidden: int, blocks: int) -> int:
-    """Counted by hand, with a length and a bias beside the weights of each output: two 3x3 convolutions in each block
-    and one before them, a 1x1 skip from each of these, and a 1x1 at the end.
+    """The number of parameters, counted by hand.
+
+    Every output has a length and a bias in addition to its weights. There are two 3x3 convolutions per block and one
+    before the blocks, a 1x1 skip from each of these, and a 1x1 convolution at the end.
     """
     inside = 2 * blocks * (9 * hidden + 2) * hidden + (blocks + 1) * (hidden + 2) * hidden
     return (9 * inputs + 2) * hidden + inside + (hidden + 2) * outputs
@@ -105,8 +108,10 @@ def parameters_of_resnet(inputs: int, outputs: int, hidden: int, blocks: int) ->
 def parameters_of_realnvp(
     shape: tuple[int, int, int], scales: int, couplings: int, hidden: int, blocks: int, **others: Any
 ) -> int:
-    """Counted by hand: a network that sees [h, -h], and a gain, in each coupling; six of them at a scale that is not
-    the last, three of which come after the squeeze. The next scale has half of those channels and is twice as wide.
+    """The number of parameters, counted by hand.
+
+    Each coupling has a gain and a network that sees [h, -h]. A scale that is not the last has six couplings, three of
+    them after the squeeze. The next scale has half of those channels, and its networks are twice as wide.
     """
 
     def coupling(channels: int, width: int) -> int:
@@ -129,9 +134,10 @@ def parameters_of_glow(
     noise: int,
     **others: Any,
 ) -> int:
-    """Counted by hand: ActNorm, matrix, three convolutions of which two have an ActNorm; priors between scales.
+    """The number of parameters, counted by hand.
 
-    The noise has two couplings with a gain and a network each, which sees [h, -h] and the image.
+    A step has an ActNorm, a matrix, and three convolutions, two of which have an ActNorm; between scales there are
+    priors. The noise has two couplings, each with a gain and a network that sees [h, -h] and the image.
     """
     total, channels = 0, shape[0]
     if noise:
@@ -148,7 +154,7 @@ def parameters_of_glow(
 
 
 def size_of(run: Run, constructor: Callable) -> dict[str, Any]:
-    """The arguments of a run's model by name: those that the run gives, and the constructor's defaults."""
+    """The arguments of a run's model by name: those of the run, and the constructor's defaults."""
     parameters = inspect.signature(constructor).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(run.size)
 
@@ -159,7 +165,7 @@ def count_of_cglow(run: Run) -> int:
     return parameters_of_cglow(run.shape, run.context_shape, *sizes)
 
 
-# How many parameters a run's model has, counted by hand.
+# By model: the number of parameters of a run, counted by hand.
 COUNTED: dict[str, Callable[[Run], int]] = {
     "nice": lambda run: parameters_of_nice(run.shape, **size_of(run, models.nice)),
     "realnvp": lambda run: parameters_of_realnvp(run.shape, **size_of(run, models.realnvp)),
@@ -172,7 +178,7 @@ COUNTED: dict[str, Callable[[Run], int]] = {
 
 
 def test_a_run_builds_the_model_that_it_says(built):
-    """Of images, or of the vectors that NICE takes; every size has an effect on the number of parameters."""
+    """The model is on images, or on vectors for NICE; every size changes the number of parameters."""
     run, flow, _ = built
     assert flow.shape == ((math.prod(run.shape),) if run.model == "nice" else run.shape)
     assert sum(parameter.numel() for parameter in flow.parameters()) == COUNTED[run.model](run)
@@ -189,7 +195,7 @@ def test_a_run_s_optimizer_has_each_parameter_once_and_the_run_s_rates(built):
 
 
 def test_a_run_s_training_is_one_that_the_trainer_takes(built):
-    """Its options are the trainer's, within their ranges, and none of those that runs.train gives itself."""
+    """The options are the trainer's, are within their ranges, and are not among those that runs.train sets itself."""
     run, flow, optimizer = built
     given = {"folder", "steps", "budget", "context", "optimizer", "held_out", "held_out_context", "evaluations"}
     options = set(inspect.signature(trainer.train).parameters) - given
@@ -204,14 +210,14 @@ def is_small(run: Run) -> bool:
 
 
 def few(run: Run, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """n images of random levels, and contexts where the run has some."""
+    """n images of random levels, with contexts if the run has contexts."""
     torch.manual_seed(0)
     contexts = None if run.context_shape is None else torch.rand(n, *run.context_shape)
     return torch.randint(run.size.get("levels", 256), (n, *run.shape), dtype=torch.uint8), contexts
 
 
 def augmented(run: Run, x: torch.Tensor, contexts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As the trainer calls a run's augmentation."""
+    """A run's augmentation, called as the trainer calls it."""
     augment = runs.AUGMENTATIONS.get(run.training.get("augment"))
     if augment is None:
         return x, contexts
@@ -220,7 +226,7 @@ def augmented(run: Run, x: torch.Tensor, contexts: torch.Tensor | None) -> tuple
 
 @pytest.mark.parametrize("built", [name for name, run in table.RUNS.items() if is_small(run)], indirect=True)
 def test_a_small_run_has_a_finite_likelihood(built):
-    """Of random levels, which no model can tell in less than log2 of their number; and after a step of training."""
+    """Random levels cost every model at least log2 of their number, also after a training step."""
     run, flow, optimizer = built
     x, contexts = few(run, 8)
     x, contexts = augmented(run, x.view(-1, *flow.shape), contexts)
@@ -234,7 +240,7 @@ def test_a_small_run_has_a_finite_likelihood(built):
     assert drawn.shape == (2, *flow.shape)
 
 
-# What no entry of the table says, and the pages rely on.
+# Facts that the pages rely on and that no entry of the table states.
 
 
 def test_glow_at_the_paper_s_size_has_44_million_parameters():
@@ -248,7 +254,7 @@ def test_flow_and_u_net_on_the_horses_are_of_one_size(size):
 
 
 def test_digits_are_not_mirrored():
-    """A mirrored digit is none."""
+    """A mirrored digit is not a digit."""
     digits = {"digits", "mnist", "svhn"}
     assert {run.training.get("augment") for run in table.RUNS.values() if run.data in digits} == {None}
 
@@ -258,7 +264,7 @@ def test_digits_are_not_mirrored():
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory) -> Iterator[Path]:
-    """A folder with a few images of every data set that a run reads from files, in the formats of the real ones."""
+    """A folder with a few images of every data set that a run reads from files, in the real formats."""
     assert SETS.keys() == runs.DATA.keys() - {"digits"}, "a data set needs its small files in tests/sets.py"
     folder = tmp_path_factory.mktemp("sets")
     with pytest.MonkeyPatch.context() as patch:
@@ -269,7 +275,7 @@ def sets(tmp_path_factory) -> Iterator[Path]:
 
 
 def test_the_images_of_a_run_are_those_of_its_model(built, sets):
-    """Their shape, their levels and their contexts, before and after the augmentation; no labels are needed."""
+    """Shape, levels and contexts fit before and after the augmentation; labels are not needed."""
     run, flow, _ = built
     for part in ("train", "test"):
         images = runs.images_of(run, part, sets)
@@ -294,7 +300,7 @@ def test_images_are_looked_for_where_the_environment_says(sets, monkeypatch):
         runs.images_of(run, "train")
 
 
-# What makes a run's model small enough to be trained for two steps.
+# By model: sizes small enough to train for two steps.
 SMALL: dict[str, dict[str, int]] = {
     "nice": {"couplings": 2, "hidden": 4, "depth": 1},
     "realnvp": {"scales": 2, "couplings": 2, "hidden": 2, "blocks": 1},
@@ -302,14 +308,14 @@ SMALL: dict[str, dict[str, int]] = {
     "cglow": {"steps": 1, "hidden": 4, "conditioning": 4},
     "unet": {"hidden": 2},
 }
-# A data set's name: the first of its runs with the smallest images.
+# By data set: the first of its runs with the smallest images.
 BY_SIZE = sorted(reversed(table.RUNS.items()), key=lambda item: -math.prod(item[1].shape))
 SMALLEST = {run.data: name for name, run in BY_SIZE if run.data in SETS}
 
 
 @pytest.mark.parametrize("name", sorted({*SMALLEST.values(), "nice-svhn", "realnvp-celeba"}))
 def test_a_run_of_every_data_set_is_trained_from_its_files(name, sets, tmp_path, monkeypatch):
-    """Two steps, from files in the real formats to a record; the model is small, the rest is the table's."""
+    """Two steps lead from files in the real formats to a record; the model is small, the rest is the table's."""
     run = table.find(name)
     training = dict(run.training) | {"batch_size": 2, "warmup": 0}
     small = replace(run, size=dict(run.size) | SMALL[run.model], held_out=2, training=training)
@@ -331,7 +337,7 @@ def test_a_run_of_every_data_set_is_trained_from_its_files(name, sets, tmp_path,
 
 
 def numbered(n: int, classes: int) -> Images:
-    """n images that tell their number, class after class."""
+    """n images that hold their own number, class after class."""
     images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).repeat(1, 3, 2, 2)
     return Images(images, torch.arange(n) * classes // n, levels=200)
 
@@ -358,12 +364,12 @@ def test_shuffled_is_one_order_for_ever(n):
 
 
 def test_what_is_held_out_of_shuffled_images_is_of_every_class():
-    """Of 40 images of each kind: the share in 20 does not come from sorted ones."""
+    """With 40 images of each class, the share within 20 images is not that of sorted ones."""
     assert runs.shuffled(numbered(200, 5)).labels[:20].unique().tolist() == [0, 1, 2, 3, 4]
 
 
 def in_context(n: int) -> Images:
-    """n images that tell their number, as their contexts do."""
+    """n images that hold their own number as their contexts."""
     images = numbered(n, 5)
     return Images(images.images, images.labels, images.levels, images.images.float())
 
@@ -387,7 +393,7 @@ def test_sets_that_lie_sorted_come_shuffled(name, read, sets):
 
 
 def test_flowers5_reads_and_splits_its_folder(tmp_path, monkeypatch):
-    """Every sixth photograph is for testing, the others come shuffled, each with its kind."""
+    """Every sixth photograph is for testing; the others are shuffled, each with its class."""
     run, greys = table.find("glow-flowers5"), [0, 40, 80, 120, 160, 200]
     write_flowers5(tmp_path, greys)
     train, test = runs.images_of(run, "train", tmp_path), runs.images_of(run, "test", tmp_path)
@@ -403,5 +409,6 @@ def test_flowers5_reads_and_splits_its_folder(tmp_path, monkeypatch):
 
 def test_flowers5_that_are_not_there_are_named(tmp_path):
     place = re.escape(str(tmp_path / "flowers5"))
-    with pytest.raises(FileNotFoundError, match=f"expected one with images .*, got {place}, which is no folder"):
+    message = f"expected a folder with images .*, got {place}, which is not a folder"
+    with pytest.raises(FileNotFoundError, match=message):
         runs.images_of(table.find("glow-flowers5"), "train", tmp_path)

@@ -1,6 +1,6 @@
-"""The trainer: a run that is interrupted, killed or out of disk goes on as if nothing had happened.
+"""Tests of the trainer: a run that was interrupted, killed or out of disk space goes on as if it had never stopped.
 
-What it must arrive at is what fit(), which knows no folder, arrives at without a stop: to the bit.
+Its parameters must equal, to the bit, those that fit(), which has no checkpoints, reaches without a stop.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from nflows_lib.training import Average, History, NonFiniteLoss, fit
 STEPS = 24
 OPTIONS = {
     "steps": STEPS,
-    "batch_size": 10,  # 4 steps an epoch: a stop at step 6 or 18 lies amid one
+    "batch_size": 10,  # 4 steps per epoch: a stop at step 6 or 18 is inside an epoch
     "lr": 1e-2,
     "clip": 1.0,
     "warmup": 8,
@@ -70,7 +70,7 @@ def nice_run(
     flow, data = noisy_nice()
     torch.manual_seed(1)
     if options.get("resume") and any(folder.glob("*.safetensors")):
-        # Nothing that a resumed process starts with may show in the end.
+        # The initial state of a resumed process must not affect the result.
         randomize(flow, 3.0)
         torch.manual_seed(99)
 
@@ -89,7 +89,7 @@ def nice_run(
 
 
 def fitted(flow: Flow, data: Tensor, on_evaluation=None, **options) -> History:
-    """By fit(), whose callback comes after each step."""
+    """The same run by fit(), whose callback is called after each step."""
 
     def callback(flow: Flow, history: History) -> None:
         if on_evaluation is not None and history.held_out and history.held_out[-1][0] == len(history.loss):
@@ -160,7 +160,7 @@ def test_a_run_interrupted_again_and_again_goes_on_to_the_same_parameters(tmp_pa
 
 def test_an_augmented_run_goes_on_to_the_same_parameters(tmp_path, uninterrupted):
     def flip(x: Tensor) -> Tensor:
-        """The examples taken for images of one row."""
+        """An augmentation that mirrors each example as an image of one row."""
         return random_flip(x[:, None, None]).flatten(1)
 
     with pytest.raises(Interrupted):
@@ -211,14 +211,16 @@ def test_context_rows_stay_with_their_examples_over_a_resume(tmp_path):
         except Interrupted:
             assert not resume
         seen += recorder.seen
-        assert bool(recorder.initialized_with) is not resume  # parameters that the data set are not set again
+        assert (
+            bool(recorder.initialized_with) is not resume
+        )  # parameters that are initialised from data are not initialised again
     assert sorted(torch.cat([x for x, _, _ in seen]).flatten().tolist()) == data.flatten().tolist()  # one whole epoch
     assert all(torch.equal(context, 10 * x) for x, context, _ in seen)
     assert all(mode for _, _, mode in seen)
 
 
 def conditional_run(folder: Path | None = None, at: int | None = None, **options) -> tuple[dict[str, Tensor], History]:
-    """A small conditional Glow on halves of digits, seen from elsewhere; interrupted after step ``at``."""
+    """A small conditional Glow on halves of digits with random views, interrupted after step ``at``."""
     images = digit_halves("test")
     torch.manual_seed(1 if options.get("resume") else 0)
     flow = cglow((1, 4, 8), (1, 4, 8), levels=17, scales=2, steps=1, hidden=4, conditioning=4)
@@ -237,7 +239,7 @@ def conditional_run(folder: Path | None = None, at: int | None = None, **options
 
 
 def test_a_conditional_run_goes_on_to_the_same_parameters(tmp_path):
-    """Contexts and views of them as before; nothing is initialised again."""
+    """Contexts and random views are those of the uninterrupted run; nothing is initialised again."""
     with pytest.raises(Interrupted):
         conditional_run(tmp_path, 4)
     assert step_of(tmp_path) == 4
@@ -257,11 +259,11 @@ def test_resume_without_a_checkpoint_starts(tmp_path, uninterrupted):
 def test_a_folder_with_a_checkpoint_is_refused_without_resume(tmp_path):
     nice_run(tmp_path)
     before = (tmp_path / CHECKPOINT).read_bytes()
-    with pytest.raises(ValueError, match="folder: expected one without a checkpoint, or resume=True"):
+    with pytest.raises(ValueError, match="folder: expected a folder without a checkpoint, or resume=True"):
         nice_run(tmp_path)
     assert (tmp_path / CHECKPOINT).read_bytes() == before
-    (tmp_path / CHECKPOINT).unlink()  # the one before counts as well
-    with pytest.raises(ValueError, match="folder: expected one without a checkpoint"):
+    (tmp_path / CHECKPOINT).unlink()  # the previous checkpoint counts as well
+    with pytest.raises(ValueError, match="folder: expected a folder without a checkpoint"):
         nice_run(tmp_path)
 
 
@@ -302,7 +304,7 @@ def test_another_run_is_refused_and_the_checkpoint_still_good(tmp_path, uninterr
 
 
 def test_data_with_other_numbers_are_another_run(tmp_path):
-    """As many examples as before, and one number is another: in the data, or in a context."""
+    """The number of examples is the same, but one number differs in the data or in a context."""
     data = torch.arange(20.0)[:, None]
     for place in ("data", "context"):
         given = {"data": data, "context": 10 * data}
@@ -315,7 +317,7 @@ def test_data_with_other_numbers_are_another_run(tmp_path):
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on_to_the_parameters_of_that_version(tmp_path):
-    """Begun at commit c7af0c3, stopped after 6 of 12 steps; beside it what the whole run ended with at that commit."""
+    """The run began at commit c7af0c3 and stopped after 6 of 12 steps; the folder also holds its final state."""
     here = Path(__file__).parent / "begun_at_c7af0c3"
     (tmp_path / CHECKPOINT).write_bytes((here / CHECKPOINT).read_bytes())
     assert step_of(tmp_path) == 6
@@ -331,7 +333,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_to_the_parameters_of_that_ve
 
 
 def adam(flow: Flow) -> torch.optim.Optimizer:
-    """Not all parameters, and in an order of its own: a moment must find its parameter."""
+    """An optimizer of some of the parameters in another order: each moment must find its parameter."""
     couplings = [parameter for layer in flow.chain[2:-1] for parameter in layer.parameters()]
     groups = [{"params": couplings[::-1], "weight_decay": 0.1}, {"params": [flow.chain[-1].log_scale]}]
     return torch.optim.AdamW(groups, lr=1e-2)
@@ -339,7 +341,7 @@ def adam(flow: Flow) -> torch.optim.Optimizer:
 
 @pytest.mark.parametrize("affine", [False, True])
 def test_a_run_with_masked_couplings_goes_on_with_halves(tmp_path, affine):
-    """A checkpoint of an earlier version: weights, average and Adam's moments are cut, and what follows is the same."""
+    """Weights, average and Adam's moments of an earlier version's checkpoint are cut; later steps are the same."""
     coupling, parts = (AffineCoupling, 2) if affine else (AdditiveCoupling, 1)
 
     def flow(masked: bool) -> Flow:
@@ -421,19 +423,19 @@ def test_a_kill_between_the_renames_goes_on_from_the_one_before(tmp_path, uninte
 def test_a_kill_between_any_two_file_operations_leaves_a_checkpoint_that_goes_on(
     tmp_path, uninterrupted, monkeypatch, operation
 ):
-    """The second and third checkpoint: each is opened, forced to the disk, and renamed after the one before it."""
+    """The second and third checkpoint: each is opened, forced to the disk, and renamed after the previous one."""
     done: list[str] = []
 
     def counted(name, act):
         def acted(*args, **options):
             done.append(name)
             if sum(1 for _ in done) - first == operation:
-                raise SystemExit  # stands for the kill: no later operation takes place
+                raise SystemExit  # this is the kill: no later operation takes place
             return act(*args, **options)
 
         return acted
 
-    first = 3  # operations of the first checkpoint, which has none before it: open, force, rename
+    first = 3  # operations of the first checkpoint, which replaces none: open, force, rename
     monkeypatch.setattr(os, "replace", counted("rename", os.replace))
     monkeypatch.setattr(os, "fsync", counted("force", os.fsync))
     monkeypatch.setattr(Path, "open", counted("open", Path.open))
@@ -477,17 +479,19 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(tmp
     (tmp_path / "file").write_text("")
     recorder = Recorder()
     for folder in (tmp_path / "file", tmp_path / "file" / "inside"):
-        with pytest.raises(ValueError, match=r"folder: expected one that can be written to, got .*file"):
+        with pytest.raises(ValueError, match=r"folder: expected a folder that can be written to, got .*file"):
             train(scaling(1, recorder), ZEROS, 2, batch_size=4, folder=folder)
     assert recorder.seen == []
 
 
 def test_a_second_training_in_the_same_folder_is_refused(tmp_path):
-    """As long as the first one runs, and in another process as in this one; after it the folder is free."""
+    """It is refused in this process and in others while the first training runs; afterwards the folder is free."""
     refused = []
 
     def another(judged: Flow, history: History) -> None:
-        with pytest.raises(ValueError, match="folder: expected one in which no other training runs, got ") as caught:
+        with pytest.raises(
+            ValueError, match="folder: expected a folder in which no other training runs, got "
+        ) as caught:
             train(scaling(), ZEROS, 2, batch_size=4, folder=tmp_path, resume=True)
         refused.append(caught.value)
         script = (
@@ -519,7 +523,7 @@ def test_the_handlers_of_signals_are_put_back(tmp_path, act):
 
 @pytest.fixture
 def default_handlers() -> Iterator[None]:
-    """Python's own: a shell that starts the suite in the background lets it ignore SIGINT."""
+    """Python's own signal handlers: a shell that starts the suite in the background makes it ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -550,7 +554,7 @@ def test_without_a_folder_an_interrupt_stops_at_once():
 
 
 def test_an_interrupt_at_any_moment_of_a_step_has_saved(tmp_path, monkeypatch):
-    """Here at the worst: after the loop looked whether to save, before it looks whether to stop."""
+    """Here it comes at the worst moment: after the loop has decided about saving, before it decides about stopping."""
     flow, data = noisy_nice()
     calls = []
 
@@ -635,7 +639,7 @@ class Clock:
 
 
 class Slow(Recorder):
-    """Each training step takes a second, then two; to evaluate an example takes ``judging`` seconds."""
+    """A flow whose steps take one second and later two, and whose evaluation takes ``judging`` seconds per example."""
 
     def __init__(
         self, clock: Clock, interrupt_at: int | None = None, slower_from: int = 10**9, judging: float = 0.0
@@ -653,13 +657,13 @@ class Slow(Recorder):
         return super().forward(x, context)
 
     def __deepcopy__(self, memo: dict) -> Slow:
-        """The average of a flow that is slow is slow by the same clock."""
+        """A copy on the same clock, so that the average of a slow flow is slow, too."""
         return Slow(self.clock, None, self.slower_from, self.judging)
 
 
 @pytest.fixture
 def timed_run(tmp_path, monkeypatch):
-    """Runs in one folder, each under a clock of its own, as in a process of its own."""
+    """Runs in one folder, each with a clock of its own, as in a process of its own."""
 
     def run(interrupt_at=None, slower_from=10**9, judging=0.0, folder=tmp_path, **options):
         torch.manual_seed(0)
@@ -692,7 +696,7 @@ def test_the_number_of_steps_is_fixed_once(timed_run):
 
 @pytest.mark.parametrize("slower_from", [30, 60, 93])
 def test_a_run_that_gets_slower_ends_within_its_budget(timed_run, slower_from):
-    """It would take 95 steps and up to 165 seconds of 100: at the evaluations its rest is planned again, shorter."""
+    """95 steps would take up to 165 of 100 seconds; the evaluations plan fewer steps for the rest."""
     held_out = {"held_out": torch.zeros(2, 1), "evaluations": 20}
     steps, history, _ = timed_run(budget=100, slower_from=slower_from, **held_out)
     seconds = steps + max(0, steps - slower_from)
@@ -703,8 +707,10 @@ def test_a_run_that_gets_slower_ends_within_its_budget(timed_run, slower_from):
 
 @pytest.mark.parametrize(("afterwards", "steps"), [(0, 72), (30, 57)])
 def test_a_budget_keeps_time_for_evaluations_during_and_after_the_training(timed_run, afterwards, steps):
-    """At step 25, 28 seconds are over (the first batch is seen once more, and two evaluations are timed); of the other
-    67 that are to be planned, 20 are kept for 20 evaluations of 2 examples, and half a second for each one afterwards.
+    """At step 25, 28 seconds are over: the first batch is seen twice, and two evaluations are timed.
+
+    Of the other 67 seconds, 20 are kept for 20 evaluations of 2 examples, and half a second for each example
+    afterwards.
     """
     options = {"held_out": torch.zeros(2, 1), "evaluations": 20, "afterwards": afterwards}
     taken, history, _ = timed_run(budget=100, judging=0.5, **options)
@@ -720,14 +726,14 @@ def test_a_budget_keeps_at_most_half_of_itself_for_evaluations(timed_run):
 
 
 def test_a_run_whose_evaluations_get_slower_still_keeps_time_for_those_after_it(timed_run):
-    """The flow takes twice as long from step 30 on; what the evaluations took last counts for those to come."""
+    """The flow takes twice as long from step 30 on; the last evaluation's time counts for those to come."""
     options = {"held_out": torch.zeros(2, 1), "evaluations": 20, "afterwards": 30}
     timed_run(budget=100, judging=0.5, slower_from=30, **options)
     assert 95 - 15 <= trainer.time.now - 1000 + 2 <= 102 - 15 + 2
 
 
 def test_the_whole_step_is_timed(timed_run, monkeypatch):
-    """The average of the parameters comes last in a step: here it takes a second, as the rest of the step."""
+    """The average of the parameters comes last in a step, and here takes a second, like the rest of the step."""
 
     update = Average.update
 
@@ -755,10 +761,10 @@ def test_a_budget_that_is_shorter_than_the_warmup_shortens_it(timed_run, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": 1.0, "steps": 2}, "steps, budget: expected one of them, got 2 and 1.0"),
-        ({}, "steps, budget: expected one of them, got None and None"),
+        ({"budget": 1.0, "steps": 2}, "steps, budget: expected exactly one of the two, got 2 and 1.0"),
+        ({}, "steps, budget: expected exactly one of the two, got None and None"),
         ({"steps": 2.5}, "steps: expected a whole number, got 2.5"),
-        ({"budget": 0.0}, "budget: expected seconds above 0, got 0.0"),
+        ({"budget": 0.0}, "budget: expected a finite number of seconds above 0, got 0.0"),
         ({"budget": 9.0, "warmup": -1}, "warmup: expected at least 0, got -1"),
         ({"steps": 2, "warmup": 3}, "warmup: expected 0 to 2, the number of steps, got 3"),
     ],
@@ -828,7 +834,7 @@ def test_a_finished_run_resumed_gives_its_averaged_flow_and_takes_no_step(timed_
     assert same_history == history
     assert torch.equal(log_scale(same_flow), log_scale(flow))
     trained = checkpoint.load(tmp_path / CHECKPOINT)[0]["flow.chain.layers.1.log_scale"]
-    assert not torch.equal(log_scale(flow), trained)  # the average is another
+    assert not torch.equal(log_scale(flow), trained)  # the average is another flow
     assert not same_flow.training
     assert (tmp_path / CHECKPOINT).read_bytes() == before
 
@@ -841,7 +847,7 @@ def command_line(out: Path, steps: int) -> list[str]:
 
 
 def start(words: list[str], said: Path) -> multiprocessing.Process:
-    """A process of its own that runs the command line, forked from one that has imported torch already."""
+    """Start a process that runs the command line, forked from one that has imported torch already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nflows_lib.experiments.runs", "torch._dynamo"])  # optimizers import it late
     process = context.Process(target=command_process.run, args=(words, said))

@@ -1,10 +1,10 @@
-"""What test_processes.py has two processes do: ``python two_processes.py FOLDER COMMAND...``.
+"""The work of two processes in test_processes.py: ``python two_processes.py FOLDER COMMAND...``.
 
-Each leaves what it found in FOLDER, in a file of its own. The same functions, called in one process, say what is
-expected. COMMAND holds the words of a command line of the library, which the two processes run as well.
+Each process writes its results to a file of its own in FOLDER. The same functions, called in one process, give the
+expected results. COMMAND holds the words of a command line of the library, which the two processes run as well.
 
-The two processes are started by torchrun's own agent, but forked from this one: each start of torchrun itself would
-have three processes import PyTorch.
+The two processes are started by torchrun's own agent, but forked from this one, since each start of torchrun itself
+would let three processes import PyTorch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch._dynamo  # optimizers import it late: here, it is imported once for all processes
+import torch._dynamo  # optimizers import it late; here it is imported once for all processes
 from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -45,10 +45,10 @@ def state(flow: Flow) -> dict[str, Tensor]:
 
 
 def points(folder: Path) -> dict:
-    """No noise anywhere, a batch norm, a context, double precision: the very numbers of one process can be expected."""
+    """A run without noise, in double precision, with a batch norm and a context: one process gives its numbers."""
     torch.set_default_dtype(torch.float64)
     try:
-        # Each process starts from other weights and another random state: those of rank 0 are everybody's.
+        # Each process starts with other weights and another random state; those of rank 0 must reach all.
         torch.manual_seed(processes.rank())
         layers: list[Layer] = [ActNorm(2)]
         for i in range(4):
@@ -71,7 +71,7 @@ def points(folder: Path) -> dict:
             held_out_context=context[:9],
             evaluations=3,
             on_evaluation=lambda judged, history: called.append(len(history.loss)),
-            # A shift before a batch norm has gradient 0 but for rounding, which Adam would blow up to whole steps.
+            # A shift before a batch norm has only rounding as its gradient, which Adam would turn into whole steps.
             optimizer=torch.optim.SGD(flow.parameters(), lr=0.05, momentum=0.5),
             **OPTIONS,
         )
@@ -81,7 +81,7 @@ def points(folder: Path) -> dict:
 
 
 class Seen(Layer):
-    """Passes on what it sees, and keeps it."""
+    """A layer that returns its input and keeps it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Seen(Layer):
 
 
 def first_step(folder: Path) -> dict:
-    """What a dequantized batch does to the ActNorms, before any step has moved them, and which noise each has drawn."""
+    """The ActNorms that a dequantized batch initialises, before any step, and the noise that each process draws."""
     torch.manual_seed(0)
     inner = glow((1, 4, 4), levels=8, scales=1, steps=2, hidden=4)
     seen = Seen()
@@ -105,7 +105,7 @@ def first_step(folder: Path) -> dict:
 
 
 def images(folder: Path, stop_at: int | None = None, resume: bool = False) -> dict:
-    """A Glow with noise and augmentation, which one process alone is told to stop at a step."""
+    """A Glow with noise and augmentation; one process alone is told to stop at a step."""
     torch.manual_seed(99 if resume else 0)
     flow = glow((1, 4, 4), levels=8, scales=2, steps=1, hidden=4)
     data = torch.randint(8, (40, 1, 4, 4), generator=torch.Generator().manual_seed(0))
@@ -135,13 +135,13 @@ def mean() -> dict[str, float]:
 
 
 def laid_out() -> Tensor:
-    """The mean of matrices that lie row by row in rank 0, column by column in the others."""
+    """The mean of matrices that are stored row by row in rank 0 and column by column in the others."""
     own = (1 + processes.rank()) * torch.arange(6.0).view(3, 2)
     return mean_over_processes(own if processes.rank() == 0 else own.T.contiguous().T)
 
 
 def errors(folder: Path) -> dict[str, str]:
-    """What is raised in every process, though only one has met it."""
+    """The errors that are raised in every process, though only one process has met them."""
     found = {}
     torch.manual_seed(0)
     flow = Flow([ActNorm(2)], StandardNormal(), (2,))
@@ -152,7 +152,7 @@ def errors(folder: Path) -> dict[str, str]:
         found["batch_size"] = str(error)
 
     def outlying(batch: Tensor) -> Tensor:
-        """In rank 1's share of a batch; the whole first batch is as it is."""
+        """A batch with an outlier in rank 1's share; the whole first batch has none."""
         return torch.where(torch.tensor(processes.rank() == 1 and len(batch) == 8), 1e30, batch)
 
     try:
@@ -163,7 +163,7 @@ def errors(folder: Path) -> dict[str, str]:
 
 
 def budget(folder: Path) -> int:
-    """The number of steps that fits the time: one for all, though one process is slower."""
+    """The number of steps that fits the time, the same in all processes, though one process is slower."""
     flow, data = Flow([ActNorm(2)], StandardNormal(), (2,)), torch.randn(64, 2)
 
     def slowly(batch: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def budget(folder: Path) -> int:
 
 
 def fail(folder: Path) -> None:
-    """Rank 0 raises in the midst of a run, alone."""
+    """An error in the middle of a run that only rank 0 raises."""
 
     def full(judged: Flow, history: History) -> None:
         raise OSError("no space left")
@@ -194,7 +194,7 @@ def fail(folder: Path) -> None:
 
 
 def command_line(folder: Path, words: list[str]) -> None:
-    """Run a command line of the library, and keep its exit status and what it prints."""
+    """Run a command line of the library, and keep its exit status and its output."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         status = command.main(words)
     torch.save({"status": status, "printed": printed.getvalue()}, folder / f"command-{processes.rank()}.pt")

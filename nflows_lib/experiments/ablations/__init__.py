@@ -1,7 +1,7 @@
-"""Open questions put to the test: each is a few arms, run with several seeds, and a file with what came out.
+"""Ablations: stored experiments on open questions, each with a few variants that run with several seeds.
 
-``make ablations`` runs them all and stores ``data/ablations/<name>.json``; the chapters plot the files. A new ablation
-is one entry in the ``ABLATIONS`` of its model's file.
+``make ablations`` runs all of them and stores the records as ``data/ablations/<name>.json``, which the chapters plot. A
+new ablation is one entry in the ``ABLATIONS`` of its model's module.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ ABLATIONS: dict[str, Ablation] = {name: entry for model in MODELS for name, entr
 
 
 def path(name: str) -> Path:
-    """Where the results of an ablation are stored."""
+    """The file that holds the record of an ablation."""
     return archive.ROOT / "data" / "ablations" / f"{name}.json"
 
 
 def run(name: str, made: dict[str, Any]) -> None:
-    """Run every arm with every seed, and store what came out and ``made``, the :func:`archive.origin`."""
+    """Run every variant with every seed, and store the results together with ``made``, the :func:`archive.origin`."""
     ablation = find(name)
-    start = time.process_time()  # of this process alone, whatever else the machine does
+    start = time.process_time()  # this process's own time, whatever else the machine does
     results = {arm: [measure(seed) for seed in ablation.seeds] for arm, measure in ablation.arms.items()}
     record = {
         "ablation": name,
@@ -50,22 +50,26 @@ def load(name: str) -> dict[str, Any]:
     """The stored record of an ablation.
 
     Raises:
-        ValueError: an unknown name.
-        FileNotFoundError: it has not been run.
+        ValueError: if no ablation has that name.
+        FileNotFoundError: if the ablation has not been run.
     """
     find(name)
     return json.loads(path(name).read_text())
 
 
 def find(name: str) -> Ablation:
-    """The ablation of that name; a ValueError lists the names there are."""
+    """The ablation of that name.
+
+    Raises:
+        ValueError: if no ablation has that name; the message lists all names.
+    """
     if name not in ABLATIONS:
         raise ValueError(f"ablation: expected one of {', '.join(ABLATIONS)}, got {name!r}")
     return ABLATIONS[name]
 
 
 def mean_and_spread(record: dict[str, Any], measure: str) -> dict[str, tuple[float, float]]:
-    """{arm: (mean, standard deviation over seeds)} of one measure."""
+    """The mean and the standard deviation over seeds of one measure, by variant."""
     columns = {arm: [result[measure] for result in results] for arm, results in record["results"].items()}
     return {arm: (statistics.mean(values), statistics.stdev(values)) for arm, values in columns.items()}
 
@@ -104,14 +108,20 @@ def print_table(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the ablations of these names, or all of them, several at a time, each in a process of its own."""
-    parser = argparse.ArgumentParser(prog="python -m nflows_lib.ablations", description="Run the stored experiments.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(ABLATIONS)} (default: all)")
-    parser.add_argument("--jobs", type=int, default=1, help="how many run at a time (1)")
+    """Run the command line: the named ablations, or all of them, each in a process of its own."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nflows_lib.ablations", description="Run ablations and store their records in data/ablations."
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"the ablations to run (default: all), out of {', '.join(ABLATIONS)}"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="how many ablations run at a time (default: 1)"
+    )
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.names if name not in ABLATIONS]:
         parser.error(f"NAME: expected some of {', '.join(ABLATIONS)}, got {', '.join(unknown)}")
-    made = archive.origin()  # now: with the first record that is stored, the checkout is no longer clean
+    made = archive.origin()  # before the first record is stored, which makes the checkout dirty
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
         done = {pool.submit(run, name, made): name for name in options.names or ABLATIONS}
         for future in as_completed(done):

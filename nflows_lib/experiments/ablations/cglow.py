@@ -1,4 +1,4 @@
-"""Conditional Glow on halves of digits: which layers need the context, and what independent pixels do instead."""
+"""Conditional Glow on halves of digits: which layers need the context, compared with a pixelwise classifier."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from nflows_lib.training import fit
 
 
 def dead(flow: Flow, *kinds: str) -> Flow:
-    """The flow with conditioning networks all at zero, so that they never learn: "ActNorm and W" or "couplings"."""
+    """The flow with conditioning networks of some kinds set to 0 in all layers, so that they never learn (F24).
+
+    Kinds are "ActNorm and W" and "couplings".
+    """
     for module in flow.modules():
         silent: list[nn.Module] = []
         if isinstance(module, ConditioningNetwork) and "ActNorm and W" in kinds:
@@ -36,7 +39,7 @@ def dead(flow: Flow, *kinds: str) -> Flow:
 
 
 def contexts_of(images: Images, label: bool) -> Tensor:
-    """Upper halves, (N, 1, 4, 8); with ten more channels for the class where the label is told."""
+    """The upper halves, (N, 1, 4, 8); if ``label``, with ten more channels that hold the class one-hot."""
     if not label:
         return images.contexts
     planes = F.one_hot(images.labels, 10).float()[:, :, None, None].expand(-1, -1, 4, 8)
@@ -44,13 +47,13 @@ def contexts_of(images: Images, label: bool) -> Tensor:
 
 
 def neighbours(lower: Tensor, mean: Tensor) -> float:
-    """Correlation of horizontal neighbours in lower halves, (N, 1, 4, 8), after a model's mean is taken off."""
+    """The correlation of horizontal neighbours in lower halves, (N, 1, 4, 8), after a model's mean is subtracted."""
     rest = lower - mean
     return torch.corrcoef(torch.stack([rest[..., :-1].flatten(), rest[..., 1:].flatten()]))[0, 1].item()
 
 
 def perceptron() -> nn.Module:
-    """From upper halves to logits of lower halves, about as many parameters as the flow of :func:`halves` has."""
+    """A network from upper halves to logits of lower halves, about as large as the flow of :func:`halves`."""
     hidden = [nn.Linear(32, 296), nn.ReLU(), nn.Linear(296, 296), nn.ReLU()]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(296, 17 * 32), nn.Unflatten(1, (17, 4, 8)))
 
@@ -64,19 +67,28 @@ def halves(
     steps: int = 300,
     draws: int = 100,
 ) -> dict[str, Any]:
-    """A model of lower halves of digits given the upper ones, trained for some hundred steps of 128.
+    """Train a model of lower halves of digits given the upper halves, for some hundred steps of 128 examples.
 
     Args:
-        without: which conditioning networks are all zero, as of :func:`dead`.
-        label: whether the model is told the class as well.
-        independent: whether it is, instead of the flow, a network with a softmax at each pixel.
-        draws: draws for each test context, and of the noise in the closer bound.
+        seed: seed of the run.
+        without: the kinds of conditioning networks that never learn, as in :func:`dead`.
+        label: whether the context holds the class as well.
+        independent: whether the model is a pixelwise classifier instead of the flow.
+        steps: number of updates.
+        draws: samples per test context, and draws of the noise in the importance-weighted bound.
 
     Returns:
-        On the test halves: ``test`` and ``test_closer``, bits/dim, ten draws of the noise averaged and all ``draws`` in
-        one bound; ``margin``, nats for the own upper half over another's; ``rms``, {k: error of the average of k
-        draws, in levels}; ``neighbours`` of a draw and of the truth; ``ink_ratio``, error over spread of a half's sum,
-        and ``ink_covered``, of :func:`~nflows_lib.experiments.segmentation.covered`; ``parameters``.
+        Measures on the test halves:
+
+        - ``test``: bits/dim, with log p averaged over ten draws of the noise.
+        - ``test_closer``: bits/dim by the importance-weighted bound with all ``draws``, which is tighter.
+        - ``margin``: how many nats a lower half is likelier given its own upper half than given another one.
+        - ``rms``: by k, the root mean square error, in levels, of the average of k samples.
+        - ``neighbours`` and ``neighbours_truth``: :func:`neighbours` of a sample, and of the true halves.
+        - ``ink_ratio``: the root mean square error of a half's expected sum, divided by the samples' standard deviation
+          of that sum.
+        - ``ink_covered``: :func:`~nflows_lib.experiments.segmentation.covered`.
+        - ``parameters``: their number.
     """
     torch.manual_seed(60 + seed)
     train, test = (data.digit_halves(part) for part in ("train", "test"))

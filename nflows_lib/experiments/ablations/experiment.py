@@ -1,4 +1,4 @@
-"""What an ablation is: a question, and the arms that answer it."""
+"""The definition of an ablation: a question, and the variants that answer it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Ablation:
-    """A question, and the arms that answer it: each takes a seed and returns its measures."""
+    """A question, and the variants that answer it.
+
+    question: the question, as the record holds it.
+    seeds: the seeds with which every variant runs.
+    arms: by each variant's name, a function that takes a seed, runs the variant and returns its measures.
+    """
 
     question: str
     seeds: tuple[int, ...]

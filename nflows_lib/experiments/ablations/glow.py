@@ -31,7 +31,7 @@ MIXERS: dict[str, Callable[[int], Bijection]] = {
 
 
 def replace(module: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]) -> None:
-    """Replace every layer of exactly that kind, at whatever depth, by make(layer)."""
+    """Replace every layer of exactly that kind, at any depth of the module, by make(layer)."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is kind:
@@ -39,7 +39,7 @@ def replace(module: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.M
 
 
 def grid_texture(images: Tensor) -> float:
-    """How much larger steps between neighbours are across the borders of 2x2 squares than inside them: 1 is no grid."""
+    """The ratio of the mean step between neighbours across borders of 2x2 squares to that inside them; 1 is no grid."""
     values = images.double()
     across, inside = [], []
     for steps in (values.diff(dim=3).abs(), values.diff(dim=2).abs().transpose(2, 3)):
@@ -49,7 +49,7 @@ def grid_texture(images: Tensor) -> float:
 
 
 def flow_of_patches(mixer: str, bounded: bool, steps_per_scale: int, hidden: int) -> Flow:
-    """Glow with two scales for 16x16 colour patches, whose channels are mixed by one of MIXERS."""
+    """Glow with two scales for 16x16 colour patches, with one of MIXERS instead of the 1x1 convolutions."""
     flow = glow((3, 16, 16), scales=2, steps=steps_per_scale, hidden=hidden, bounded=bounded)
     replace(flow, Invertible1x1Conv, lambda layer: MIXERS[mixer](layer.channels))
     return flow
@@ -57,7 +57,7 @@ def flow_of_patches(mixer: str, bounded: bool, steps_per_scale: int, hidden: int
 
 @torch.no_grad()
 def grid_of_samples(flow: Flow, n: int = 500) -> tuple[float, float]:
-    """The :func:`grid_texture` of n samples, and the share of them that was not finite, which it leaves out."""
+    """The :func:`grid_texture` of the finite ones among n samples, and the share of samples that are not finite."""
     drawn = flow[1:].decode(torch.randn(n, flow.dims))  # pixels before they are rounded to levels
     finite = drawn.flatten(1).isfinite().all(1)
     texture = grid_texture(drawn[finite].floor().clamp(0, flow.levels - 1))
@@ -73,14 +73,19 @@ def glow_patches(
     hidden: int = 32,
     steps: int = 400,
 ) -> dict[str, Any]:
-    """Glow with two scales on 16x16 colour patches, for some hundred steps of 64.
+    """Train a Glow with two scales on 16x16 colour patches, for some hundred steps of 64 patches.
 
     Args:
-        mixer: what mixes the channels instead of the 1x1 convolutions, one of MIXERS.
+        seed: seed of the run.
+        mixer: the layer that mixes the channels, a key of MIXERS.
         bounded: whether the couplings are :class:`~nflows_lib.coupling.BoundedGlowCoupling`.
+        steps_per_scale: steps of the flow at each scale.
+        hidden: channels of the couplings' networks.
+        steps: number of updates.
 
     Returns:
-        ``test``: bits/dim on the test patches; ``grid`` and ``broken``: of :func:`grid_of_samples`; ``parameters``.
+        ``test``, bits/dim on the test patches; ``grid`` and ``broken``, the two results of :func:`grid_of_samples`; and
+        ``parameters``, their number.
     """
     torch.manual_seed(40 + seed)
     train, test = (data.patches(part).images for part in ("train", "test"))
@@ -96,7 +101,7 @@ def glow_patches(
 
 
 def masked(flow: Flow, mask: Callable[[tuple[int, int, int], int], Tensor], hidden: int) -> None:
-    """Replace the couplings of a Glow for 16x16 patches by affine ones under masks that alternate."""
+    """Replace the couplings of a Glow for 16x16 patches by affine couplings with alternating masks."""
     parity = 0
 
     def coupling(layer: GlowCoupling) -> AffineCoupling:
@@ -118,17 +123,21 @@ def first_updates(
     hidden: int = 32,
     steps: int = 40,
 ) -> dict[str, Any]:
-    """Glow with two scales of four steps on 16x16 colour patches, for some dozen updates of 32.
+    """Train a Glow with two scales of four steps on 16x16 colour patches, for some dozen updates of 32 patches.
 
     Args:
+        seed: seed of the run.
         noise: whether the first batch, which sets the ActNorms, is noise instead of photographs.
         zeros: whether the networks' last convolutions start at zero; if not, their weights start from N(0, 0.05^2).
         exponential: whether the couplings multiply by exp(h) instead of sigmoid(h + 2).
-        mask: affine couplings under such masks instead of Glow's.
+        mask: a function of shape and parity that gives the masks of affine couplings, which replace Glow's couplings;
+            Glow's own couplings if None.
+        hidden: channels of the couplings' networks.
+        steps: number of updates.
 
     Returns:
-        ``start`` and ``test``: bits/dim on the test patches before and after the updates, infinity if these did not
-        stay finite; ``updates``: how many losses there were, the last of which is then not finite.
+        ``start`` and ``test``, bits/dim on the test patches before and after the updates, or infinity if the result is
+        not finite; ``updates``, the number of losses, of which the last one is not finite if the training broke.
     """
     torch.manual_seed(40 + seed)
     train, test = (data.patches(part).images for part in ("train", "test"))

@@ -1,4 +1,4 @@
-"""RealNVP at several scales, on 16x16 colour patches: the squeeze, and how many scales there are."""
+"""RealNVP at several scales, on 16x16 colour patches: the squeeze, and the number of scales."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nflows_lib.training import fit
 
 
 class _BareReshape(Squeeze):
-    """A squeeze by reshape alone: as invertible, and it puts distant pixels side by side (F17)."""
+    """A plain reshape instead of a squeeze (F17): it is invertible, but puts distant pixels into one position."""
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x.reshape(len(x), *self.output_shape(tuple(x.shape[1:]))), x.new_zeros(len(x))
@@ -36,7 +36,7 @@ class _BareReshape(Squeeze):
 
 
 def _trained(flow: Flow, steps: int) -> dict[str, Any]:
-    """Bits/dim on the test patches after some steps of 64 of the training patches, and the number of parameters."""
+    """Bits/dim on the test patches after so many steps of 64 training patches, and the number of parameters."""
     train, test = (data.patches(part).images for part in ("train", "test"))
     fit(flow, train, steps, batch_size=64, lr=3e-3, clip=100.0, cosine=True)
     return {
@@ -46,7 +46,7 @@ def _trained(flow: Flow, steps: int) -> dict[str, Any]:
 
 
 def one_squeeze(seed: int, *, squeeze: type[Squeeze] = Squeeze, steps: int = 120) -> dict[str, Any]:
-    """One squeeze, then four affine couplings between halves of the channels: :func:`_trained`."""
+    """The results of :func:`_trained` with one squeeze, then four affine couplings between halves of the channels."""
     torch.manual_seed(50 + seed)
     layers: list[Layer] = [UniformDequantize(256), Rescale(1 / 256), Logit(0.05), squeeze()]
     for i in range(4):
@@ -56,7 +56,7 @@ def one_squeeze(seed: int, *, squeeze: type[Squeeze] = Squeeze, steps: int = 120
 
 
 def several_scales(seed: int, *, scales: int, couplings: int, steps: int = 100) -> dict[str, Any]:
-    """``realnvp()`` with this many scales, and this many couplings at the last: :func:`_trained`."""
+    """The results of :func:`_trained` with ``realnvp()``, which has ``couplings`` couplings at the last scale."""
     torch.manual_seed(50 + seed)
     return _trained(realnvp((3, 16, 16), scales=scales, couplings=couplings, hidden=16, blocks=1), steps)
 

@@ -20,7 +20,7 @@ from nflows_lib.training import NonFiniteLoss, fit
 
 
 def nice_activation(slope: float, seed: int) -> dict[str, Any]:
-    """NICE on the digits, networks with LeakyReLU of this slope (0 is ReLU): bits/dim on the test digits."""
+    """Bits/dim on the test digits of a NICE whose networks have a LeakyReLU of this slope; slope 0 is the ReLU."""
     torch.manual_seed(20 + seed)
     train, test = (data.digits(part).images.flatten(1) for part in ("train", "test"))
     flow = nice(64, levels=17, hidden=64, depth=2, activation=partial(nn.LeakyReLU, slope))
@@ -29,7 +29,10 @@ def nice_activation(slope: float, seed: int) -> dict[str, Any]:
 
 
 def nice_initialisation(random: bool, lr: float, steps: int, seed: int) -> dict[str, Any]:
-    """NICE on the digits, log-scales that start at random or at zero: -log p(u) in nats, means of 20 steps each."""
+    """The loss of NICE on the digits, -log p(u) in nats: at the first step, and as means over 20 steps each.
+
+    If ``random``, the log-scales start from N(0, 1), else at 0.
+    """
     torch.manual_seed(40 + seed)
     flow = nice(64, levels=17, couplings=4, hidden=64, depth=2)
     if random:
@@ -40,7 +43,7 @@ def nice_initialisation(random: bool, lr: float, steps: int, seed: int) -> dict[
 
 
 class SharedNoise(UniformDequantize):
-    """One noise vector for a whole batch, or the very same one for the whole run."""
+    """Dequantization with one noise vector per batch or, if ``fixed``, one for the whole run (F8)."""
 
     def __init__(self, levels: int, dims: int, fixed: bool) -> None:
         super().__init__(levels)
@@ -52,7 +55,12 @@ class SharedNoise(UniformDequantize):
 
 
 def nice_shared_noise(shared: str | None, seed: int, steps: int = 300) -> dict[str, Any]:
-    """NICE on the digits, noise shared by a "batch", a "run" or none: bits/dim in training, and in an honest test."""
+    """Train NICE on the digits, with noise that a "batch" or a "run" shares, or with new noise for every value (None).
+
+    Returns:
+        ``training``, bits/dim in training with that noise; and ``test``, bits/dim on the test digits with new noise
+        for every value.
+    """
     torch.manual_seed(60 + seed)
     train, test = (data.digits(part).images.flatten(1) for part in ("train", "test"))
     whole = nice(64, levels=17, hidden=64, depth=2)
@@ -72,7 +80,12 @@ def nice_shared_noise(shared: str | None, seed: int, steps: int = 300) -> dict[s
 def no_dequantization(
     noise: bool, seed: int, steps: int = 90_000, every: int = 200, lr: float = 1e-3
 ) -> dict[str, Any]:
-    """NICE on the digits, with noise or without: mean log p(u) of each block of steps, and how it ended."""
+    """Train NICE on the digits, with dequantization noise or without it.
+
+    Returns:
+        ``steps``, the number of finite losses; ``log_p``, the mean of log p(u) in nats over each ``every`` steps;
+        ``broke_at`` and ``broke_with``, the step and the value of a loss that is not finite, or None.
+    """
     torch.manual_seed(seed)
     images = data.digits("train").images.flatten(1)
     flow = nice(64, levels=17, couplings=2, hidden=64, depth=2)

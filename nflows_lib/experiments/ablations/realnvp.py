@@ -1,4 +1,4 @@
-"""RealNVP: the tanh, moons, clipping, the logit's alpha, weight normalization, the residual network, learned noise."""
+"""RealNVP: tanh, moons, clipping, the logit's alpha, weight normalization, the residual network, and learned noise."""
 
 from __future__ import annotations
 
@@ -34,11 +34,13 @@ class _Unbounded(AffineCoupling):
 
 
 def sine_samples(seed: int, *, coupling: type[AffineCoupling], steps: int = 300, draws: int = 20_000) -> dict[str, Any]:
-    """Four couplings on a thin sine curve, networks as PyTorch initialises them; samples at temperature 2.
+    """Train four couplings on a thin sine curve, and draw samples at temperature 2.
+
+    The networks start as PyTorch initialises them, not with last layers at zero.
 
     Returns:
-        ``loss``, the mean of the last 50 steps in nats; ``lost``, how many samples are not finite; ``largest``, the
-        largest coordinate of the others.
+        ``loss``, the mean of the last 50 losses in nats; ``lost``, the number of samples that are not finite; and
+        ``largest``, the largest coordinate of the finite samples.
     """
     torch.manual_seed(60 + seed)
     x = torch.randn(10_000, 1)
@@ -60,7 +62,7 @@ def sine_samples(seed: int, *, coupling: type[AffineCoupling], steps: int = 300,
 
 
 def moons_gap(seed: int, *, steps: int) -> dict[str, Any]:
-    """Six couplings on moons: ``gap``, by how many nats the flow is worse than the exact density on new points."""
+    """Train six couplings on moons; ``gap`` is how many nats the flow is worse than the exact density on new points."""
     torch.manual_seed(70 + seed)
     flow = realnvp_points(2, couplings=6, hidden=64)
     fit(flow, data.toy("moons", 20_000), steps, lr=5e-3, clip=5.0, cosine=True, ema=0.95)
@@ -69,15 +71,16 @@ def moons_gap(seed: int, *, steps: int) -> dict[str, Any]:
 
 
 class PlainResNet(nn.Module):
-    """The residual network that the course's source tried first, and each step from it to the reference's.
+    """The residual network that the notes tried first, with options for each step from it to the reference code's.
 
-    Residual blocks of batch norm, ReLU and 3x3 convolutions, one after the other. The reference differs in:
+    The notes' network has residual blocks of batch norm, ReLU and 3x3 convolutions, one after the other. The options:
 
-    signs: the input enters as [h, -h] through a ReLU.
-    skips: the output reads a sum over the first layer and all blocks, each through a 1x1 convolution.
-    weight_norm: of every convolution.
-    convolutions: in a block, two instead of three.
-    batch_norm: the reference has it, too; ours has not.
+    signs: whether the input enters as [h, -h] through a ReLU, as in the reference code.
+    skips: whether the output reads a sum over the first layer and all blocks, each through a 1x1 convolution, as in the
+        reference code.
+    weight_norm: whether every convolution has weight normalization, as in the reference code.
+    convolutions: the number of convolutions per block, 3 in the notes and 2 in the reference code.
+    batch_norm: whether the blocks have batch norm, as the notes and the reference code have, and our ResNet has not.
     """
 
     def __init__(
@@ -122,7 +125,7 @@ class PlainResNet(nn.Module):
 
 
 def without_weight_norm(network: nn.Module) -> nn.Module:
-    """The network as it is, with ordinary weights."""
+    """The network with ordinary weights instead of normalised ones; the function stays the same."""
     for module in network.modules():
         if parametrize.is_parametrized(module):
             parametrize.remove_parametrizations(module, "weight")
@@ -130,13 +133,13 @@ def without_weight_norm(network: nn.Module) -> nn.Module:
 
 
 def resnet(weight_norm: bool = True) -> nn.Module:
-    """What stands in the couplings of :func:`realnvp_digits` where a question is not about it."""
+    """The default network of the couplings in :func:`realnvp_digits`."""
     network = ResNet(1, 2, hidden=32, blocks=1)
     return network if weight_norm else without_weight_norm(network)
 
 
 def noise_layers() -> list[Layer]:
-    """The flow of a learned dequantization of the digits: two couplings given the digit."""
+    """The couplings of a learned dequantization of the digits: two couplings with the digit as their context."""
     masks = (checkerboard_mask((1, 8, 8), parity) for parity in (0, 1))
     return [AffineCoupling(mask, ResNet(1, 2, hidden=16, blocks=1, context=1)) for mask in masks]
 
@@ -155,18 +158,25 @@ def realnvp_digits(
     cosine: bool = False,
     draws: int = 32,
 ) -> dict[str, Any]:
-    """RealNVP with four couplings on the digits, for some hundred steps of 64 images.
+    """Train a RealNVP with four couplings on the digits, for some hundred steps of 64 images.
 
     Args:
-        network: builds what stands inside each coupling.
+        seed: seed of the run.
+        network: a function that builds the network of one coupling.
+        alpha: the logit's margin.
         batch_norm: whether a flow batch norm follows each coupling.
         variational: whether the dequantization noise is learned.
-        beta2: Adam's memory of squared gradients.
-        draws: of the noise, in the evaluation.
+        steps: number of updates.
+        lr: learning rate.
+        clip: the largest norm of a gradient; without clipping if None.
+        beta2: the decay of Adam's running mean of squared gradients.
+        cosine: whether the learning rate falls to 0 along a cosine.
+        draws: number of draws of the noise in the evaluation.
 
     Returns:
-        in bits/dim ``test`` (mean bound), ``log_mean_exp`` (of the draws), ``training`` (means over 10 steps each);
-        ``gradient``, the largest norm within each 10 steps, in nats.
+        ``test``, bits/dim on the test digits with log p averaged over the draws; ``log_mean_exp``, bits/dim by the
+        importance-weighted bound of the same draws; ``training``, means of bits/dim over 10 steps each; ``gradient``,
+        the largest norm of the gradient, in nats, within each 10 steps.
     """
     torch.manual_seed(30 + seed)
     train, test = (data.digits(part).images for part in ("train", "test"))
@@ -189,7 +199,7 @@ def realnvp_digits(
     }
 
 
-# What the reference's network differs in from the one that the course's source tried first (Q4).
+# The differences between the reference code's network and the one that the notes tried first (Q4).
 REFERENCE_STEPS = {
     "weight norm": {"weight_norm": True},
     "[h, -h] and a ReLU": {"signs": True},
@@ -199,6 +209,7 @@ REFERENCE_STEPS = {
 
 
 def plain_resnet(**steps: Any) -> Callable[[int], dict[str, Any]]:
+    """A variant of Q4: :func:`realnvp_digits` with a :class:`PlainResNet` that has these options."""
     return partial(realnvp_digits, network=partial(PlainResNet, 16, 8, **steps), steps=80, draws=4)
 
 
