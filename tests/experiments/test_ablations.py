@@ -487,11 +487,12 @@ def test_grid_texture_does_not_tell_rows_from_columns():
 
 def test_the_mixers_are_what_they_say():
     torch.manual_seed(0)
-    assert list(ablations.glow.MIXERS) == ["1x1, LU", "1x1, plain", "shuffle", "reversal", "nothing"]
+    assert list(ablations.glow.MIXERS) == ["1x1, LU", "1x1, plain", "1x1, fixed", "shuffle", "reversal", "nothing"]
     made = {name: mixer(16) for name, mixer in ablations.glow.MIXERS.items()}
     assert all(layer.channels == 16 for layer in made.values())
-    assert [type(layer) for layer in made.values()] == [Invertible1x1Conv] * 2 + [ChannelPermutation] * 3
-    assert (made["1x1, LU"].lu, made["1x1, plain"].lu) == (True, False)
+    assert [type(layer) for layer in made.values()] == [Invertible1x1Conv] * 3 + [ChannelPermutation] * 3
+    assert (made["1x1, LU"].lu, made["1x1, plain"].lu, made["1x1, fixed"].lu) == (True, False, False)
+    assert [made[name].weight.requires_grad for name in ("1x1, plain", "1x1, fixed")] == [True, False]
     assert made["reversal"].order.tolist() == list(range(15, -1, -1))
     assert made["nothing"].order.tolist() == list(range(16))
     orders = [tuple(ablations.glow.MIXERS["shuffle"](16).order.tolist()) for _ in range(5)]

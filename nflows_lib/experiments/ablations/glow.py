@@ -24,6 +24,7 @@ from nflows_lib.training import NonFiniteLoss, fit
 MIXERS: dict[str, Callable[[int], Bijection]] = {
     "1x1, LU": Invertible1x1Conv,
     "1x1, plain": partial(Invertible1x1Conv, lu=False),
+    "1x1, fixed": lambda channels: Invertible1x1Conv(channels, lu=False).requires_grad_(False),
     "shuffle": lambda channels: ChannelPermutation(torch.randperm(channels)),
     "reversal": lambda channels: ChannelPermutation(torch.arange(channels).flip(0)),
     "nothing": lambda channels: ChannelPermutation(torch.arange(channels)),
@@ -85,7 +86,7 @@ def glow_patches(
 
     Returns:
         ``test``, bits/dim on the test patches; ``grid`` and ``broken``, the two results of :func:`grid_of_samples`; and
-        ``parameters``, their number.
+        ``parameters``, the number of those that are trained.
     """
     torch.manual_seed(40 + seed)
     train, test = (data.patches(part).images for part in ("train", "test"))
@@ -96,7 +97,7 @@ def glow_patches(
         "test": -log_likelihoods(flow, test).mean().item() / (flow.dims * math.log(2)),
         "grid": grid,
         "broken": broken,
-        "parameters": sum(parameter.numel() for parameter in flow.parameters()),
+        "parameters": sum(parameter.numel() for parameter in flow.parameters() if parameter.requires_grad),
     }
 
 
@@ -179,7 +180,7 @@ ABLATIONS = {
         },
     ),
     "glow-mixing": Ablation(
-        "F22: what should stand between Glow's couplings: a learned 1x1 convolution, a shuffle, a reversal, nothing?",
+        "F22: what should stand between Glow's couplings: a learned or a fixed 1x1 convolution, a shuffle, a reversal, nothing?",
         (0, 1, 2),
         {mixer: partial(glow_patches, mixer=mixer, steps=150) for mixer in MIXERS},
     ),
