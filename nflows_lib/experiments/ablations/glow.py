@@ -180,7 +180,8 @@ ABLATIONS = {
         },
     ),
     "glow-mixing": Ablation(
-        "F22: what should stand between Glow's couplings: a learned or a fixed 1x1 convolution, a shuffle, a reversal, nothing?",
+        "F22: what should stand between Glow's couplings: "
+        "a learned or a fixed 1x1 convolution, a shuffle, a reversal, nothing?",
         (0, 1, 2),
         {mixer: partial(glow_patches, mixer=mixer, steps=150) for mixer in MIXERS},
     ),
