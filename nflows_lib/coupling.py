@@ -130,7 +130,7 @@ class _Coupling(Bijection):
         return tuple(shape)
 
     def extra_repr(self) -> str:
-        return f"passes {int(self.mask.sum())} of {self.mask.numel()}"
+        return f"changes {int((~self.mask).sum())} of {self.mask.numel()}"
 
 
 class AdditiveCoupling(_Coupling):

@@ -371,13 +371,13 @@ def test_summary():
     flow = nice(4, levels=17, couplings=2, hidden=10, depth=1)
     assert flow.summary() == "\n".join(
         [
-            "data                             (4,)",
-            "UniformDequantize(levels=17)     (4,)                     0",
-            "Rescale(0.05882)                 (4,)                     0",
-            "AdditiveCoupling(passes 2 of 4)  (4,)                    52",
-            "AdditiveCoupling(passes 2 of 4)  (4,)                    52",
-            "DiagonalScaling()                (4,)                     4",
-            "StandardLogistic                 (4,)            108 in all",
+            "data                              (4,)",
+            "UniformDequantize(levels=17)      (4,)                     0",
+            "Rescale(0.05882)                  (4,)                     0",
+            "AdditiveCoupling(changes 2 of 4)  (4,)                    52",
+            "AdditiveCoupling(changes 2 of 4)  (4,)                    52",
+            "DiagonalScaling()                 (4,)                     4",
+            "StandardLogistic                  (4,)            108 in all",
         ]
     )
 
@@ -405,12 +405,12 @@ def test_summary_indents_what_stands_inside_a_factor_out():
     network = (4 * 2 * 9 + 4) + (4 * 4 * 9 + 4)
     assert flow.summary() == "\n".join(
         [
-            "data                               (2, 2, 4)",
-            "FactorOut(finishes 8 of 16)        (16,)                    0",
-            "  Squeeze()                        (4, 1, 2)                0",
-            f"  FactorOut(finishes 4 of 8)       (8,)                   {network}",
-            f"    AffineCoupling(passes 2 of 4)  (2, 1, 2)              {network + 1}",
-            f"StandardNormal                     (16,)           {2 * network + 1} in all",
+            "data                                (2, 2, 4)",
+            "FactorOut(finishes 8 of 16)         (16,)                    0",
+            "  Squeeze()                         (4, 1, 2)                0",
+            f"  FactorOut(finishes 4 of 8)        (8,)                   {network}",
+            f"    AffineCoupling(changes 2 of 4)  (2, 1, 2)              {network + 1}",
+            f"StandardNormal                      (16,)           {2 * network + 1} in all",
         ]
     )
 

@@ -91,18 +91,18 @@ def test_realnvp_has_the_defaults_of_the_paper():
 def test_summary():
     # The network: 3x3 from 2 to 4, 1x1 from 4 to 4 and 1x1 from 4 to 2, each with a bias and a length for an output.
     parameters = (4 * 2 * 9 + 4 + 4) + (4 * 4 + 4 + 4) + (2 * 4 + 2 + 2)
-    coupling = f"AffineCoupling(passes 3 of 6)  (1, 2, 3)              {parameters + 1}"  # the gain
+    coupling = f"AffineCoupling(changes 3 of 6)  (1, 2, 3)              {parameters + 1}"  # the gain
     assert realnvp((1, 2, 3), couplings=2, hidden=4, blocks=0).summary() == "\n".join(
         [
-            "data                           (1, 2, 3)",
-            "UniformDequantize(levels=256)  (1, 2, 3)                0",
-            "Rescale(0.003906)              (1, 2, 3)                0",
-            "Logit(0.05)                    (1, 2, 3)                0",
+            "data                            (1, 2, 3)",
+            "UniformDequantize(levels=256)   (1, 2, 3)                0",
+            "Rescale(0.003906)               (1, 2, 3)                0",
+            "Logit(0.05)                     (1, 2, 3)                0",
             coupling,
-            "FlowBatchNorm()                (1, 2, 3)                0",
+            "FlowBatchNorm()                 (1, 2, 3)                0",
             coupling,
-            "FlowBatchNorm()                (1, 2, 3)                0",
-            f"StandardNormal                 (6,)            {2 * parameters + 2} in all",
+            "FlowBatchNorm()                 (1, 2, 3)                0",
+            f"StandardNormal                  (6,)            {2 * parameters + 2} in all",
         ]
     )
 
