@@ -74,7 +74,7 @@ QUESTIONS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {
             "the source's first": "the notes' first",
             "+ weight norm": "+ weight norm",
-            "+ [h, -h] and a ReLU": "+ [h, -h] and a ReLU",
+            "+ [h, -h] and a ReLU": "+ [x, -x] and a ReLU",
             "+ skips to the output": "+ skips to the output",
             "+ 2 convolutions a block": "+ 2 convolutions per block, not 3",
             "the reference's": "all four, as in the reference",
@@ -154,6 +154,9 @@ def test_the_differences_that_the_open_questions_print_follow_from_the_files():
     assert f"learned noise scores {noise:.3f} bits/dim better\n" in page
     deeper, wider = (mean("glow-depth", "2") - mean("glow-depth", key) for key in ("8", "2, wide"))
     assert f"better than 2 steps: 8 steps by {deeper:.2f} bits/dim, width by {wider:.2f}\n" in page
+    runs = over_seeds("realnvp-alpha")["0.05"]
+    rows = [line.split()[-3:] for line in page.splitlines() if "≈" in line and " to " in line]
+    assert rows == [[f"{run['training'][block]:.3f}" for run in runs] for block in range(3)]
 
 
 def test_the_samples_without_a_tanh_on_the_page_are_those_of_the_file():
