@@ -182,12 +182,18 @@ def test_what_clipping_gains_on_the_page_follows_from_the_file():
     page = printed("03_realnvp.ipynb")
     assert f"{record['command']}\ncommit {record['commit']}, {record['hardware']}\n" in page
 
-    def mean_nats(variant):
-        return 64 * math.log(2) * statistics.mean(result["test"] for result in record["results"][variant])
+    def tests(variant):
+        return [result["test"] for result in record["results"][variant]]
 
     for norm in ("no batch norm", "batch norm"):
-        gain = mean_nats(f"{norm}, not clipped") - mean_nats(f"{norm}, clipped at 1")
-        assert f"\n{norm}: clipping gains {gain:.1f} nats, mean of three seeds\n" in page
+        gains = [
+            free - clipped
+            for free, clipped in zip(tests(f"{norm}, not clipped"), tests(f"{norm}, clipped at 1"), strict=True)
+        ]
+        nats, bits = 64 * math.log(2) * statistics.mean(gains), statistics.mean(gains)
+        assert f"\n{norm}: clipping gains {nats:.1f} nats, {bits:.3f} bits/dim, mean of three seeds\n" in page
+        by_seed = " ".join(f"{64 * math.log(2) * gain:.1f}" for gain in gains)
+        assert f"\n    seed by seed: {by_seed} nats\n" in page
     gradients = [result["gradient"] for result in record["results"]["no batch norm, not clipped"]]
     first = [round(each[0]) for each in gradients]
     usual = [round(statistics.median(each)) for each in gradients]
