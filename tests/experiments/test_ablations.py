@@ -74,7 +74,7 @@ QUESTIONS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {
             "the source's first": "the notes' first",
             "+ weight norm": "+ weight norm",
-            "+ [h, -h] and a ReLU": "+ [x, -x] and a ReLU",
+            "+ [h, -h] and a ReLU": "+ [a, -a] and a ReLU",
             "+ skips to the output": "+ skips to the output",
             "+ 2 convolutions a block": "+ 2 convolutions per block, not 3",
             "the reference's": "all four, as in the reference",
