@@ -321,11 +321,7 @@ def test_the_tables_of_chapter_5_follow_from_the_files():
             {"as it is": "sigmoid, zeros", "no zeros": "sigmoid, no zeros", "exp(h)": "exp, zeros"},
         ),
         ("glow-first-updates", ("test",), {"checkerboard": "checkerboard", "channel mask": "channel mask"}),
-        (
-            "glow-mixing",
-            ("test",),
-            {name: "fixed orthogonal" if name == "fixed rotation" else name for name in ablations.glow.MIXERS},
-        ),
+        ("glow-mixing", ("test",), {name: name for name in ablations.glow.MIXERS}),
         ("glow-depth", ("test", "broken"), {"8": "Glow's factor", "8, bounded": "bounded factor"}),
     ]
     for name, measures, variants in tables:
