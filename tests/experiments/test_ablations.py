@@ -343,7 +343,7 @@ def test_the_tables_of_chapter_6_follow_from_the_file():
     nats = {arm: [run["test"] * 32 * math.log(2) for run in runs] for arm, runs in results.items()}
     for arm in ("all three", "couplings only", "ActNorm and W only"):
         gains = [none - some for none, some in zip(nats["none"], nats[arm], strict=True)]
-        line = f"{arm:>18}: {statistics.mean(gains):+.1f} ± {statistics.stdev(gains):.1f} nats over the blind flow\n"
+        line = f"{arm:>18}: {statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f} nats over the blind flow\n"
         assert line in page
     by_seed = " ".join(f"{run['margin']:.0f}" for run in results["all three"])
     assert f"context advantage of all three, by seed: {by_seed} nats\n" in page
@@ -352,7 +352,7 @@ def test_the_tables_of_chapter_6_follow_from_the_file():
         "bits/dim, importance-weighted": "test_closer",
         "correlation of neighbours": "neighbours",
         "ink: error / deviation": "ink_ratio",
-        "ink: coverage, 0.8 is due": "ink_covered",
+        "ink: coverage, 0.784 is due": "ink_covered",
     }
     for row, measure in measures.items():
         cells = ""
@@ -360,6 +360,13 @@ def test_the_tables_of_chapter_6_follow_from_the_file():
             values = [run[measure] for run in results[arm]]
             cells += f"{statistics.mean(values):7.3f} ± {statistics.stdev(values):.3f}"
         assert f"\n{row:30}{cells}\n" in page
+    cells = ""
+    for arm in ("all three", "independent pixels"):  # of 100 draws, as printed: (E^2 + V, E^2 + V / 100)
+        pairs = [(run["rms"]["1"] ** 2, run["rms"]["100"] ** 2) for run in results[arm]]
+        variances = [(one - many) / 0.99 for one, many in pairs]
+        values = [math.sqrt((one - v) / v) for (one, _), v in zip(pairs, variances, strict=True)]
+        cells += f"{statistics.mean(values):7.3f} ± {statistics.stdev(values):.3f}"
+    assert f"\n{'pixel: error / deviation':30}{cells}\n" in page
 
 
 def test_the_table_of_the_horses_follows_from_the_files():
@@ -367,8 +374,8 @@ def test_the_table_of_the_horses_follows_from_the_files():
     measures = {
         "bits/dim": ("figure", "bits_per_dim"),
         "bits/dim, importance-weighted": ("measured", "bits_per_dim_most"),
-        "IoU, mean of 100 draws": ("measured", "iou_most"),
-        "coverage, 0.8 is due": ("measured", "area_covered"),
+        "IoU": ("measured", "iou_most"),
+        "coverage, 0.784 is due": ("measured", "area_covered"),
         "calibration error": ("measured", "calibration_error"),
     }
     for row, (part, measure) in measures.items():
@@ -379,6 +386,17 @@ def test_the_table_of_the_horses_follows_from_the_files():
             assert len(values) == 3
             cells += f"{statistics.mean(values):7.3f} ± {statistics.stdev(values):.3f}"
         assert f"\n{row:29}{cells}\n" in page
+    measured = {}
+    for run in ("cglow-horses-small", "unet-horses-small", "unet-horses-early"):
+        files = sorted((archive.ROOT / "data" / "pretrained" / run).glob("run*.json"))
+        measured[run] = [json.loads(file.read_text())["measured"] for file in files]
+    rows = {"one draw": "iou_one", "mean of 10 draws": "iou", "mean of 10 at temperature 0.5": "iou_cold"}
+    for row, key in rows.items():
+        values = [seed[key] for seed in measured["cglow-horses-small"]]
+        assert f"\nc-Glow's IoU, {row}: {statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}\n" in page
+    shares = [statistics.mean(seed["area_covered"] for seed in seeds) for seeds in measured.values()]
+    errors = ", ".join(f"{math.sqrt(share * (1 - share) / 51):.2f}" for share in shares)
+    assert f"\nof a coverage: {errors}\n" in page
 
 
 def test_the_long_run_of_f6_on_the_page_is_that_of_the_file():
