@@ -902,7 +902,7 @@ def test_large_images_are_compared_on_a_corner() -> None:
         (realnvp_points(2), [1.0], None, r"batch: .*at least 8 examples, got list"),
         (realnvp_points(2), torch.full((8, 2), math.nan), None, "batch: expected finite values, got NaN"),
         (realnvp_points(2), torch.tensor([[math.nan, 0.0]] * 8), None, "batch: expected finite values, got NaN"),
-        (realnvp_points(2), torch.randn(8, 2), torch.randn(7, 1), "context: expected 8 rows"),
+        (realnvp_points(2), torch.randn(8, 2), torch.randn(7, 1), "context: expected one row per example, 8 in all"),
     ],
 )
 def test_bad_input_is_named(flow: object, batch: object, context: Tensor | None, message: str) -> None:

@@ -124,7 +124,7 @@ def test_where_compiling_is_untried_nothing_is_compiled(compiler, monkeypatch, d
     assert compiling.choose(False, True, True, device) is False
     assert capsys.readouterr().out == ""
     assert compiling.choose(None, True, True, device) is False
-    assert capsys.readouterr().out.endswith(f"without torch.compile: {where}.\n")
+    assert capsys.readouterr().out.endswith(f"without torch.compile: compiling is untried {where}.\n")
     with pytest.raises(ValueError, match=f"compiled: expected False {where}, where it is untried, got True"):
         compiling.choose(True, None, True, device)
 
