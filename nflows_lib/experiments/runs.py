@@ -173,7 +173,7 @@ def train(
 
     Raises:
         ValueError: if the run is unknown, if the folder holds a checkpoint and resume is False, if draws is below 1, if
-            compiled is True under torchrun or on mps, or if :func:`nflows_lib.experiments.trainer.train` raises it.
+            compiled is True under torchrun or on mps, or if :func:`~nflows_lib.experiments.trainer.train` raises it.
     """
     run = table.find(name)
     check_positive(draws=1 if draws is None else draws)
