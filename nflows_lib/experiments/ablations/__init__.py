@@ -68,12 +68,6 @@ def find(name: str) -> Ablation:
     return ABLATIONS[name]
 
 
-def mean_and_spread(record: dict[str, Any], measure: str) -> dict[str, tuple[float, float]]:
-    """The mean and the standard deviation over seeds of one measure, by variant."""
-    columns = {arm: [result[measure] for result in results] for arm, results in record["results"].items()}
-    return {arm: (statistics.mean(values), statistics.stdev(values)) for arm, values in columns.items()}
-
-
 def print_table(
     record: Mapping[str, Any],
     measures: Mapping[str, str] | None = None,
