@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -52,6 +52,25 @@ LONGEST = [
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: -1 if item.path.suffix == ".ipynb" else places.get(item.path.name, len(LONGEST)))
+
+
+@pytest.fixture(scope="session")
+def tracked_files() -> list[Path]:
+    """The files that git tracks, without those that are deleted here."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="session")
+def tracked_texts(tracked_files: list[Path]) -> dict[Path, str]:
+    """The contents of the tracked files that are text; pictures and weights are not."""
+    texts = {}
+    for path in tracked_files:
+        with suppress(UnicodeDecodeError):
+            texts[path] = path.read_text(encoding="utf-8")
+    return texts
 
 
 @pytest.fixture(scope="session")
