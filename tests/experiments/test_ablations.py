@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,16 @@ def printed(chapter: str) -> str:
     cells = json.loads((CHAPTERS / chapter).read_text(encoding="utf-8"))["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     return "".join("".join(output.get("text", [])) for output in outputs)
+
+
+def stored(name: str) -> dict[str, Any]:
+    """The record of an ablation, read without the library."""
+    return json.loads((archive.ROOT / "data" / "ablations" / f"{name}.json").read_text())
+
+
+def over_seeds(values: list[float]) -> str:
+    """The mean and the standard deviation, as a table of a page prints them."""
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 @pytest.mark.parametrize("name", ablations.ABLATIONS)
@@ -113,15 +124,10 @@ QUESTIONS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 }
 
 
-def over_seeds(name: str) -> dict[str, list[dict]]:
-    """A record's results by variant, as they stand in the file."""
-    return json.loads((archive.ROOT / "data" / "ablations" / f"{name}.json").read_text())["results"]
-
-
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_the_tables_of_the_open_questions_follow_from_the_files(name):
     """The whole table of a record: its origin, its columns in order, a row for every variant in order, and no other."""
-    record = json.loads((archive.ROOT / "data" / "ablations" / f"{name}.json").read_text())
+    record = stored(name)
     measures, variants = QUESTIONS[name]
     assert list(variants) == list(record["results"])
     table = [
@@ -134,7 +140,7 @@ def test_the_tables_of_the_open_questions_follow_from_the_files(name):
         results = record["results"][key]
         assert len(results) == 3
         columns = ([result[measure] for result in results] for measure in measures)
-        cells = " ".join(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in columns)
+        cells = " ".join(over_seeds(values) for values in columns)
         table.append(f"{row} {cells}")
     lines = [" ".join(line.split()) for line in printed("open_questions.ipynb").splitlines()]
     start = lines.index(record["command"])
@@ -145,7 +151,7 @@ def test_the_differences_that_the_open_questions_print_follow_from_the_files():
     page = printed("open_questions.ipynb")
 
     def mean(name: str, variant: str, measure: str = "test") -> float:
-        return statistics.mean(result[measure] for result in over_seeds(name)[variant])
+        return statistics.mean(result[measure] for result in stored(name)["results"][variant])
 
     unclipped = mean("realnvp-clipping", "no batch norm, not clipped")
     for words, key in (("clipping improves the score", "clipped at 1"), ("a short memory", "short memory")):
@@ -154,13 +160,13 @@ def test_the_differences_that_the_open_questions_print_follow_from_the_files():
     assert f"learned noise scores {noise:.3f} bits/dim better\n" in page
     deeper, wider = (mean("glow-depth", "2") - mean("glow-depth", key) for key in ("8", "2, wide"))
     assert f"better than 2 steps: 8 steps by {deeper:.2f} bits/dim, width by {wider:.2f}\n" in page
-    runs = over_seeds("realnvp-alpha")["0.05"]
+    runs = stored("realnvp-alpha")["results"]["0.05"]
     rows = [line.split()[-3:] for line in page.splitlines() if "≈" in line and " to " in line]
     assert rows == [[f"{run['training'][block]:.3f}" for run in runs] for block in range(3)]
 
 
 def test_the_samples_without_a_tanh_on_the_page_are_those_of_the_file():
-    record = json.loads((archive.ROOT / "data" / "ablations" / "realnvp-tanh.json").read_text())
+    record = stored("realnvp-tanh")
     page = printed("03_realnvp.ipynb")
     assert f"{record['command']}\ncommit {record['commit']}, {record['hardware']}\n" in page
     for variant, results in record["results"].items():
@@ -169,16 +175,16 @@ def test_the_samples_without_a_tanh_on_the_page_are_those_of_the_file():
 
 
 def test_the_gap_of_the_moons_on_the_page_is_that_of_the_file():
-    record = json.loads((archive.ROOT / "data" / "ablations" / "realnvp-moons.json").read_text())
+    record = stored("realnvp-moons")
     page = printed("03_realnvp.ipynb")
     assert f"{record['command']}\ncommit {record['commit']}, {record['hardware']}\n" in page
     for variant, results in record["results"].items():
         gaps = [result["gap"] for result in results]
-        assert f"{variant:>11}  {statistics.mean(gaps):.3f} ± {statistics.stdev(gaps):.3f}\n" in page
+        assert f"{variant:>11}  {over_seeds(gaps)}\n" in page
 
 
 def test_what_clipping_gains_on_the_page_follows_from_the_file():
-    record = json.loads((archive.ROOT / "data" / "ablations" / "realnvp-clipping.json").read_text())
+    record = stored("realnvp-clipping")
     page = printed("03_realnvp.ipynb")
     assert f"{record['command']}\ncommit {record['commit']}, {record['hardware']}\n" in page
 
@@ -202,7 +208,7 @@ def test_what_clipping_gains_on_the_page_follows_from_the_file():
 
 
 def test_the_table_of_f5_on_the_page_follows_from_the_file():
-    record = json.loads((archive.ROOT / "data" / "ablations" / "nice-initialisation.json").read_text())
+    record = stored("nice-initialisation")
     page = printed("01_nice.ipynb")
     for arm, results in record["results"].items():
         columns = [[result["first"] for result in results], [result["loss"][9] for result in results]]
@@ -213,7 +219,7 @@ def test_the_table_of_f5_on_the_page_follows_from_the_file():
 
 
 def test_the_table_of_f8_on_the_page_follows_from_the_file():
-    record = json.loads((archive.ROOT / "data" / "ablations" / "nice-shared-noise.json").read_text())
+    record = stored("nice-shared-noise")
     page = printed("02_dequantization.ipynb")
     headings = {"training": "training bits/dim", "test": "test bits/dim, fresh noise"}
     assert f"           {'  '.join(headings.values())}\n" in page
@@ -221,7 +227,7 @@ def test_the_table_of_f8_on_the_page_follows_from_the_file():
         row = f"{arm:>9}"
         for measure, heading in headings.items():
             values = [result[measure] for result in results]
-            cell = f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+            cell = over_seeds(values)
             row += f"  {cell:>{len(heading)}}"
         assert f"\n{row}\n" in page
 
@@ -304,12 +310,12 @@ def test_an_arm_on_points_repeats_and_its_seed_matters():
 def test_the_tables_of_chapter_4_follow_from_the_files():
     page = printed("04_multiscale.ipynb")
     for name in ("multiscale-squeeze", "multiscale-scales"):
-        record = json.loads((archive.ROOT / "data" / "ablations" / f"{name}.json").read_text())
+        record = stored(name)
         width = max(map(len, record["results"]))
         for arm, results in record["results"].items():
             bits = [result["test"] for result in results]
             assert len(bits) == 3
-            assert f"\n{arm:>{width}}  {statistics.mean(bits):.3f} ± {statistics.stdev(bits):.3f}\n" in page
+            assert f"\n{arm:>{width}}  {over_seeds(bits)}\n" in page
 
 
 def test_the_tables_of_chapter_5_follow_from_the_files():
@@ -330,20 +336,20 @@ def test_the_tables_of_chapter_5_follow_from_the_files():
         ("glow-depth", ("test", "broken"), {"8": "Glow's factor", "8, bounded": "bounded factor"}),
     ]
     for name, measures, variants in tables:
-        results = json.loads((archive.ROOT / "data" / "ablations" / f"{name}.json").read_text())["results"]
+        results = stored(name)["results"]
         for variant, label in variants.items():
             assert len(results[variant]) == 3
             columns = [[run[measure] for run in results[variant]] for measure in measures]
-            cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in columns]
+            cells = [over_seeds(values) for values in columns]
             rows = [line.split("  ") for line in page.splitlines() if line.strip().startswith(label)]
             assert [label, *cells] in [[cell.strip() for cell in row if cell.strip()] for row in rows]
-    results = json.loads((archive.ROOT / "data" / "ablations" / "glow-first-updates.json").read_text())["results"]
+    results = stored("glow-first-updates")["results"]
     stopped = " ".join(str(run["updates"]) for run in results["exp(h), no zeros"])
     assert f"exp, no zeros: not finite at update {stopped}\n" in page
 
 
 def test_the_tables_of_chapter_6_follow_from_the_file():
-    results = json.loads((archive.ROOT / "data" / "ablations" / "cglow-conditioning.json").read_text())["results"]
+    results = stored("cglow-conditioning")["results"]
     page = printed("06_cglow.ipynb")
     nats = {arm: [run["test"] * 32 * math.log(2) for run in runs] for arm, runs in results.items()}
     for arm in ("all three", "couplings only", "ActNorm and W only"):
@@ -398,14 +404,14 @@ def test_the_table_of_the_horses_follows_from_the_files():
     rows = {"one draw": "iou_one", "mean of 10 draws": "iou", "mean of 10 at temperature 0.5": "iou_cold"}
     for row, key in rows.items():
         values = [seed[key] for seed in measured["cglow-horses-small"]]
-        assert f"\nc-Glow's IoU, {row}: {statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}\n" in page
+        assert f"\nc-Glow's IoU, {row}: {over_seeds(values)}\n" in page
     shares = [statistics.mean(seed["area_covered"] for seed in seeds) for seeds in measured.values()]
     errors = ", ".join(f"{math.sqrt(share * (1 - share) / 51):.2f}" for share in shares)
     assert f"\nof a coverage: {errors}\n" in page
 
 
 def test_the_long_run_of_f6_on_the_page_is_that_of_the_file():
-    record = json.loads((archive.ROOT / "data" / "ablations" / "no-dequantization.json").read_text())
+    record = stored("no-dequantization")
     left_out = record["results"]["left out"][0]
     assert f"without noise: {left_out['broke_with']} at step {left_out['broke_at']:,}\n" in printed(
         "02_dequantization.ipynb"
