@@ -1,111 +1,504 @@
-"""Tests of the bijection: whether each inverse undoes its layer, and whether each log-det is the true one."""
+"""Tests of the bijection: whether each inverse undoes its layer, and whether each log-det is the true one.
+
+Each layer is asked first, then the whole flow: an error of the whole that no layer has lies outside of the layers.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nflows_lib.clinic.examination import EXACT, LARGEST, Case, Record, jacobian, relative_error
-from nflows_lib.clinic.registry import Finding, doctors_test
+from nflows_lib.clinic.control import HeldNoise, Unrounded, seeded
+from nflows_lib.clinic.examination import (
+    EXACT,
+    LARGEST,
+    Case,
+    Pass,
+    Record,
+    all_modules,
+    chain_of,
+    copied,
+    gradients,
+    jacobian,
+    relative_error,
+    same_numbers,
+)
+from nflows_lib.clinic.registry import COULD_NOT_RUN, TOO_LARGE, Finding, could_not_run, doctors_test, in_one_line
 
 EXACT_BACK = 1e-5  # a larger error of an inverse, relative to the largest value, is a failure; inverses may iterate
+SMALL = 256  # a layer on larger images is compared with autograd on their corner, if it takes the corner
+MOVED = "with moved parameters, "  # said of a woken copy
 
 _DRAWN = "forward drops numbers of the latent, and the inverse redraws them: keep them all"
 _UNMASKED = "the layer also changes what its network reads: mask the network's output"
+_NOT_UNDONE = "the layer's inverse does not undo its forward"
+
+
+# --- round trips ------------------------------------------------------------------------------------------------------
 
 
 @doctors_test("round trip", finds=["F3", "F18", "P1"])
 def round_trip(case: Case) -> Iterator[Finding]:
-    """Whether each layer's inverse returns the layer's input, and returns the same at a second call."""
-    worst, exact, broken = 0.0, 0, set()
-    with torch.no_grad():
-        for record in case.data_pass.inner_first:
+    """Whether each inverse, of a layer and of the whole flow, returns what forward got, and the same at each call."""
+    worst, exact, failed, unable = 0.0, 0, False, 0
+    for done, when, flow in ((case.data_pass, "", case.flow), (case.woken_pass, MOVED, None)):
+        broken: set[int] = set()
+        for record in done.inner_first:
             if record.is_within(broken):
                 continue  # a layer inside this one is broken, and has been named
             try:
-                back, again = record.back(), record.back()
+                found = _layer_back(record, when)
             except NotImplementedError:
                 continue
-            off = relative_error(back.to(record.x.dtype), record.x)
-            measured = f"{record.title}: the inverse of its output misses its input by {off:.2g}"
-            if not torch.equal(back, again):
-                found = f"{record.title}: its inverse returns something else at each call", _DRAWN, "F18"
-            elif off <= EXACT_BACK:
-                worst, exact = max(worst, off), exact + 1
+            except Exception as error:
+                if not when:
+                    unable += 1
+                    yield could_not_run(f"{record.title}, its inverse", error)
                 continue
-            elif record.z[0].numel() < record.x[0].numel():
-                found = measured, _DRAWN, "F18"
-            elif _unmasked(record):
-                found = measured, _UNMASKED, "F3"
+            if isinstance(found, Finding):
+                broken.add(id(record.layer))
+                failed = True
+                yield found
             else:
-                found = measured, "the layer's inverse does not undo its forward", "P1"
-            broken.add(id(record.layer))
-            yield Finding(False, *found)
-    if not broken:
-        measured = f"every layer's inverse returns its input within {worst:.0e}" if exact else "no layer has an inverse"
-        yield Finding(True if exact else None, measured)
+                worst, exact = max(worst, found), exact + 1
+        if not case.alone:
+            found = _whole_back(case, copied(case.flow) if flow else case.woken(), when, bool(broken))
+            if isinstance(found, Finding):
+                failed |= found.passed is False
+                if found.passed is False or not when:
+                    yield found
+            elif found is not None:
+                worst, exact = max(worst, found), exact + 1
+        if failed:
+            case.inverse_is_right = False
+            return
+    case.inverse_is_right = True
+    if exact or not unable:
+        what = "the flow's inverse returns its input" if case.alone else "every inverse returns its input"
+        yield Finding(True if exact else None, f"{what} within {worst:.0e}" if exact else "no layer has an inverse")
+
+
+def _layer_back(record: Record, when: str) -> Finding | float:
+    """What is wrong with a layer's inverse, or its relative error."""
+    with torch.no_grad():
+        with seeded(1):
+            back, _ = record.back()
+        with seeded(2):
+            again, _ = record.back()
+    off = relative_error(back.to(record.x.dtype), record.x)
+    measured = f"{when}{record.title}: the inverse of its output misses its input by {off:.2g}"
+    if back.shape != record.x.shape:
+        got, expected = tuple(back.shape[1:]), tuple(record.x.shape[1:])
+        measured = f"{record.title}: the inverse of its output has shape {got}, its input {expected}"
+    if not torch.equal(back.nan_to_num(), again.nan_to_num()):
+        return Finding(False, f"{record.title}: its inverse returns something else at each call", _DRAWN, "F18")
+    if off <= EXACT_BACK:
+        return off
+    if record.z[0].numel() < record.x[0].numel():
+        return Finding(False, measured, _DRAWN, "F18")
+    if _unmasked(record):
+        return Finding(False, measured, _UNMASKED, "F3")
+    return Finding(False, measured, _NOT_UNDONE, "P1")
+
+
+def _whole_back(case: Case, flow: nn.Module, when: str, layer_broken: bool) -> Finding | float | None:
+    """What is wrong with the whole flow's inverse, or its relative error; None if it cannot be compared.
+
+    Nothing is said if a layer is broken, and the whole flow for that reason.
+    """
+    with torch.no_grad(), HeldNoise(0.5):
+        z = case.through(flow).z
+    try:
+        with torch.no_grad(), HeldNoise() as draws:
+            first, second = case.back(flow, z, seed=1), case.back(flow, z, seed=2)
+        if first.shape == second.shape and not torch.equal(first.nan_to_num(), second.nan_to_num()):
+            if layer_broken:
+                return None
+            shapes = draws.uniform + draws.normal
+            if case.context is not None and tuple(case.context.shape) in shapes:
+                cause = "the condition gets fresh noise in each direction: draw it once, and give it to both"
+                return Finding(False, "the whole flow's inverse returns something else at each call", cause, "P1")
+            return Finding(False, "the whole flow's inverse returns something else at each call", _DRAWN, "F18")
+        off = whole_round_trip(case, flow)
+    except NotImplementedError:
+        return None
+    except Exception as error:
+        if layer_broken:
+            return None
+        cause = _cause_of_inverse(case, flow, z, None) or "the inverse does not take what forward returns"
+        return Finding(False, f"the whole flow's inverse raises {in_one_line(error)}", cause, "P1")
+    if off is None or off <= EXACT_BACK or layer_broken:
+        return off
+    if z[0].numel() < case.dims:
+        return Finding(False, f"{when}the whole flow's inverse misses the data by {off:.2g}", _DRAWN, "F18")
+    cause = _cause_of_inverse(case, flow, z, first) or "the inverse of the whole flow does not undo its forward"
+    return Finding(False, f"{when}the whole flow's inverse misses the data by {off:.2g}", cause, "P1")
+
+
+def whole_round_trip(case: Case, flow: nn.Module) -> float | None:
+    """The largest relative error of a round trip through a whole copy of the flow; None if it cannot be compared.
+
+    Noise on the data is held in the middle of its interval, and the inverse does not round, so the inverse must miss
+    all values by the same number, which is at most one step. At the lowest and the highest level it may clamp. Where
+    noise is learned or normal, the round trip starts after the noise layer.
+    """
+    drawn = [torch.Size(shape).numel() for shape in case.draws.uniform]
+    normal = [torch.Size(shape).numel() for shape in case.draws.normal]
+    if case.noise is not None and (case.noise.learned or case.x.numel() in normal):
+        with torch.no_grad():
+            done = case.through(flow)
+            begin = next(record for record in done.records if record.name == case.noise.name)
+            if not same_numbers(begin.x, case.x):
+                return None
+            return relative_error(case.back_to_noise(flow, done.z), begin.z)
+    noisy = case.random and case.x.numel() in drawn
+    if case.random and not noisy and case.x.numel() in normal:
+        return None
+    with torch.no_grad(), HeldNoise(0.5):
+        z = case.through(flow).z
+        if not noisy:
+            return relative_error(case.back(flow, z).to(case.x.dtype), case.x)
+        try:
+            with Unrounded():
+                back = case.back(flow, z)
+        except Exception:  # an index, for example, must be an integer
+            back = case.back(flow, z)
+    if back.shape != case.x.shape:
+        return math.inf
+    step = case.spacing or 0.0
+    off = back - case.x
+    held = off.median().clamp(-step, step)
+    edge = (case.x == case.x.min()) | (case.x == case.x.max())
+    excess = torch.where(edge, (off - held / 2).abs() - held.abs() / 2, (off - held).abs()).clamp(min=0)
+    return (excess.max() / max(1.0, case.x.abs().max().item())).nan_to_num(nan=math.inf).item()
+
+
+def _cause_of_inverse(case: Case, flow: nn.Module, z: Tensor, back: Tensor | None) -> str:
+    """Why the whole flow's inverse is none, though every layer's is: from the calls that it makes; "" if unclear."""
+    forward = [record.name for record in case.data_pass.outermost]
+    calls: list[tuple[str, str, bool]] = []  # layer, direction, whether it got a second tensor
+    hooks, modules = [], all_modules(chain_of(flow))
+    for name in forward:
+        layer, inverse = modules[name], modules[name].inverse
+
+        def watched(*args: object, name: str = name, inverse: Callable = inverse, **options: object) -> object:
+            calls.append((name, "inverse", sum(isinstance(a, Tensor) for a in (*args, *options.values())) > 1))
+            return inverse(*args, **options)
+
+        layer.inverse = watched
+        hooks.append(layer.register_forward_pre_hook(lambda m, a, name=name: calls.append((name, "forward", False))))
+    try:
+        with torch.no_grad():
+            case.back(flow, z)
+    except Exception as error:
+        if case.context is not None and isinstance(error, TypeError):
+            return "the inverse does not take the condition that forward takes"
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name in forward:
+            vars(modules[name]).pop("inverse", None)
+    inverted = [name for name, direction, _ in calls if direction == "inverse"]
+    if forward and not inverted and any(direction == "forward" for _, direction, _ in calls):
+        return "the inverse calls its layers' forward: call their inverse, in the reverse order"
+    if len(forward) > 1 and inverted == forward:
+        return "the inverse goes through the layers in forward's order: reverse it"
+    if len(inverted) < len(forward) and {*inverted} < {*forward}:
+        missing = [name for name in forward if name not in inverted]
+        return f"the inverse leaves out {len(missing)} of the layers, the first is {missing[0]}"
+    given = {r.name for r in case.data_pass.outermost if any(isinstance(v, Tensor) for v in r.further)}
+    if case.context is not None and {n for n, d, context in calls if d == "inverse" and context} < given:
+        return "the condition reaches the layers in forward, and not in the inverse"
+    if case.context is not None and back is not None:
+        others = case.context.roll(1, 0)
+        with torch.no_grad():
+            forward_same = torch.equal(case.through(flow, context=others).z, case.through(flow).z)
+            inverse_same = torch.equal(case.back(flow, z, others), case.back(flow, z))
+        if forward_same != inverse_same:
+            return "the condition is used in one direction only"
+    if back is not None and back.shape == case.x.shape and not case.random and _affine(back, case.x):
+        return "a scaling or a shift that forward applies is not undone, or undone twice"
+    return ""
+
+
+def _affine(back: Tensor, x: Tensor) -> bool:
+    """Whether each column of a round trip is an affine function of the same column of the data."""
+    a, b = (side.flatten(1) - side.flatten(1).mean(0) for side in (back, x))
+    slope = (a * b).sum(0) / b.square().sum(0).clamp(min=1e-300)
+    return bool((a - slope * b).abs().max() <= 1e-6 * a.abs().max())
+
+
+# --- log-dets ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Compared:
+    """How a test of log-dets fared: the number of layers that agree, and of those that it could not compare."""
+
+    agree: int = 0
+    too_large: int = 0
+    unable: int = 0
 
 
 @doctors_test("log-det", finds=["F3", "F9", "F10", "P15"])
 def log_det(case: Case) -> Iterator[Finding]:
-    """Whether each layer's log-det of one example is that of autograd's Jacobian.
+    """Whether each log-det of one example, a layer's and the whole flow's, is that of autograd's Jacobian.
 
-    A large image is compared by its corner alone, if the layer takes the corner.
+    A large image is compared by its corner alone, if the layer takes the corner. An inverse that returns a log-det
+    must return minus that of forward.
     """
-    compared, too_large = 0, 0
-    broken = {id(case.noise.layer)} if case.noise else set()
-    for record in case.data_pass.inner_first:
-        square = record.z[0].numel() == record.x[0].numel() and record.x.is_floating_point()
-        if record.is_within(broken) or not square:
-            continue
-        x = _corner(record)
-        if x is None:
-            too_large += 1
-            continue
-        claimed, again = record.again(x)[1].item(), record.again(x)[1].item()
-        if claimed != again:
-            continue  # the layer estimates its log-det at random: two calls differ
-        if x.shape == record.x[:1].shape and abs(claimed - record.log_det[0].item()) > EXACT * max(1.0, abs(claimed)):
-            broken.add(id(record.layer))
-            measured = f"{record.title}: {claimed:.4g} nats alone, {record.log_det[0]:.4g} in the batch"
-            yield Finding(False, measured, "sum over the dimensions of each example, not over the batch", "P15")
-            continue
-        true = torch.linalg.slogdet(jacobian(lambda v, r=record: r.again(v)[0], x)).logabsdet.item()
-        off, compared = abs(claimed - true) / max(1.0, abs(true)), compared + 1
-        if off <= EXACT:
-            continue
-        broken.add(id(record.layer))
-        cause = _cause_of_log_det(record, (claimed - true) / x.numel(), case.levels)
-        yield Finding(False, f"{record.title} says {claimed:.4f} nats, autograd gives {true:.4f}", *cause)
-    if len(broken) == (case.noise is not None):
-        left = f"; {too_large} are too large to compare" if too_large else ""
-        yield Finding(True if compared else None, f"agrees with autograd in {compared} layers{left}")
+    count = Compared()
+    for done, when in ((case.data_pass, ""), (case.woken_pass, MOVED)):
+        broken: set[int] = set()
+        for record in done.inner_first:
+            if record.is_within(broken):
+                continue
+            try:
+                found = _layer_log_det(case, record, when, count)
+            except Exception as error:
+                count.unable += 1
+                found = None if when else could_not_run(record.title, error)
+            if found is not None:
+                if found.passed is False:
+                    broken.add(id(record.layer))
+                yield found
+        if not case.alone:
+            for found in _whole_log_det(case, done, when, bool(broken), count):
+                if found.passed is False:
+                    broken.add(id(done.whole.layer))
+                yield found
+        if broken:
+            case.whole_is_right = False
+            return
+    if case.alone:
+        case.whole_is_right = bool(count.agree)
+    left = f"; {count.too_large // 2 or 1} too large to compare" if count.too_large else ""
+    what = "the flow's agrees with autograd's" if case.alone else _counted(count.agree // 2, case.whole_is_right)
+    if count.agree:
+        yield Finding(True, what + left)
+    elif count.too_large:
+        yield Finding(None, "every layer is too large for a Jacobian", why=TOO_LARGE)
+    elif not count.unable:
+        yield Finding(None, "no log-det can be compared with autograd's")
+
+
+def _counted(layers: int, whole: bool | None) -> str:
+    layers -= bool(whole)
+    parts = [f"{layers} layer{'s' * (layers > 1)}"] * bool(layers) + ["the whole flow"] * bool(whole)
+    return f"agrees with autograd in {' and '.join(parts)}"
+
+
+def _layer_log_det(case: Case, record: Record, when: str, count: Compared) -> Finding | None:
+    """What is wrong with the log-det of a layer, if anything."""
+    is_noise = case.noise is not None and record.name == case.noise.name
+    if is_noise and record.learned:
+        return None  # its contribution is the density of the noise
+    if record.z[0].numel() != record.x[0].numel() or not (record.x.is_floating_point() or is_noise):
+        return None
+    x = _corner(record)
+    if x is None:
+        count.too_large += 1
+        return None
+
+    def asked(v: Tensor, seed: int = 3) -> tuple[Tensor, Tensor]:
+        with seeded(seed):
+            return record.again(v)
+
+    claimed = asked(x)[1].item()
+    asked(record.x[1:2, ..., : x.shape[-2], : x.shape[-1]] if x.dim() == 4 else record.x[1:2])
+    if asked(x)[1].item() != claimed:
+        measured = f"{when}{record.title} returns another log-det at a second call with the same example"
+        return Finding(False, measured, "the log-det comes from an earlier call: compute it from this input", "P15")
+    if not is_noise and asked(x, seed=4)[1].item() != claimed:
+        return None  # the layer estimates its log-det at random
+    if x.shape == record.x[:1].shape and not is_noise and _differs(claimed, record.log_det[0].item()):
+        return _in_company(record, claimed, when)
+    J = jacobian(lambda v: asked(v)[0], x.to(torch.float64))
+    if is_noise and not J.any():
+        return None  # the levels are made integers, which have no derivative
+    true = torch.linalg.slogdet(J).logabsdet.item()
+    if not _differs(claimed, true):
+        count.agree += 1
+        return _log_det_of_inverse(record, when)
+    measured = f"{when}{record.title} says {claimed:.4f} nats, autograd gives {true:.4f}"
+    if true == -math.inf:
+        measured = f"{when}{record.title} says {claimed:.4f} nats, autograd's Jacobian is singular"
+    cause = _cause_of_log_det(record, (claimed - true) / x.numel(), case)
+    return Finding(False, measured, *cause)
+
+
+def _differs(a: float, b: float) -> bool:
+    """Whether two log-dets differ by more than rounding does."""
+    return not abs(a - b) <= EXACT * max(1.0, abs(b))
+
+
+def _in_company(record: Record, alone: float, when: str) -> Finding | None:
+    """What is wrong with a log-det that is another one in a batch; None if the layer's output is another one, too."""
+    with torch.no_grad():
+        each = [record.again(record.x[i : i + 1]) for i in range(8)]
+        z, together = record.again(record.x[:8])
+    if relative_error(z[:1], each[0][0]) > EXACT:
+        return None
+    measured = f"{when}{record.title}: {alone:.4g} nats alone, {record.log_det[0]:.4g} in the batch"
+    total = sum(log_det.item() for _, log_det in each)
+    if record.further or any(not _differs(together[0].item(), some) for some in (total, total / 8)):
+        return Finding(False, measured, "sum over the dimensions of each example, not over the batch", "P15")
+    return Finding(False, measured, "the log-det uses other statistics than the output, which no batch changes", "P15")
+
+
+def _log_det_of_inverse(record: Record, when: str) -> Finding | None:
+    """What is wrong with the log-det that a layer's inverse returns, if it returns one."""
+    if not callable(getattr(record.layer, "inverse", None)):
+        return None
+    try:
+        with torch.no_grad(), seeded(1):
+            _, back = record.back()
+    except Exception:  # the test of round trips says so
+        return None
+    if back is None or len(back) != len(record.log_det):
+        return None
+    off = (back + record.log_det).abs().max().item()
+    if off <= 1e-4 * max(1.0, record.log_det.abs().max().item()):
+        return None
+    measured = f"{when}{record.title}: the inverse's log-det is {back[0]:.4g}, forward's {record.log_det[0]:.4g} nats"
+    cause = "the two must cancel"
+    if (back - record.log_det).abs().max() <= 1e-4 * max(1.0, record.log_det.abs().max().item()):
+        cause = "the inverse returns the log-det with the sign of forward"
+    return Finding(False, measured, cause, "P15")
+
+
+def _whole_log_det(case: Case, done: Pass, when: str, layer_broken: bool, count: Compared) -> Iterator[Finding]:
+    """What is wrong with the log-det of the whole flow, if anything that no layer is to blame for."""
+    flow = case.woken() if when else copied(case.flow)
+    x, context = _small(case)
+    if x is None:
+        count.too_large += 1
+        return
+    if done.z[0].numel() != case.dims:
+        return
+    try:
+        claimed, true = _whole_nats(case, flow, x, context)
+    except Exception as error:
+        count.unable += 1
+        if not when:
+            yield could_not_run("the whole flow", error)
+        return
+    if claimed is None:
+        return
+    if not _differs(claimed, true):
+        count.agree += 1
+        if not when:
+            case.whole_is_right = True
+        if not layer_broken and not case.random and (wrong := _log_det_of_inverse(done.whole, when)) is not None:
+            yield wrong
+        return
+    case.whole_is_right = False
+    if layer_broken:
+        return
+    measured = f"{when}the whole flow says {claimed:.4f} nats, autograd gives {true:.4f}"
+    if true == -math.inf:
+        yield Finding(
+            False,
+            f"{when}autograd's Jacobian of the whole flow is singular",
+            "two numbers of the latent tell the same: the flow has no inverse",
+            "P1",
+        )
+        return
+    entry = _cause_of_scale((claimed - true) / x.numel(), case)
+    total = sum(record.log_det[0].item() for record in done.outermost)
+    if entry:
+        yield Finding(False, measured, *entry)
+    elif done.records and x.shape == case.x[:1].shape and not case.random and not _differs(total, true):
+        yield Finding(False, measured, "the layers are right: one's log-det is not added, or added twice", "P15")
+    else:
+        cause = "forward scales, or changes the data in another way, outside of its layers, and does not count it"
+        yield Finding(False, measured, cause if done.records else "the formula of the log-det is another map's", "P15")
+
+
+def _whole_nats(case: Case, flow: nn.Module, x: Tensor, context: Tensor | None) -> tuple[float | None, float]:
+    """The log-det that the whole flow claims at x, one example, and that of autograd, with the noise held fixed.
+
+    If the noise is learned, both are those of the part after the noise layer. None if the flow estimates its log-det.
+    """
+    if case.noise is not None and case.noise.learned:
+        entered: list[Tensor] = []
+
+        def enter(u: Tensor) -> Tensor:
+            entered.append(u.detach().requires_grad_())
+            return entered[-1]
+
+        done = case.through(flow, x, context, grad=True, after_noise=enter)
+        its = next(record.log_det for record in done.records if record.name == case.noise.name)
+        J = gradients(done.z.flatten(), entered[-1])
+        return (done.log_det - its).item(), torch.linalg.slogdet(J).logabsdet.item()
+    given = x.to(torch.float64)
+    plain = case.through(flow, given, context)
+    if not case.random and case.through(flow, given, context, seed=1).log_det.item() != plain.log_det.item():
+        return None, 0.0
+    J = jacobian(lambda v: case.through(flow, v, context, grad=True).z, given)
+    if case.random and not J.any():
+        return None, 0.0  # the levels are made integers, which have no derivative
+    return plain.log_det.item(), torch.linalg.slogdet(J).logabsdet.item()
+
+
+def _small(case: Case) -> tuple[Tensor | None, Tensor | None]:
+    """One example and its context, of a smaller image if the batch's are too large and the flow takes it; else None."""
+    x, context = case.rows(slice(0, 1))
+    if x.numel() <= LARGEST:
+        return x, context
+    if x.dim() == 4:
+        for size in (8, 4):
+            corner = x[..., :size, :size]
+            cut = context[..., :size, :size] if context is not None and context.dim() == 4 else context
+            for its in (cut, context):
+                try:
+                    if case.through(copied(case.flow), corner, its).z.numel() == corner.numel() <= LARGEST:
+                        return corner, its
+                except Exception:  # noqa: S112 - a flow that does not take the corner says so in its own way
+                    continue
+    return None, None
 
 
 def _corner(record: Record) -> Tensor | None:
-    """One example, or a corner of it, small enough for a Jacobian; None if the layer does not take the corner."""
+    """One example, or a corner of it, small enough for a Jacobian; None if the layer takes none that is small enough."""
     x = record.x[:1]
-    if x.numel() <= LARGEST:
-        return x
-    try:
-        corner = x[..., :4, :4]
-        return corner if corner.numel() <= LARGEST and record.again(corner)[0].numel() == corner.numel() else None
-    except (ValueError, RuntimeError, IndexError):
-        return None
+    if x.numel() > SMALL and x.dim() == 4:
+        try:
+            corner = x[..., :4, :4]
+            if corner.numel() <= LARGEST and record.again(corner)[0].numel() == corner.numel():
+                return corner
+        except (ValueError, RuntimeError, IndexError):
+            pass
+    return x if x.numel() <= LARGEST else None
 
 
-def _cause_of_log_det(record: Record, each: float, n: int | None) -> tuple[str, str]:
-    """The cause and the entry of a log-det that is too large by ``each`` nats per dimension, for data with n levels."""
-    if n and abs(each - math.log(n)) < 1e-6:
-        return f"the log-det of a scaling by 1/{n} is not counted", "F10"
-    if n and abs(abs(each) - math.log(n / (n - 1))) < 1e-6:
-        return f"one of {n} and {n - 1} scales the data, the other is counted in the log-det", "F9"
+def _cause_of_log_det(record: Record, each: float, case: Case) -> tuple[str, str]:
+    """The cause and the entry of a log-det that is too large by ``each`` nats per dimension."""
+    if found := _cause_of_scale(each, case):
+        return found
     if _unmasked(record):
         return _UNMASKED, "F3"
     return "the formula of the log-det does not belong to this forward", "P15"
+
+
+def _cause_of_scale(each: float, case: Case) -> tuple[str, str] | None:
+    """What a log-det that is too large by ``each`` nats per dimension says about the scaling of discrete data."""
+    if case.levels is None:
+        return None
+    for n in dict.fromkeys((case.levels, 256)):
+        if abs(each - math.log(n)) < 1e-6:
+            return f"the log-det of a scaling by 1/{n} is not counted", "F10"
+        if abs(each + math.log(n)) < 1e-6:
+            return f"the log-det of a scaling by 1/{n} is counted twice, or nothing is scaled by it", "F10"
+        if abs(each - 2 * math.log(n)) < 1e-6:
+            return f"the log-det of a scaling by 1/{n} has the wrong sign", "F10"
+        if abs(abs(each) - math.log(n / (n - 1))) < 1e-6:
+            return f"one of {n} and {n - 1} scales the data, the other is counted in the log-det", "F9"
+    return None
 
 
 def _unmasked(record: Record) -> bool:
@@ -114,15 +507,26 @@ def _unmasked(record: Record) -> bool:
     return any(not torch.equal(record.x[:, mask], record.z[:, mask]) for mask in masks)
 
 
-@doctors_test("sum", finds=["F18", "P15"])
+@doctors_test("sum", finds=["F18", "P15", "P18"])
 def sum_of_log_dets(case: Case) -> Finding:
-    """Whether the flow's log-det is the sum of its layers' log-dets, and the latent has as many numbers as the data."""
-    total = sum(record.log_det for record in case.data_pass.outermost)
-    off = (case.data_pass.log_det - total).abs().max().item()
-    numbers = case.data_pass.z[0].numel()
-    if off > EXACT * max(1.0, case.data_pass.log_det.abs().max().item()):
-        measured = f"differs from the flow's log-det by {off:.4g} nats"
-        return Finding(False, measured, "a layer's log-det is not added, or added twice", "P15")
-    if numbers != case.dims:
+    """Whether the flow's log-det is the sum of its layers', and the latent has as many numbers as the data.
+
+    A flow may do something outside of its layers, if the log-det of the whole is right.
+    """
+    done, numbers = case.data_pass, case.data_pass.z[0].numel()
+    if numbers < case.dims:
         return Finding(False, f"{case.dims} numbers go into the flow, {numbers} come out", _DRAWN, "F18")
-    return Finding(True, "the layers' log-dets add up to the flow's")
+    if numbers > case.dims:
+        cause = "a padded example fills no volume, so it has no density: pad with noise, or not at all"
+        return Finding(False, f"{case.dims} numbers go into the flow, {numbers} come out", cause, "P18")
+    if not done.records or case.alone:
+        return Finding(None, "the flow has no layers with an inverse")
+    off = (done.log_det - sum(record.log_det for record in done.outermost)).abs().max().item()
+    measured = f"differs from the flow's log-det by {off:.4g} nats"
+    if off <= EXACT * max(1.0, done.log_det.abs().max().item()):
+        return Finding(True, "the layers' log-dets add up to the flow's")
+    if case.whole_is_right:
+        return Finding(True, f"{off:.4g} nats come from what forward does outside of its layers")
+    if done.gapless or case.whole_is_right is False:
+        return Finding(False, measured, "a layer's log-det is not added, or added twice", "P15")
+    return Finding(None, f"{measured}, and forward does more than its layers", why=COULD_NOT_RUN)

@@ -6,37 +6,66 @@ This module holds what the doctor's tests share. Nothing in it judges the flow.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nflows_lib.clinic.control import HeldNoise, Unrounded, seeded
 from nflows_lib.distributions import Base, StandardNormal
 
 EXAMPLES = 64  # the tests look at this number of examples of a batch
 LARGEST = 1024  # a whole Jacobian is computed for at most this number of dimensions
+ROWS = 128  # as many rows of a Jacobian are computed at once
+BASES = ("base", "prior", "base_dist", "base_distribution", "distribution", "q0")  # where flows keep their base density
 EXACT = 1e-6  # rounding in float64 leaves an error below this one, relative to the largest value
 
 
 @dataclass
+class Independent:
+    """A distribution of torch.distributions as a base density, whose log_prob sums over the dimensions, (B, D) to (B,)."""
+
+    distribution: torch.distributions.Distribution
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """The log-density of latents in nats, (B,)."""
+        log_p = self.distribution.log_prob(z)
+        return log_p if log_p.dim() < 2 else log_p.flatten(1).sum(1)
+
+    def sample(self, like: Tensor) -> Tensor:
+        """Draws of the shape of ``like``, (B, D)."""
+        drawn = self.distribution.sample((len(like),))
+        return drawn if drawn.shape == like.shape else self.distribution.sample(like.shape)
+
+
+@dataclass
 class Record:
-    """One call of one layer inside the flow, with B examples."""
+    """One call of one layer inside the flow, or of the whole flow, with B examples.
+
+    Many public flows hand the log-det through: a layer gets ``(x, log_det)`` and returns the log-det with its own term
+    added. ``handed`` is the position of that log-det among the further arguments, and ``log_det`` is the term alone.
+    """
 
     name: str
     layer: nn.Module
     x: Tensor
-    context: Tensor | None
+    further: tuple[Any, ...]  # the arguments after x
+    options: dict[str, Any]  # the keyword arguments
     z: Tensor
     log_det: Tensor  # (B,)
-    overwritten: bool  # whether the layer has changed x in place
+    overwritten: bool = False  # whether the layer has changed x in place
+    unsummed: bool = False  # whether the layer has returned more than one log-det per example
+    handed: int | None = None
 
     @property
     def title(self) -> str:
-        return f"{self.name} {type(self.layer).__name__}".strip()
+        return f"{self.name} {type(self.layer).__name__}".strip() if self.name else "the whole flow"
 
     @property
     def learned(self) -> bool:
@@ -44,21 +73,48 @@ class Record:
 
     def again(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's output and its log-det, (B,), for other examples x, which get the contexts of the first ones."""
-        z, log_det = self.layer(*arguments(x, self.context))
-        return z, one_each(log_det, len(x))
+        z, log_det = self.layer(x, *self._rows(self.further, len(x)), **self._rows(self.options, len(x)))
+        return z, one_each(log_det, len(x), summed=bool(self.name))
 
-    def back(self) -> Tensor:
-        """What the layer's inverse makes of the layer's output: x, if the layer is right."""
-        x = self.layer.inverse(*arguments(self.z, self.context))
-        return x[0] if isinstance(x, tuple) else x
+    def back(self, z: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What the layer's inverse makes of the layer's output, or of z, and the log-det that it returns, if any.
+
+        The inverse gets the context of the forward call if it takes one.
+        """
+        z = self.z if z is None else z
+        further = self._rows(self.further, len(z))
+        options = self._rows(self.options, len(z))
+        contexts = [value for i, value in enumerate(further) if i != self.handed and isinstance(value, Tensor)]
+        contexts += [value for value in options.values() if isinstance(value, Tensor)]
+        calls = ((further, options), (tuple(contexts), {}), ((), {}))
+        fitting = [call for call in calls if _takes(self.layer.inverse, z, *call[0], **call[1])]
+        further, options = fitting[0] if fitting else calls[1]
+        output = self.layer.inverse(z, *further, **options)
+        if not isinstance(output, tuple):
+            return output, None
+        log_det = output[1] if len(output) == 2 and isinstance(output[1], Tensor | float | int) else None
+        return output[0], None if log_det is None else one_each(log_det, len(z), summed=bool(self.name))
+
+    def _rows(self, values: Any, n: int) -> Any:
+        """The first n rows of every tensor that has one row per example; a handed log-det becomes 0."""
+        if isinstance(values, Mapping):
+            return dict(zip(values, self._rows(tuple(values.values()), n), strict=True))
+        chosen = []
+        for i, value in enumerate(values):
+            if isinstance(value, Tensor) and value.dim() and len(value) == len(self.x):
+                value = value[torch.arange(n) % len(value)]
+            if i == self.handed and values is self.further:
+                value = torch.zeros(n)
+            chosen.append(value)
+        return tuple(chosen)
 
     def layer_in(self, flow: nn.Module) -> nn.Module:
         """The layer of the same name in another copy of the flow."""
-        return chain_of(flow).get_submodule(self.name)
+        return all_modules(chain_of(flow))[self.name]
 
     def is_within(self, layers: set[int]) -> bool:
         """Whether the layer is one of these layers, given by their ids, or has one of them inside it."""
-        return any(id(module) in layers for module in self.layer.modules())
+        return any(id(module) in layers for module in all_modules(self.layer).values())
 
     def is_elementwise(self) -> bool:
         """Whether the first output depends on the first input alone, and no other output depends on that input."""
@@ -75,24 +131,39 @@ class Pass:
     z: Tensor
     log_det: Tensor  # (B,), in nats
     log_p: Tensor  # (B,), in nats
-    records: list[Record]  # in the order of the calls
+    records: list[Record]  # of layers, in the order of the calls
+    whole: Record
 
     @property
     def leaves(self) -> list[Record]:
         """The records of layers that have no other layer inside them."""
         layers = {id(record.layer) for record in self.records}
-        return [r for r in self.records if not any(id(m) in layers for m in r.layer.modules() if m is not r.layer)]
+        return [
+            r
+            for r in self.records
+            if not any(id(m) in layers for m in all_modules(r.layer).values() if m is not r.layer)
+        ]
 
     @property
     def outermost(self) -> list[Record]:
         """The records of layers that are inside no other layer."""
-        inside = {id(m) for r in self.records for m in r.layer.modules() if m is not r.layer}
+        inside = {id(m) for r in self.records for m in all_modules(r.layer).values() if m is not r.layer}
         return [record for record in self.records if id(record.layer) not in inside]
 
     @property
     def inner_first(self) -> list[Record]:
         """All records, each after those of the layers inside its own: the first with an error is to blame."""
-        return sorted(self.records, key=lambda record: sum(1 for _ in record.layer.modules()))
+        return sorted(self.records, key=lambda record: len(all_modules(record.layer)))
+
+    @cached_property
+    def gapless(self) -> bool:
+        """Whether each outermost layer gets what the one before it returned, the first the data, and no more happens."""
+        before = self.whole.x
+        for record in self.outermost:
+            if not same_numbers(before, record.x):
+                return False
+            before = record.z
+        return bool(self.records) and same_numbers(before, self.z)
 
 
 class Case:
@@ -107,9 +178,13 @@ class Case:
     """
 
     def __init__(self, flow: nn.Module, batch: Tensor, context: Tensor | None, base: Base | None) -> None:
-        self.original, self.base = flow, base
+        self.original, self.base = unwrapped(flow), base
+        self.alone = False  # whether the flow has no layers and counts as its own only layer
         self.sound = True  # whether no test has failed so far; the doctor keeps it up to date
-        self.flow = copied(flow)
+        self.whole_is_right: bool | None = None  # what the test of log-dets says of the whole flow; None: not compared
+        self.inverse_is_right: bool | None = None  # what the test of round trips says of the whole flow
+        self.flow = copied(self.original)
+        self.everything = batch.detach()
         self.x = as_float64(batch[:EXAMPLES])
         self.context = None if context is None else as_float64(context[:EXAMPLES])
         self.dims = self.x[0].numel()
@@ -120,6 +195,9 @@ class Case:
         after = {name: id(value) for name, value in kept(self.flow)}
         if any(after.get(name) == before[name] for name in graphs):
             raise ValueError("a tensor computed outside of forward is part of the flow")
+        if not self.data_pass.records and not self.random:
+            self.alone = True
+            self.data_pass.records.append(self.data_pass.whole)
 
     def through(
         self,
@@ -137,42 +215,55 @@ class Case:
             flow: a copy of the flow, in any mode.
             x: the examples, (B, ...); the whole batch if None.
             context: the examples' contexts, (B, ...); those of the batch if None.
-            seed: seed of the random generator, whose state is restored afterwards.
+            seed: seed of the random generators, whose states are restored afterwards.
             grad: whether autograd records a graph.
             after_noise: a function of the noise layer's output, which returns what the next layer gets instead.
 
         Raises:
-            ValueError: if a log_det or the base's log_prob has another shape than (B,).
+            ValueError: if forward does not return a latent and a log-det, or if a log_det or the base's log_prob has
+                another shape than (B,).
         """
         x = self.x if x is None else x
         context = self.context if context is None else context
         chain, records = chain_of(flow), []
-        inputs: dict[str, Tensor] = {}
+        inputs: dict[str, tuple[Tensor, Tensor]] = {}  # what came, and a copy of it
 
-        def keep(name: str, layer: nn.Module, args: tuple) -> None:
+        def keep(name: str, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            if not args and kwargs:  # the data came by keyword, as in layer(x=x)
+                first = next(iter(kwargs))
+                args, kwargs = (kwargs[first],), {key: value for key, value in kwargs.items() if key != first}
             if args and isinstance(args[0], Tensor):
-                inputs[name] = args[0] if args[0].requires_grad else args[0].clone()
+                inputs[name] = args[0], args[0] if args[0].requires_grad else args[0].clone()
+            return args, kwargs
 
         def note(name: str, layer: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
-            if not (args and isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], Tensor)):
+            if not (name in inputs and isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], Tensor)):
                 return None
-            z, log_det = output[0], one_each(output[1], len(output[0]))
+            z, (came, before) = output[0], inputs[name]
+            if not isinstance(output[1], Tensor | float | int):
+                return None
+            handed = self._handed(args, output[1])
+            log_det = output[1] if handed is None else output[1] - args[1 + handed]
+            own = one_each(log_det, len(z), summed=True)
             if after_noise is not None and self.noise is not None and name == self.noise.name:
                 z = after_noise(z)
-            its_context = args[1] if len(args) > 1 else kwargs.get("context")
-            before = inputs[name]
-            records.append(Record(name, layer, before, its_context, z, log_det, not torch.equal(before, args[0])))
-            return z, log_det
+            many = isinstance(log_det, Tensor) and log_det.numel() > len(z)
+            changed = not torch.equal(before.nan_to_num(), came.nan_to_num())
+            records.append(Record(name, layer, before, args[1:], kwargs, z, own, changed, many, handed))
+            return (z, output[1]) if after_noise is not None else None
 
-        layers = {n: m for n, m in chain.named_modules() if n and callable(getattr(m, "inverse", None))}
         hooks = []
-        for name, layer in (layers or {"": chain}).items():
-            hooks.append(layer.register_forward_pre_hook(lambda *call, name=name: keep(name, *call)))
-            hooks.append(layer.register_forward_hook(lambda *call, name=name: note(name, *call), with_kwargs=True))
+        for name, layer in all_modules(chain).items():
+            if name and callable(getattr(layer, "inverse", None)):
+                before = lambda *call, name=name: keep(name, *call)  # noqa: E731
+                after = lambda *call, name=name: note(name, *call)  # noqa: E731
+                hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+                hooks.append(layer.register_forward_hook(after, with_kwargs=True))
+        further = () if context is None else (context[: len(x)].clone(),)
         try:
-            with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(grad):
-                torch.manual_seed(seed)
-                z, log_det = chain(*arguments(x, context))
+            with seeded(seed), torch.set_grad_enabled(grad):
+                given = x * 1 if x.requires_grad else x.clone()  # a flow may change its input in place
+                z, log_det = pair(chain(given, *further))
                 log_det = one_each(log_det, len(x))
                 log_p = self.base_of(flow).log_prob(z.flatten(1))
                 if log_p.shape != log_det.shape:
@@ -181,7 +272,21 @@ class Case:
         finally:
             for hook in hooks:
                 hook.remove()
-        return Pass(z, log_det, log_p, records)
+        overwritten = not torch.equal(given.nan_to_num(), x.nan_to_num())
+        whole = Record("", chain, x, () if context is None else (context[: len(x)],), {}, z, log_det, overwritten)
+        if self.alone:
+            records.append(whole)
+        return Pass(z, log_det, log_p, records, whole)
+
+    def _handed(self, args: tuple, log_det: object) -> int | None:
+        """The position, after x, of a log-det that the layer was handed and adds to, or None."""
+        for i, value in enumerate(args[1:]):
+            if not (isinstance(value, Tensor) and value.is_floating_point() and isinstance(log_det, Tensor)):
+                continue
+            is_context = self.context is not None and value.shape == self.context.shape
+            if value.shape in ((), (len(args[0]),)) and not is_context:
+                return i
+        return None
 
     def rows(self, which: slice) -> tuple[Tensor, Tensor | None]:
         """Some examples of the batch and their contexts, which are None if the batch has no contexts."""
@@ -189,25 +294,54 @@ class Case:
 
     def base_of(self, flow: nn.Module) -> Base:
         """The base density: the one that the caller gave, else the flow's own, else the standard normal."""
-        own = getattr(flow, "base", None)
-        return self.base or (own if hasattr(own, "log_prob") else StandardNormal())
+        if self.base is not None:
+            return self.base
+        named = (getattr(flow, name, None) for name in BASES)
+        own = next((base for base in named if hasattr(base, "log_prob")), None)
+        if isinstance(own, torch.distributions.Distribution):
+            return Independent(own)
+        return own or StandardNormal()
+
+    @cached_property
+    def random(self) -> bool:
+        """Whether the latent differs from call to call, as it does after dequantization."""
+        return not torch.equal(self.through(self.flow, seed=1).z, self.data_pass.z)
 
     @cached_property
     def noise(self) -> Record | None:
         """The record of the first layer whose output differs from call to call, which is dequantization, or None."""
+        if not self.random:
+            return None
         with torch.no_grad():
             for record in self.data_pass.records:
-                first, second = record.again(record.x)[0], record.again(record.x)[0]
-                if not torch.equal(first, second):
+                outputs = []
+                for seed in (0, 1):
+                    with seeded(seed):
+                        outputs.append(record.again(record.x)[0])
+                if not torch.equal(*outputs):
                     return record
         return None
 
+    @cached_property
+    def draws(self) -> HeldNoise:
+        """Which random draws one pass of the batch makes."""
+        with HeldNoise() as draws:
+            self.through(self.flow)
+        return draws
+
+    @cached_property
+    def flags(self) -> Mapping[Any, bool]:
+        """The attributes that say whether a layer has seen its first batch, and their values before that batch."""
+        from nflows_lib.clinic.state import first_batch_flags  # imported here: it builds on this module
+
+        return first_batch_flags(self)
+
     def woken(self) -> nn.Module:
-        """A copy with every parameter moved at random, which shows what the flow can learn to depend on."""
+        """A copy with every trainable parameter moved at random, which shows what the flow can learn to depend on."""
         flow = copied(self.flow)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            for parameter in flow.parameters():
+        every = all_parameters(flow)
+        with torch.no_grad(), seeded(1):
+            for parameter in [p for p in every if p.requires_grad] or every:
                 parameter += 0.05 * torch.randn_like(parameter)
         return flow
 
@@ -221,12 +355,7 @@ class Case:
         """The step between one level and the next if the data are discrete; None if they are real numbers."""
         if not self.x.is_floating_point():
             return 1.0
-        levels = self.x.unique()
-        if not 2 <= len(levels) <= min(257, self.x.numel() // 4):
-            return None
-        step = levels.diff().min()
-        off = ((levels - levels[0]) / step).sub(((levels - levels[0]) / step).round()).abs().max()
-        return step.item() if off < 1e-3 else None
+        return spacing_of(self.x)
 
     @cached_property
     def levels(self) -> int | None:
@@ -241,60 +370,152 @@ class Case:
         """Mean log-likelihood of the batch under a changed copy, in nats per dimension; -inf if the mean is NaN."""
         return (self.through(flow).log_p.mean() / self.dims).nan_to_num(nan=-math.inf).item()
 
+    def back(self, flow: nn.Module, z: Tensor, context: Tensor | None = None, seed: int = 1) -> Tensor:
+        """What a whole copy's inverse makes of latents; these get the contexts of the batch in turn, or other ones."""
+        context = self.context if context is None else context
+        further = () if context is None else (context[torch.arange(len(z)) % len(context)].clone(),)
+        with seeded(seed):
+            return first_of(chain_of(flow).inverse(z.clone(), *further))
+
     def back_to_noise(self, flow: nn.Module, z: Tensor) -> Tensor:
-        """A whole copy's inverse without the rounding to levels: the copy's noise layer gets an identity inverse."""
+        """A whole copy's inverse without the rounding to levels, as far as it can be left out."""
         if self.noise is not None:
-            self.noise.layer_in(flow).inverse = lambda z, context=None: z
-        context = None if self.context is None else self.context[torch.arange(len(z)) % len(self.context)]
-        x = chain_of(flow).inverse(*arguments(z, context))
-        return x[0] if isinstance(x, tuple) else x
+            self.noise.layer_in(flow).inverse = lambda z, *further, **options: z
+            return self.back(flow, z)
+        try:
+            with Unrounded():
+                return self.back(flow, z)
+        except Exception:  # an index, for example, must be an integer
+            return self.back(flow, z)
+
+
+def spacing_of(x: Tensor) -> float | None:
+    """The step of the grid on which all values of x lie; None if there is no such grid of at most 257 values."""
+    levels = x.unique()
+    if not 2 <= len(levels) <= min(257, x.numel() // 4):
+        return None
+    step = levels.diff().min()
+    off = ((levels - levels[0]) / step).sub(((levels - levels[0]) / step).round()).abs().max()
+    return step.item() if off < 1e-3 else None
+
+
+def unwrapped(flow: nn.Module) -> nn.Module:
+    """The flow itself, without the wrapper of torch.compile, DataParallel or DistributedDataParallel."""
+    while True:
+        inside = flow._modules.get("_orig_mod") or (None if _can_invert(flow) else flow._modules.get("module"))
+        if inside is None:
+            return flow
+        flow = inside
+
+
+def _can_invert(flow: nn.Module) -> bool:
+    return callable(getattr(flow, "inverse", None)) or callable(getattr(getattr(flow, "chain", None), "inverse", None))
 
 
 def chain_of(flow: nn.Module) -> nn.Module:
-    """The module that maps data to latents: the chain of a Flow, or the module itself."""
-    chain = getattr(flow, "chain", None)
-    return chain if callable(getattr(chain, "inverse", None)) else flow
+    """The module that maps data to latents: the flow itself if it has an inverse, else its chain."""
+    return flow if callable(getattr(flow, "inverse", None)) else getattr(flow, "chain", flow)
 
 
-def copied(flow: nn.Module) -> nn.Module:
-    """A copy of the flow on the CPU, in float64 and in evaluation mode."""
-    return detached(flow).to("cpu", torch.float64).eval()
+def all_modules(module: nn.Module) -> dict[str, nn.Module]:
+    """All modules inside a module by name, those included that are kept in plain lists, tuples and dicts."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def visit(name: str, one: nn.Module) -> None:
+        if id(one) in seen:
+            return
+        seen.add(id(one))
+        found[name] = one
+        begin = f"{name}." if name else ""
+        for key, child in one._modules.items():
+            if child is not None:
+                visit(begin + key, child)
+        for key, value in vars(one).items():
+            if key[:1] != "_" and isinstance(value, list | tuple | dict):
+                for i, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                    if isinstance(inner, nn.Module):
+                        visit(f"{begin}{key}.{i}", inner)
+
+    visit("", module)
+    return found
+
+
+def all_parameters(flow: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a flow, those of modules in plain lists included."""
+    found = {id(p): p for module in all_modules(flow).values() for p in module._parameters.values() if p is not None}
+    return list(found.values())
+
+
+def copied(flow: nn.Module, *, keep_mode: bool = False) -> nn.Module:
+    """A copy of the flow on the CPU, in float64 and, unless the mode is to be kept, in evaluation mode."""
+    flow = detached(flow)
+    for module in all_modules(flow).values():  # to() and eval() do not reach what modules keep in plain attributes
+        module.to("cpu", torch.float64).train(module.training and keep_mode)
+        for key, value in vars(module).items():
+            vars(module)[key] = _in_float64(value)
+    return flow
+
+
+def _in_float64(value: object) -> object:
+    if isinstance(value, torch.distributions.Distribution):
+        value = copy.copy(value)
+        vars(value).update({key: _in_float64(one) for key, one in vars(value).items()})
+        return value
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to("cpu", torch.float64)
+    if type(value) in (list, tuple) and any(isinstance(one, Tensor) for one in value):
+        return type(value)(map(_in_float64, value))
+    if type(value) is dict and any(isinstance(one, Tensor) for one in value.values()):
+        return {key: _in_float64(one) for key, one in value.items()}
+    return value
 
 
 def detached(flow: nn.Module) -> nn.Module:
     """A copy of the flow in which tensors kept from a forward pass, such as its last log-det, belong to no graph."""
     memo = {id(value): value.detach().clone() for _, value in kept(flow) if not value.is_leaf}
-    return copy.deepcopy(flow, memo)
+    flow = copy.deepcopy(flow, memo)
+    for module in all_modules(flow).values():
+        for key, child in module._modules.items():
+            if child is not None and "_orig_mod" in child._modules:  # compiled: it would not call the doctor's hooks
+                module._modules[key] = child._orig_mod
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            module._compiled_call_impl = None
+    return flow
 
 
 def kept(flow: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The names and values of the tensors that modules keep in plain attributes, alone or in a list or tuple."""
-    for name, module in flow.named_modules():
+    for name, module in all_modules(flow).items():
         for key, value in vars(module).items():
             for one in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(one, Tensor):
                     yield f"{name}.{key}", one
 
 
-def init_flags(module: nn.Module) -> list[Tensor]:
-    """The buffers that say whether the module has seen its first batch, found by the names that libraries use."""
-    return [buffer for name, buffer in module.named_buffers() if "init" in name and buffer.numel() == 1]
-
-
 def as_float64(x: Tensor) -> Tensor:
     """A copy on the CPU, without a graph: in float64, or as it is if it holds integers."""
-    return x.detach().cpu().to(torch.float64) if x.is_floating_point() else x.detach().cpu()
+    x = x.detach().cpu().clone()
+    return x.to(torch.float64) if x.is_floating_point() else x
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """A context in which new floating-point tensors, such as those of noise, have this type."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+def pair(output: object) -> tuple[Tensor, Any]:
+    """The latent and the log-det that a flow has returned.
+
+    Raises:
+        ValueError: if the output is no pair that begins with a tensor.
+    """
+    if isinstance(output, Sequence) and len(output) == 2 and isinstance(output[0], list | tuple):
+        raise ValueError(f"z: expected one tensor, got the latents as a {type(output[0]).__name__} of {len(output[0])}")
+    if not isinstance(output, tuple | list) or len(output) != 2 or not isinstance(output[0], Tensor):
+        parts = f"a tuple of {len(output)}" if isinstance(output, tuple | list) else type(output).__name__
+        raise ValueError(f"forward: expected it to return the pair (z, log_det), got {parts}")
+    return output[0], output[1]
+
+
+def first_of(output: Tensor | tuple) -> Tensor:
+    """What an inverse returns, without the log-det that some add."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def arguments(x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
@@ -302,16 +523,37 @@ def arguments(x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
     return (x,) if context is None else (x, context[: len(x)])
 
 
-def one_each(log_det: Tensor | float, n: int) -> Tensor:
+def _takes(function: Callable, *args: Any, **kwargs: Any) -> bool:
+    """Whether a function can be called with these arguments."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def one_each(log_det: Tensor | float, n: int, summed: bool = False) -> Tensor:
     """A log-det as one number per example, (n,).
 
+    Args:
+        log_det: a single number, (n,), or with ``summed`` also (n, ...), whose further dimensions are summed.
+        n: number of examples.
+        summed: whether further dimensions are allowed.
+
     Raises:
-        ValueError: if the log-det is neither a single number nor of shape (n,).
+        ValueError: if the log-det is of another shape.
     """
     log_det = torch.as_tensor(log_det)
+    if summed and log_det.dim() > 1 and len(log_det) == n:
+        log_det = log_det.flatten(1).sum(1)
     if log_det.dim() and log_det.shape != (n,):
         raise ValueError(f"log_det: expected one number per example, ({n},), got {tuple(log_det.shape)}")
     return log_det.expand(n)
+
+
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers in the same order, whatever their shapes are."""
+    return a.numel() == b.numel() and torch.equal(a.flatten(1).to(b.dtype), b.flatten(1))
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
@@ -324,8 +566,8 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The Jacobian of a function at a batch of one example, of shape (numbers of the output, numbers of x)."""
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        return gradients(function(x).flatten(), x)
+        x = x.detach().clone().requires_grad_()
+        return gradients(function(x * 1).flatten(), x)  # x * 1 may be changed in place, a leaf may not
 
 
 def gradients(z: Tensor, x: Tensor) -> Tensor:
@@ -333,8 +575,11 @@ def gradients(z: Tensor, x: Tensor) -> Tensor:
     if not z.requires_grad:
         return z.new_zeros(len(z), x.numel())
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    units = torch.eye(len(z), dtype=z.dtype)
     try:
-        rows = torch.autograd.grad(z, x, torch.eye(len(z)), is_grads_batched=True, **options)[0]
+        rows = torch.cat(
+            [torch.autograd.grad(z, x, some, is_grads_batched=True, **options)[0] for some in units.split(ROWS)]
+        )
     except RuntimeError:  # vmap does not know some operation
         rows = torch.stack([torch.autograd.grad(z[i], x, **options)[0] for i in range(len(z))])
     return rows.flatten(1)

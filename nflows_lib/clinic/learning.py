@@ -9,37 +9,155 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from nflows_lib.clinic.examination import EXACT, LARGEST, Case, Record, copied, gradients, init_flags, relative_error
-from nflows_lib.clinic.registry import Finding, doctors_test
+from nflows_lib.clinic.bijection import MOVED
+from nflows_lib.clinic.control import seeded
+from nflows_lib.clinic.examination import (
+    EXACT,
+    LARGEST,
+    Case,
+    Pass,
+    Record,
+    all_parameters,
+    copied,
+    gradients,
+    relative_error,
+)
+from nflows_lib.clinic.registry import TOO_LARGE, Finding, could_not_run, doctors_test
+from nflows_lib.clinic.state import begin_again
+
+STEP = 1e-5  # how far parameters are moved to take a difference
+
+
+@doctors_test("gradient", finds=["F24", "P2", "P15"])
+def gradient(case: Case) -> Finding:
+    """Whether backward works, and gives the gradient that log p(x) has: the slope along one direction is compared."""
+    if not any(p.requires_grad for p in all_parameters(case.flow)):
+        return Finding(None, "the flow has no trainable parameters")
+    flow, rows = case.woken(), case.rows(slice(0, 16))
+    parameters = [p for p in all_parameters(flow) if p.requires_grad]
+    done = case.through(flow, *rows, grad=True)
+    try:
+        if not done.log_p.requires_grad:
+            measured = "log p(x) has no gradient: forward leaves autograd's graph"
+            return Finding(False, measured, "nothing can be learned: do not use no_grad, detach or .data in forward", "F24")
+        parts = {"log-det": _slope(done.log_det, parameters), "latent": _slope(done.log_p - done.log_det, parameters)}
+    except RuntimeError as error:
+        if "in-place" not in str(error) and "inplace" not in str(error):
+            return could_not_run("backward", error)
+        culprit = next((record.title for record in done.leaves if _cannot_go_back(record)), "forward")
+        measured = f"{culprit} changes in place what backward needs"
+        return Finding(False, measured, "no backward pass is possible: write h = h / 2, not h /= 2", "P2")
+    for part, slope in parts.items():
+        truths = [_difference(case, rows, part, step) for step in (STEP, STEP / 4)]
+        scale = max(1e-3, abs(truths[0]), abs(slope))
+        if abs(truths[0] - truths[1]) > 1e-3 * scale or not math.isfinite(truths[0]):
+            continue  # a kink or a jump
+        if abs(slope - truths[0]) > 0.01 * scale:
+            measured = f"{MOVED}the {part}'s gradient is {slope:.4g} along one direction, its slope {truths[0]:.4g}"
+            if part == "log-det":
+                return Finding(False, measured, "a log-det is detached, or a number: keep it in autograd's graph", "P15")
+            return Finding(False, measured, "a tensor on the way to the latent is detached", "F24")
+    return Finding(True, "backward gives the slope of log p(x)")
+
+
+def _direction(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """One random number per number of the parameters, the same ones at every call."""
+    with seeded(7):
+        return [torch.randn_like(p) for p in parameters]
+
+
+def _slope(values: Tensor, parameters: list[nn.Parameter]) -> float:
+    """The slope of the mean of some values along the direction, from their gradient; 0 if they have none."""
+    if not values.requires_grad:
+        return 0.0
+    grads = torch.autograd.grad(values.mean(), parameters, allow_unused=True, retain_graph=True)
+    pairs = zip(grads, _direction(parameters), strict=True)
+    return sum(((g * v).sum().item() for g, v in pairs if g is not None), 0.0)
+
+
+def _difference(case: Case, rows: tuple[Tensor, Tensor | None], part: str, step: float) -> float:
+    """The slope of the mean of one part of log p(x), from two copies of the flow a step apart."""
+    ends = []
+    for sign in (1, -1):
+        flow = case.woken()
+        parameters = [p for p in all_parameters(flow) if p.requires_grad]
+        with torch.no_grad():
+            for parameter, v in zip(parameters, _direction(parameters), strict=True):
+                parameter += sign * step * v
+            done = case.through(flow, *rows)
+        ends.append((done.log_det if part == "log-det" else done.log_p - done.log_det).mean().item())
+    return (ends[0] - ends[1]) / (2 * step)
+
+
+def _cannot_go_back(record: Record) -> bool:
+    """Whether no backward pass through this layer alone is possible."""
+    try:
+        with torch.enable_grad():
+            z, log_det = record.again(record.x.detach().to(torch.float64))
+            (z.sum() + log_det.sum()).backward()
+    except RuntimeError as error:
+        return "inplace" in str(error) or "in-place" in str(error)
+    return False
 
 
 @doctors_test("volume", finds=["F1"])
 def volume(case: Case) -> Finding:
-    """Whether some parameter changes some layer's log-det."""
+    """Whether some parameter changes the flow's log-det, and whether some layer can enlarge volume as well as shrink it."""
     base = case.base_of(case.flow)
     if isinstance(base, nn.Module) and any(True for _ in base.parameters()):
         return Finding(None, "the prior has parameters")
     flow = copied(case.flow)
-    learned = [record for record in case.through(flow, grad=True).leaves if record.learned]
-    total = sum((record.log_det.sum() for record in learned), torch.zeros(()))
-    parameters = [p for p in flow.parameters() if p.requires_grad]
-    if not learned or not parameters:
+    done = case.through(flow, grad=True)
+    parameters = [p for p in all_parameters(flow) if p.requires_grad]
+    if not parameters:
         return Finding(None, "no layer has parameters to train")
+    total = done.log_det.sum()
     grads = torch.autograd.grad(total, parameters, allow_unused=True) if total.requires_grad else []
-    if all(g is None or not g.any() for g in grads) and not any(r.log_det.any() for r in learned):
+    fixed = all(g is None or not g.any() for g in grads)
+    if fixed and not any(r.log_det.any() for r in done.records if r.learned) and not _varies(case, done):
         cause = "every learned layer keeps volume, so the loss has a lower limit: add a scaling layer"
         return Finding(False, "no parameter moves a log-det", cause, "F1")
+    if not fixed and (case.alone or done.gapless) and _only_shrinks(case):
+        measured = "whatever is learned, no layer's log-det rises above 0"
+        cause = "scales that can only shrink give log p(x) an upper limit: add a layer that scales both ways"
+        return Finding(False, measured, cause, "F1")
     return Finding(True, "parameters change the log-det")
+
+
+def _varies(case: Case, done: Pass) -> bool:
+    """Whether the flow's log-det differs from example to example, or from that of its layers without parameters."""
+    own = done.log_det - sum(record.log_det for record in done.leaves if not record.learned)
+    constant = (own - own[0]).abs().max() <= EXACT
+    return not constant or bool(own.abs().max() > EXACT and case.spacing is None and not case.random)
+
+
+def _only_shrinks(case: Case) -> bool:
+    """Whether no learned layer has a positive log-det for any example under strongly moved parameters."""
+    shrinks = False
+    for seed in range(3):
+        flow = copied(case.flow)
+        with torch.no_grad(), seeded(seed):
+            for parameter in all_parameters(flow):
+                parameter += (0.3, 1.0, 3.0)[seed] * torch.randn_like(parameter)
+            try:
+                learned = [record for record in case.through(flow).leaves if record.learned]
+            except Exception:  # the flow does not take any parameters
+                return False
+        if any((record.log_det > 1e-9).any() or record.log_det.isnan().any() for record in learned):
+            return False
+        shrinks |= any((record.log_det < -1e-3).any() for record in learned)
+    return shrinks
 
 
 @doctors_test("masks", finds=["F2"])
 def masks(case: Case) -> Finding:
     """Whether every number of a woken copy's latent depends on more than one number of the data."""
-    if case.dims < 2 or case.data_pass.z[0].numel() > LARGEST:
-        why = "the data have one dimension" if case.dims < 2 else "the latent is too large for a Jacobian"
-        return Finding(None, why)
-    if not any(record.learned for record in case.data_pass.records):
-        return Finding(None, "no layer has parameters")
+    if not all_parameters(case.flow):
+        return Finding(None, "the flow has no parameters")
+    if case.dims == 1:
+        return _in_one_dimension(case)
+    if case.data_pass.z[0].numel() > LARGEST:
+        return Finding(None, "the latent is too large for a Jacobian", why=TOO_LARGE)
     entered, woken = [], case.woken()
 
     def enter(u: Tensor) -> Tensor:
@@ -53,12 +171,26 @@ def masks(case: Case) -> Finding:
             x = enter(x.to(torch.float64))
         z = case.through(woken, x, context, grad=True, after_noise=enter).z
         depends |= gradients(z.flatten(), entered[-1]) != 0
+    if not depends.any():
+        return Finding(None, "the latent has no derivative with respect to the data")
     alone = (depends.sum(1) <= 1).float().mean().item()
     if alone > 0:
         measured = f"{100 * alone:.0f} % of the latent's numbers depend on a single number of the data"
         cause = "no coupling changes these numbers: alternate the masks, or mix the dimensions"
         return Finding(False, measured, cause, "F2")
     return Finding(True, "every number of the latent depends on several numbers of the data")
+
+
+def _in_one_dimension(case: Case) -> Finding:
+    """Whether a flow with networks is more than a scale and a shift of its only dimension."""
+    if all(p.dim() < 2 or p.numel() == 1 for p in all_parameters(case.flow)) or case.random:
+        return Finding(None, "the data have one dimension")
+    x, z = (side.flatten().to(torch.float64) for side in (case.x, case.woken_pass.z))
+    a, b = x - x.mean(), z - z.mean()
+    if (b - (a * b).sum() / a.square().sum() * a).abs().max() > EXACT * b.abs().max():
+        return Finding(True, "the flow is more than a scale and a shift of its only dimension")
+    cause = "a coupling has no second dimension to read: use another bijection"
+    return Finding(False, "the flow can only scale and shift its only dimension", cause, "F2")
 
 
 @doctors_test("mirrored", finds=["F4"])
@@ -189,6 +321,8 @@ def start(case: Case) -> Finding:
     All likelihoods are taken in training mode, so that stale running averages play no part.
     """
     now = case.log_p_of(copied(case.flow).train())
+    if (wrong := _not_standardised(case)) is not None:
+        return wrong
     starts = {
         "F5": (lambda flow: _scales_at_zero(flow, case), "log-scales at 0", "the log-scales start at random"),
         "F20": (
@@ -221,7 +355,8 @@ def _scales_at_zero(flow: nn.Module, case: Case) -> bool:
     """Set to 0 the parameters of elementwise layers not initialised from data; return whether there are any."""
     done = False
     for record in case.data_pass.leaves:
-        if record.learned and record.x.is_floating_point() and not init_flags(record.layer) and record.is_elementwise():
+        flagged = any(flag.owner(case.flow) is record.layer for flag in case.flags)
+        if record.learned and record.x.is_floating_point() and not flagged and record.is_elementwise():
             for parameter in record.layer_in(flow).parameters():
                 parameter.zero_()
                 done = True
@@ -230,14 +365,36 @@ def _scales_at_zero(flow: nn.Module, case: Case) -> bool:
 
 def _first_batch(flow: nn.Module, case: Case) -> bool:
     """Let the flow initialise itself from this batch; return whether it has layers that do so."""
-    flags = init_flags(flow)
-    for flag in flags:
-        flag.fill_(0)
-    if flags and hasattr(flow, "initialize"):
-        flow.initialize(case.x, case.context)
+    flags = case.flags
+    if hasattr(flow, "initialize"):  # its layers need not set themselves in forward
+        buffers = (b for name, b in flow.named_buffers() if "init" in name and b.numel() == 1)
+        flags = [buffer.fill_(0) for buffer in buffers]
+        if flags:
+            flow.initialize(case.x, case.context)
     elif flags:
-        case.through(flow.train())
+        begin_again(flow, flags, case)
     return bool(flags)
+
+
+def _not_standardised(case: Case) -> Finding | None:
+    """What is wrong with a layer that sets a scale and a shift per channel from its first batch; None if nothing is."""
+    if not case.flags:
+        return None
+    flow = copied(case.flow)
+    with torch.no_grad():
+        begin_again(flow, case.flags, case)
+        done = case.through(flow)
+    owners = {id(flag.owner(flow)) for flag in case.flags}
+    for record in done.leaves:
+        if id(record.layer) not in owners or not record.is_elementwise():
+            continue
+        values = record.z.transpose(0, 1).flatten(1)
+        mean, deviation = values.mean(1).abs().max().item(), (values.std(1) - 1).abs().max().item()
+        if mean > 0.05 or deviation > 0.05:
+            measured = f"{record.title}, set from this batch, gives means up to {mean:.2g}"
+            measured += f" and standard deviations off 1 by up to {deviation:.2g}"
+            return Finding(False, measured, "the first batch must leave it with mean 0 and variance 1", "F20")
+    return None
 
 
 def _networks_at_zero(flow: nn.Module, case: Case) -> bool:

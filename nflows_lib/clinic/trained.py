@@ -15,8 +15,13 @@ def context(case: Case) -> Finding:
     """Whether an example is likelier under its own context than under another example's."""
     if case.context is None:
         return Finding(None, "no context was given")
-    others = case.context.roll(1, 0)
-    margin = case.data_pass.log_p - case.through(case.flow, context=others).log_p
+    shifts = [case.context.roll(shift, 0) for shift in range(1, len(case.context))]
+    changed = [(other != case.context).flatten(1).any(1) for other in shifts]  # labels may repeat
+    best = max(range(len(shifts)), key=lambda i: changed[i].sum().item())
+    others, changed = shifts[best], changed[best]
+    if not changed.any():
+        return Finding(None, "all examples have the same context")
+    margin = (case.data_pass.log_p - case.through(case.flow, context=others).log_p)[changed]
     mean, error = margin.mean().item(), margin.std().item() / math.sqrt(len(margin))
     measured = f"an example is likelier by {mean:.3g} ± {error:.1g} nats under its own than under another's"
     if not margin.any():
@@ -36,14 +41,14 @@ def samples(case: Case) -> Finding:
     flow, n = copied(case.flow), 256
     if not hasattr(case.base_of(flow), "sample"):
         return Finding(None, "the base density has no method sample")
+    if case.inverse_is_right is False:
+        return Finding(None, "the flow's inverse is wrong")
     with torch.no_grad():
         base, like = case.base_of(flow), torch.empty(n, *case.data_pass.z.shape[1:])
-        z = base.sample((n,)) if isinstance(base, torch.distributions.Distribution) else base.sample(like)
-        z = z.view_as(like).to(like)
-        drawn = case.back_to_noise(flow, z)
+        drawn = case.back_to_noise(flow, base.sample(like.flatten(1)).view_as(like).to(like))
     lost = 1 - drawn.flatten(1).isfinite().all(1).float().mean().item()
     entered = case.x if case.noise is None else case.noise.z
-    most = drawn.nan_to_num(nan=math.inf).abs().max() / entered.abs().max()
+    most = drawn.nan_to_num(nan=math.inf).abs().max() / max(entered.abs().max(), 1e-12)
     farther = (z.abs().max() / case.data_pass.z.abs().max()).clamp(min=1)  # data's latents are small before training
     if lost or most > 1e3 * farther:
         measured = f"{100 * lost:.0f} % are not finite, the largest value is {most:.2g} times the data's"

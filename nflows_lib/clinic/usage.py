@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 
 import torch
 from torch import nn
 
-from nflows_lib.clinic.examination import EXACT, Case, copied, default_dtype, detached, init_flags, relative_error
-from nflows_lib.clinic.registry import Finding, doctors_test
+from nflows_lib.clinic import state
+from nflows_lib.clinic.bijection import whole_round_trip
+from nflows_lib.clinic.control import default_dtype, seeded
+from nflows_lib.clinic.examination import EXACT, Case, Record, all_modules, copied
+from nflows_lib.clinic.registry import Finding, could_not_run, doctors_test
+
+HALF = {torch.float16: "float16 ends at 65,504", torch.bfloat16: "bfloat16 has only 8 bits"}
 
 
 @doctors_test("edges", finds=["F14"])
 def edges(case: Case) -> Finding:
     """Whether layers without parameters on numbers in [0, 1) are finite at 0, which a random generator can return."""
+    asked = 0
     for record in case.data_pass.leaves:
         if record.learned or not record.x.is_floating_point() or record.x.min() < 0 or record.x.max() > 1:
             continue
         z, log_det = record.again(torch.zeros_like(record.x[:1]))
+        asked += 1
         if not (z.isfinite().all() and log_det.isfinite().all()):
             measured = f"{record.title} is not finite at 0"
             return Finding(False, measured, "the logit of 0 is infinite: keep a margin", "F14")
+    if not asked:
+        return Finding(None, "no layer is on the unit interval")
     return Finding(True, "every layer on the unit interval is finite at 0")
 
 
 @doctors_test("neighbours", finds=["F15", "P15"])
 def neighbours(case: Case) -> Finding:
     """Whether the likelihood of four examples depends on the rest of the batch, in the mode that the flow is in."""
-    flow = detached(case.original).to("cpu", torch.float64)
+    flow = copied(case.original, keep_mode=True)
     _, context = case.rows(slice(0, 8))
     states, passes = copy.deepcopy(flow.state_dict()), []
     for rest in (case.x[4:8], case.x[-4:], case.x[:4]):
@@ -40,71 +50,174 @@ def neighbours(case: Case) -> Finding:
         return Finding(True, "log p(x) of an example does not depend on the rest of the batch")
     measured = f"log p(x) moves by {moved:.3g} nats with the other examples of the batch"
     if all(torch.equal(other.z[:4], passes[0].z[:4]) for other in passes[1:]):
-        return Finding(False, measured, "the log-det is summed over the batch", "P15")
+        return Finding(False, measured, "the log-det depends on the other examples, the latent does not", "P15")
     if flow.training:
         return Finding(False, measured, "batch statistics do not give a density of one example: call eval()", "F15")
     return Finding(False, measured, "the flow uses batch statistics in evaluation mode, too", "F15")
 
 
-@doctors_test("modes", finds=["F15", "F16"])
+@doctors_test("modes", finds=["F15", "F16", "P15"])
 def modes(case: Case) -> Finding:
-    """Whether both modes give the same likelihood, and whether a round trip in training mode returns the data."""
+    """Whether both modes give the same likelihood, and whether a round trip in training mode returns the data.
+
+    In each mode a layer that scales its channels must count the scales that it uses.
+    """
     if _fresh_averages(case.flow):
         return Finding(None, "no batch has moved the running averages yet, so there is nothing to compare")
     training = copied(case.flow).train()
-    gap = case.log_p_of(training) - case.data_pass.log_p.mean().item() / case.dims
+    done = case.through(training)
+    for record in done.leaves:
+        if (counted := _other_statistics(record)) is not None:
+            measured = f"{record.title} scales by {counted:.4g} nats in training mode, and counts {record.log_det[0]:.4g}"
+            return Finding(False, measured, "the log-det uses other statistics than the output", "P15")
+    gap = (done.log_p.mean() / case.dims).nan_to_num(nan=-math.inf).item()
+    gap -= case.data_pass.log_p.mean().item() / case.dims
     if case.original.training and abs(gap) > 1e-9:
-        off = _whole_round_trip(case, copied(case.flow).train())
-        if off > 1e-3:
+        off = whole_round_trip(case, copied(case.flow).train())
+        if off is not None and off > 1e-3:
             measured = f"in training mode the round trip misses the data by {off:.2g}"
             drops = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p for m in training.modules())
             cause = "the inverse redraws dropout" if drops else "forward uses the batch, the inverse running averages"
             return Finding(False, measured, f"{cause}: call eval()", "F16")
     if not abs(gap) < 0.5:
-        measured = f"the batch is likelier by {gap:.3g} nats/dim in training mode than in evaluation mode"
+        better = f"{gap:.3g} nats/dim" if math.isfinite(gap) else "not a finite number of nats"
+        measured = f"the batch is likelier by {better} in training mode than in evaluation mode"
         cause = "the running averages are not the data's: they are stale, or of too few batches"
         return Finding(False, measured, cause, "F15")
     return Finding(True, f"training and evaluation mode differ by {abs(gap):.1g} nats/dim")
 
 
+def _other_statistics(record: Record) -> float | None:
+    """The log-det of a layer that scales and shifts each channel, if it is not the one that it returns; else None."""
+    if record.x.shape != record.z.shape or not record.x.is_floating_point() or len(record.x) < 8:
+        return None
+    x, z = (side.transpose(0, 1).flatten(1) for side in (record.x, record.z))
+    a, b = x - x.mean(1, keepdim=True), z - z.mean(1, keepdim=True)
+    slope = (a * b).sum(1) / a.square().sum(1)
+    if not slope.isfinite().all() or (b - slope[:, None] * a).abs().max() > 1e-9 * b.abs().max():
+        return None
+    true = (slope.abs().log().sum() * (record.x[0, 0].numel())).item()
+    off = (record.log_det - true).abs().max().item()
+    return true if off > 1e-4 * max(1.0, abs(true)) else None
+
+
 def _fresh_averages(flow: nn.Module) -> bool:
     """Whether the flow has running averages, and all still have their first values: mean 0 and variance 1."""
-    buffers = {name: b for name, b in flow.named_buffers() if b.is_floating_point() and re.search("mean|var", name)}
+    buffers = {
+        name: b for name, b in flow.named_buffers() if b.is_floating_point() and re.search("(running|moving|batch).*(mean|var)", name)
+    }
     return bool(buffers) and all((b == (1 if "var" in name else 0)).all() for name, b in buffers.items())
-
-
-def _whole_round_trip(case: Case, flow: nn.Module) -> float:
-    """The largest relative error of a round trip through the whole flow, which starts after the noise layer if any."""
-    with torch.no_grad():
-        forward = case.through(flow)
-        entered = case.x if case.noise is None else next(r.z for r in forward.records if r.name == case.noise.name)
-        return relative_error(case.back_to_noise(flow, forward.z), entered)
 
 
 @doctors_test("precision", finds=["P11"])
 def precision(case: Case) -> Finding:
-    """Whether the round trip through the whole flow returns the data in float32."""
-    single = copy.copy(case)
+    """Whether the round trip through the whole flow returns the data in float32, or in the type of the flow."""
+    if not case.inverse_is_right:
+        return Finding(None, "the round trip fails in float64, too")
+    single = copy.copy(case)  # what the case has found out in float64 stays: its noise and its draws
     single.x = case.x.float() if case.x.is_floating_point() else case.x
-    single.context = None if case.context is None else case.context.float()
+    single.context = case.context
+    kinds = {p.dtype for p in [*case.original.parameters(), case.everything]} & {*HALF}
+    dtype = next(iter(kinds), torch.float32)
     with default_dtype(torch.float32):
-        off = _whole_round_trip(single, copied(case.flow).float())
-    if not off < 0.01:
-        measured = f"in float32 the round trip misses the data by {off:.2g}"
-        return Finding(False, measured, "the layers' scale factors multiply to too small or too large ones", "P11")
-    return Finding(True, f"in float32 the round trip returns the data within {off:.0e}")
+        single.x = case.x.to(dtype) if case.x.is_floating_point() else case.x
+        if case.context is not None and case.context.is_floating_point():
+            single.context = case.context.to(dtype)
+        flow = copied(case.flow)
+        for module in all_modules(flow).values():
+            module.to(dtype)
+        try:
+            off = whole_round_trip(single, flow)
+            finite = single.through(flow).log_p.isfinite().all()
+        except Exception as error:
+            return could_not_run(f"in {str(dtype)[6:]}", error)
+    if off is None:
+        return Finding(None, "the round trip of data with noise cannot be compared")
+    name = str(dtype).removeprefix("torch.")
+    if not (off < 0.01 and finite):
+        how = f"the round trip misses the data by {off:.2g}" if finite else "log p(x) is not finite"
+        matrix = _nearly_singular(case)
+        if dtype in HALF:
+            cause = f"{HALF[dtype]}: keep log-dets and sums in float32"
+        elif matrix:
+            cause = f"the matrix of {matrix[0]} is nearly singular (condition number {matrix[1]:.1g})"
+        else:
+            cause = "the layers' scale factors multiply to too small or too large ones"
+        return Finding(False, f"in {name} {how}", cause, "P11")
+    return Finding(True, f"in {name} the round trip returns the data within {off:.0e}")
+
+
+def _nearly_singular(case: Case) -> tuple[str, float] | None:
+    """The layer with the worst condition number of a map that is the same matrix everywhere, if that is above 1e4."""
+    worst = None
+    for record in case.data_pass.leaves:
+        if not record.learned or record.x.dim() not in (2, 4) or record.x.shape != record.z.shape:
+            continue
+        channels = record.x.shape[1]
+        with torch.no_grad(), seeded(3):
+            units = torch.zeros(channels + 1, *record.x.shape[1:])
+            units[torch.arange(channels), torch.arange(channels)] = 1
+            rows = record.again(units)[0].flatten(2)[..., 0] if record.x.dim() == 4 else record.again(units)[0]
+            matrix = rows[:-1] - rows[-1]
+        if matrix.isfinite().all() and (condition := torch.linalg.cond(matrix).item()) > 1e4:
+            worst = max(worst or ("", 0.0), (record.title, condition), key=lambda pair: pair[1])
+    return worst
 
 
 @doctors_test("saved state", finds=["F20"])
 def saved_state(case: Case) -> Finding:
-    """Whether a layer keeps in a plain attribute that it is initialised, so that it initialises again after loading."""
+    """Whether a loaded copy is the same flow: nothing that it needs is kept outside of the state dict."""
+    flow = case.original
     forgetful = [
         type(module).__name__
-        for module in case.original.modules()
+        for module in all_modules(flow).values()
         if any(isinstance(v, bool) and re.search("initiali[sz]ed|inited", k) for k, v in vars(module).items())
-        and not init_flags(module)
+        and not any("init" in name and buffer.numel() == 1 for name, buffer in module.named_buffers())
     ]
+    forgetful += [type(place.owner(case.flow)).__name__ for place in case.flags if not place.saved]
     if forgetful:
         measured = f"{forgetful[0]} keeps in a plain attribute whether it is initialised"
         return Finding(False, measured, "the layer initialises again after loading: make the flag a buffer", "F20")
-    return Finding(True, "no layer keeps its flag outside of the state dict")
+    if outside := state.modules_outside(flow):
+        more = f" ({len(outside) - 1} more)" * (len(outside) > 1)
+        kind = type(all_modules(flow)[outside[0]]).__name__
+        measured = f"{outside[0]} {kind} is not in the state dict{more}"
+        return Finding(False, measured, "a plain list hides it from saving and from the optimizer: nn.ModuleList", "F20")
+    behind = None
+    for place, value in state.values_outside(case.flow):
+        if value.numel() > 1 and state.matters(case, place, value):
+            if not state.looks_made_by_rule(value):
+                measured = f"{place.title(flow)} keeps {place.attribute} outside of the state dict"
+                cause = "a loaded flow has another one: register it as a buffer"
+                return Finding(False, measured, cause, "F20")
+            if behind is None and state.stays_behind(case, place):
+                behind = place
+    if behind is not None:
+        measured = f"{behind.title(flow)}: {behind.attribute} stays on the CPU when the flow moves to a GPU"
+        return Finding(False, measured, "a plain tensor is neither moved nor saved: register it as a buffer", "F20")
+    try:
+        same = _same_after_loading(case)
+    except Exception as error:
+        return could_not_run("loading a state dict", error)
+    if not same:
+        cause = "forward or inverse uses what was computed before loading: compute it again"
+        return Finding(False, "a flow that loads this state dict is another one", cause, "F20")
+    return Finding(True, "nothing that the flow needs is outside of the state dict")
+
+
+def _same_after_loading(case: Case) -> bool:
+    """Whether a copy with other numbers, after it has been used and has loaded the state dict, is the same flow."""
+    other = case.woken()
+    with torch.no_grad():
+        z = case.through(other).z
+        if case.inverse_is_right:
+            case.back(other, z)
+        other.load_state_dict(case.flow.state_dict())
+        again = case.through(other)
+        same = torch.equal(again.z, case.data_pass.z) and torch.equal(again.log_det, case.data_pass.log_det)
+        if same and case.inverse_is_right:
+            backs = [case.back(copied(case.flow), again.z), case.back(other, again.z)]
+            same = torch.equal(*(back.nan_to_num() for back in backs))
+    return same
+
+
