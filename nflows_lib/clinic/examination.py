@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from nflows_lib.clinic.control import HeldNoise, Unrounded, seeded
 from nflows_lib.distributions import Base, StandardNormal
 
-EXAMPLES = 64  # the tests look at this number of examples of a batch
+EXAMPLES = 64  # the tests look at this number of examples of a batch,
+FEW = 16  # or at this number if an example has more than LARGEST dimensions
 LARGEST = 1024  # a whole Jacobian is computed for at most this number of dimensions
 ROWS = 128  # as many rows of a Jacobian are computed at once
 BASES = ("base", "prior", "base_dist", "base_distribution", "distribution", "q0")  # where flows keep their base density
@@ -65,7 +66,7 @@ class Record:
 
     @property
     def title(self) -> str:
-        return f"{self.name} {type(self.layer).__name__}".strip() if self.name else "the whole flow"
+        return f"{self.name} {type(self.layer).__name__}".strip()
 
     @property
     def learned(self) -> bool:
@@ -184,10 +185,12 @@ class Case:
         self.whole_is_right: bool | None = None  # what the test of log-dets says of the whole flow; None: not compared
         self.inverse_is_right: bool | None = None  # what the test of round trips says of the whole flow
         self.flow = copied(self.original)
+        self.own_base = copied(base) if isinstance(base, nn.Module) else base
         self.everything = batch.detach()
-        self.x = as_float64(batch[:EXAMPLES])
-        self.context = None if context is None else as_float64(context[:EXAMPLES])
-        self.dims = self.x[0].numel()
+        self.dims = batch[0].numel()
+        examples = EXAMPLES if self.dims <= LARGEST else FEW
+        self.x = as_float64(batch[:examples])
+        self.context = None if context is None else as_float64(context[:examples])
         # A tensor that belongs to a graph and that no forward pass replaces was computed outside of forward (F4).
         graphs = [name for name, value in kept(flow) if not value.is_leaf]
         before = {name: id(value) for name, value in kept(self.flow)}
@@ -237,7 +240,9 @@ class Case:
             return args, kwargs
 
         def note(name: str, layer: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
-            if not (name in inputs and isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], Tensor)):
+            if not (
+                name in inputs and isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], Tensor)
+            ):
                 return None
             z, (came, before) = output[0], inputs[name]
             if not isinstance(output[1], Tensor | float | int):
@@ -248,7 +253,7 @@ class Case:
             if after_noise is not None and self.noise is not None and name == self.noise.name:
                 z = after_noise(z)
             many = isinstance(log_det, Tensor) and log_det.numel() > len(z)
-            changed = not torch.equal(before.nan_to_num(), came.nan_to_num())
+            changed = not equal(before, came)
             records.append(Record(name, layer, before, args[1:], kwargs, z, own, changed, many, handed))
             return (z, output[1]) if after_noise is not None else None
 
@@ -272,7 +277,7 @@ class Case:
         finally:
             for hook in hooks:
                 hook.remove()
-        overwritten = not torch.equal(given.nan_to_num(), x.nan_to_num())
+        overwritten = not equal(given, x)
         whole = Record("", chain, x, () if context is None else (context[: len(x)],), {}, z, log_det, overwritten)
         if self.alone:
             records.append(whole)
@@ -294,6 +299,9 @@ class Case:
 
     def base_of(self, flow: nn.Module) -> Base:
         """The base density: the one that the caller gave, else the flow's own, else the standard normal."""
+        if isinstance(self.base, nn.Module):  # the same module in this copy, if it is a part of the flow
+            name = next((n for n, m in all_modules(self.original).items() if m is self.base), None)
+            return self.own_base if name is None else all_modules(flow)[name]
         if self.base is not None:
             return self.base
         named = (getattr(flow, name, None) for name in BASES)
@@ -305,7 +313,7 @@ class Case:
     @cached_property
     def random(self) -> bool:
         """Whether the latent differs from call to call, as it does after dequantization."""
-        return not torch.equal(self.through(self.flow, seed=1).z, self.data_pass.z)
+        return not equal(self.through(self.flow, seed=1).z, self.data_pass.z)
 
     @cached_property
     def noise(self) -> Record | None:
@@ -318,7 +326,7 @@ class Case:
                 for seed in (0, 1):
                     with seeded(seed):
                         outputs.append(record.again(record.x)[0])
-                if not torch.equal(*outputs):
+                if not equal(*outputs):
                     return record
         return None
 
@@ -388,6 +396,12 @@ class Case:
         except Exception:  # an index, for example, must be an integer
             return self.back(flow, z)
 
+    @cached_property
+    def reconstruction(self) -> Tensor:
+        """What the flow's inverse makes of the latents of the batch."""
+        with torch.no_grad():
+            return self.back(copied(self.flow), self.data_pass.z)
+
 
 def spacing_of(x: Tensor) -> float | None:
     """The step of the grid on which all values of x lie; None if there is no such grid of at most 257 values."""
@@ -449,25 +463,36 @@ def all_parameters(flow: nn.Module) -> list[nn.Parameter]:
 
 def copied(flow: nn.Module, *, keep_mode: bool = False) -> nn.Module:
     """A copy of the flow on the CPU, in float64 and, unless the mode is to be kept, in evaluation mode."""
-    flow = detached(flow)
-    for module in all_modules(flow).values():  # to() and eval() do not reach what modules keep in plain attributes
-        module.to("cpu", torch.float64).train(module.training and keep_mode)
-        for key, value in vars(module).items():
-            vars(module)[key] = _in_float64(value)
+    flow = converted(detached(flow), torch.float64)
+    for module in all_modules(flow).values() if not keep_mode else ():
+        module.training = False
     return flow
 
 
-def _in_float64(value: object) -> object:
+def converted(flow: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The flow on the CPU and in a type, with what its modules keep in plain attributes, which ``to`` does not reach."""
+    registered = {id(module) for module in flow.to("cpu", dtype).modules()}
+    for module in all_modules(flow).values():
+        if id(module) not in registered:
+            module.to("cpu", dtype)
+        if not type(module).__module__.startswith("torch."):
+            vars(module).update(
+                {key: _converted(value, dtype) for key, value in vars(module).items() if key[:1] != "_"}
+            )
+    return flow
+
+
+def _converted(value: object, dtype: torch.dtype) -> object:
     if isinstance(value, torch.distributions.Distribution):
         value = copy.copy(value)
-        vars(value).update({key: _in_float64(one) for key, one in vars(value).items()})
+        vars(value).update({key: _converted(one, dtype) for key, one in vars(value).items()})
         return value
     if isinstance(value, Tensor) and value.is_floating_point():
-        return value.to("cpu", torch.float64)
+        return value.to("cpu", dtype)
     if type(value) in (list, tuple) and any(isinstance(one, Tensor) for one in value):
-        return type(value)(map(_in_float64, value))
+        return type(value)(_converted(one, dtype) for one in value)
     if type(value) is dict and any(isinstance(one, Tensor) for one in value.values()):
-        return {key: _in_float64(one) for key, one in value.items()}
+        return {key: _converted(one, dtype) for key, one in value.items()}
     return value
 
 
@@ -549,6 +574,11 @@ def one_each(log_det: Tensor | float, n: int, summed: bool = False) -> Tensor:
     if log_det.dim() and log_det.shape != (n,):
         raise ValueError(f"log_det: expected one number per example, ({n},), got {tuple(log_det.shape)}")
     return log_det.expand(n)
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, where NaN equals NaN."""
+    return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def same_numbers(a: Tensor, b: Tensor) -> bool:

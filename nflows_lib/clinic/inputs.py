@@ -55,7 +55,7 @@ def _cause_of_nan(record: Record) -> tuple[str, str]:
         return "the logit of exactly 0 or 1 is infinite: keep a margin", "F14"
     if constant:
         return "a channel is constant: no scale gives it a variance of 1", "F20"
-    if record.name and record.is_elementwise():
+    if record.is_elementwise():
         return "a scale has grown without limit, as it does on data without noise", "F6"
     return "a scale overflows: bound it, and start the networks' last layers at zero", "F21"
 
@@ -99,16 +99,18 @@ def noise(case: Case) -> Finding:
         if torch.equal(rows, rows[:1].expand_as(rows)):
             measured = f"{who} gives eight copies of an example the same noise"
             return Finding(False, measured, "one noise vector serves the whole batch: draw noise for each value", "F8")
-        if (wrong := _wrong_width(case)) is not None:
-            return wrong
     if not case.random or noise is not None:
         noisy = x if noise is None else noise.z
         values, counts = noisy.unique(return_counts=True)
         share = counts.max().item() / noisy.numel()
         if counts.max() > 3 and share > 0.005:
-            measured = f"{100 * share:.1f} % of the values that enter the flow are exactly {values[counts.argmax()]:.4g}"
+            measured = (
+                f"{100 * share:.1f} % of the values that enter the flow are exactly {values[counts.argmax()]:.4g}"
+            )
             also = "" if noise is not None else ", or the data are discrete in part"
             return Finding(False, measured, f"the values are clamped after the noise{also}", "F7")
+    if case.random and case.spacing is not None and (wrong := _wrong_width(case)) is not None:
+        return wrong
     return Finding(True, f"{who} draws noise for every value" if case.random else "the data are real numbers")
 
 

@@ -23,7 +23,7 @@ from nflows_lib.clinic.examination import (
     relative_error,
 )
 from nflows_lib.clinic.registry import TOO_LARGE, Finding, could_not_run, doctors_test
-from nflows_lib.clinic.state import begin_again
+from nflows_lib.clinic.state import begin_again, looks_made_by_rule
 
 STEP = 1e-5  # how far parameters are moved to take a difference
 
@@ -39,7 +39,9 @@ def gradient(case: Case) -> Finding:
     try:
         if not done.log_p.requires_grad:
             measured = "log p(x) has no gradient: forward leaves autograd's graph"
-            return Finding(False, measured, "nothing can be learned: do not use no_grad, detach or .data in forward", "F24")
+            return Finding(
+                False, measured, "nothing can be learned: do not use no_grad, detach or .data in forward", "F24"
+            )
         parts = {"log-det": _slope(done.log_det, parameters), "latent": _slope(done.log_p - done.log_det, parameters)}
     except RuntimeError as error:
         if "in-place" not in str(error) and "inplace" not in str(error):
@@ -47,15 +49,18 @@ def gradient(case: Case) -> Finding:
         culprit = next((record.title for record in done.leaves if _cannot_go_back(record)), "forward")
         measured = f"{culprit} changes in place what backward needs"
         return Finding(False, measured, "no backward pass is possible: write h = h / 2, not h /= 2", "P2")
+    differences = [_difference(case, flow, rows, parameters, step) for step in (STEP, STEP / 4)]
     for part, slope in parts.items():
-        truths = [_difference(case, rows, part, step) for step in (STEP, STEP / 4)]
+        truths = [difference[part] for difference in differences]
         scale = max(1e-3, abs(truths[0]), abs(slope))
         if abs(truths[0] - truths[1]) > 1e-3 * scale or not math.isfinite(truths[0]):
             continue  # a kink or a jump
         if abs(slope - truths[0]) > 0.01 * scale:
             measured = f"{MOVED}the {part}'s gradient is {slope:.4g} along one direction, its slope {truths[0]:.4g}"
             if part == "log-det":
-                return Finding(False, measured, "a log-det is detached, or a number: keep it in autograd's graph", "P15")
+                return Finding(
+                    False, measured, "a log-det is detached, or a number: keep it in autograd's graph", "P15"
+                )
             return Finding(False, measured, "a tensor on the way to the latent is detached", "F24")
     return Finding(True, "backward gives the slope of log p(x)")
 
@@ -75,18 +80,20 @@ def _slope(values: Tensor, parameters: list[nn.Parameter]) -> float:
     return sum(((g * v).sum().item() for g, v in pairs if g is not None), 0.0)
 
 
-def _difference(case: Case, rows: tuple[Tensor, Tensor | None], part: str, step: float) -> float:
-    """The slope of the mean of one part of log p(x), from two copies of the flow a step apart."""
-    ends = []
-    for sign in (1, -1):
-        flow = case.woken()
-        parameters = [p for p in all_parameters(flow) if p.requires_grad]
-        with torch.no_grad():
-            for parameter, v in zip(parameters, _direction(parameters), strict=True):
-                parameter += sign * step * v
+def _difference(
+    case: Case, flow: nn.Module, rows: tuple[Tensor, Tensor | None], parameters: list[nn.Parameter], step: float
+) -> dict[str, float]:
+    """The slopes of the means of the two parts of log p(x), from the flow's values a step before and after."""
+    begin, ends = [p.detach().clone() for p in parameters], []
+    with torch.no_grad():
+        for sign in (1, -1):
+            for parameter, at, v in zip(parameters, begin, _direction(parameters), strict=True):
+                parameter.copy_(at + sign * step * v)
             done = case.through(flow, *rows)
-        ends.append((done.log_det if part == "log-det" else done.log_p - done.log_det).mean().item())
-    return (ends[0] - ends[1]) / (2 * step)
+            ends.append({"log-det": done.log_det.mean().item(), "latent": (done.log_p - done.log_det).mean().item()})
+        for parameter, at in zip(parameters, begin, strict=True):
+            parameter.copy_(at)
+    return {part: (ends[0][part] - ends[1][part]) / (2 * step) for part in ends[0]}
 
 
 def _cannot_go_back(record: Record) -> bool:
@@ -106,6 +113,8 @@ def volume(case: Case) -> Finding:
     base = case.base_of(case.flow)
     if isinstance(base, nn.Module) and any(True for _ in base.parameters()):
         return Finding(None, "the prior has parameters")
+    if case.whole_is_right is False:
+        return Finding(None, "a log-det is wrong")
     flow = copied(case.flow)
     done = case.through(flow, grad=True)
     parameters = [p for p in all_parameters(flow) if p.requires_grad]
@@ -117,7 +126,7 @@ def volume(case: Case) -> Finding:
     if fixed and not any(r.log_det.any() for r in done.records if r.learned) and not _varies(case, done):
         cause = "every learned layer keeps volume, so the loss has a lower limit: add a scaling layer"
         return Finding(False, "no parameter moves a log-det", cause, "F1")
-    if not fixed and (case.alone or done.gapless) and _only_shrinks(case):
+    if not fixed and not case.alone and done.gapless and _only_shrinks(case):
         measured = "whatever is learned, no layer's log-det rises above 0"
         cause = "scales that can only shrink give log p(x) an upper limit: add a layer that scales both ways"
         return Finding(False, measured, cause, "F1")
@@ -134,17 +143,17 @@ def _varies(case: Case, done: Pass) -> bool:
 def _only_shrinks(case: Case) -> bool:
     """Whether no learned layer has a positive log-det for any example under strongly moved parameters."""
     shrinks = False
-    for seed in range(3):
+    for seed in range(12):
         flow = copied(case.flow)
         with torch.no_grad(), seeded(seed):
             for parameter in all_parameters(flow):
-                parameter += (0.3, 1.0, 3.0)[seed] * torch.randn_like(parameter)
+                parameter += (0.3, 1.0, 3.0)[seed % 3] * torch.randn_like(parameter)
             try:
                 learned = [record for record in case.through(flow).leaves if record.learned]
             except Exception:  # the flow does not take any parameters
                 return False
         if any((record.log_det > 1e-9).any() or record.log_det.isnan().any() for record in learned):
-            return False
+            return False  # as in the first copy, if some layer scales both ways
         shrinks |= any((record.log_det < -1e-3).any() for record in learned)
     return shrinks
 
@@ -174,11 +183,25 @@ def masks(case: Case) -> Finding:
     if not depends.any():
         return Finding(None, "the latent has no derivative with respect to the data")
     alone = (depends.sum(1) <= 1).float().mean().item()
+    if 0 < alone < 0.5 and any(map(_shuffles, case.data_pass.leaves)):
+        why = f"{100 * alone:.0f} % of the latent's numbers depend on a single number of the data: chance or few couplings"
+        return Finding(None, why)
     if alone > 0:
         measured = f"{100 * alone:.0f} % of the latent's numbers depend on a single number of the data"
         cause = "no coupling changes these numbers: alternate the masks, or mix the dimensions"
         return Finding(False, measured, cause, "F2")
     return Finding(True, "every number of the latent depends on several numbers of the data")
+
+
+def _shuffles(record: Record) -> bool:
+    """Whether a layer without parameters puts the numbers of an example in an order that looks random."""
+    if record.learned or record.x.shape != record.z.shape or not record.x.is_floating_point():
+        return False
+    before, after = (list(map(tuple, side.flatten(1).T.tolist())) for side in (record.x, record.z))
+    if len({*before}) < len(before) or {*before} != {*after}:
+        return False
+    order = torch.tensor([before.index(column) for column in after])
+    return not looks_made_by_rule(order)
 
 
 def _in_one_dimension(case: Case) -> Finding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -194,9 +195,13 @@ def it_runs(asked: tuple, error: Exception) -> Finding:
         cause = "return one log-det per example: sum over its dimensions, not over the batch"
         return Finding(False, measured, cause, "P15")
     if "initialize" in message:
-        return Finding(False, measured, "the flow has seen no first batch, or the flag that says so was not saved", "F20")
+        return Finding(
+            False, measured, "the flow has seen no first batch, or the flag that says so was not saved", "F20"
+        )
     if "inplace" in message or "in-place" in message or "can't be cast to the desired output type" in message:
-        return Finding(False, measured, "an in-place operation changes what must stay: write x = x + ..., not x += ...", "P2")
+        return Finding(
+            False, measured, "an in-place operation changes what must stay: write x = x + ..., not x += ...", "P2"
+        )
     if "singular" in message:
         return Finding(False, measured, "a matrix has lost its inverse: keep it away from singular ones", "P21")
     odd = _odd_size(record, asked[1])
@@ -255,7 +260,8 @@ def _culprit(flow: nn.Module, batch: Tensor, context: Tensor | None, base: objec
 def _conducted(test: DoctorsTest, case: Case) -> list[Finding]:
     """The findings of a test, one per entry; if the test itself raises, a finding that says so."""
     try:
-        with seeded(2):
+        with seeded(2), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a flow may warn of what the doctor does to a copy of it
             found = test(case)
     except Exception as error:
         return [replace(could_not_run("", error), test=test.name)]

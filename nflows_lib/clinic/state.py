@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nflows_lib.clinic.control import seeded
-from nflows_lib.clinic.examination import Case, all_modules, copied, detached
+from nflows_lib.clinic.examination import Case, all_modules, copied, detached, equal
 
 COUNTED = re.compile("init|count|seen|calls|steps|batches|ready|first|fresh")  # names of whole numbers used as flags
 
@@ -69,6 +69,8 @@ def modules_outside(flow: nn.Module) -> list[str]:
 def values_outside(flow: nn.Module) -> Iterator[tuple[Place, Tensor]]:
     """The tensors, arrays and lists of numbers that no state dict holds, as tensors."""
     for name, module in all_modules(flow).items():
+        if type(module).__module__.startswith("torch."):
+            continue
         for key, buffer in module._buffers.items():
             if key in module._non_persistent_buffers_set and buffer is not None:
                 yield Place(name, key, saved=False), buffer
@@ -79,8 +81,11 @@ def values_outside(flow: nn.Module) -> Iterator[tuple[Place, Tensor]]:
                 yield Place(name, key, saved=False), value
             elif isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
                 yield Place(name, key, saved=False), torch.as_tensor(value)
-            elif isinstance(value, list | tuple) and len(value) > 1 and all(type(v) in (int, float, bool) for v in value):
-                yield Place(name, key, saved=False), torch.tensor(value)
+            elif (
+                isinstance(value, list | tuple) and len(value) > 2 and all(type(v) in (int, float, bool) for v in value)
+            ):
+                if any(type(v) is float for v in value) or sorted(value) == [*range(len(value))]:  # no shape
+                    yield Place(name, key, saved=False), torch.tensor(value)
 
 
 def looks_made_by_rule(value: Tensor) -> bool:
@@ -122,11 +127,10 @@ def matters(case: Case, place: Place, value: Tensor) -> bool:
         with torch.no_grad():
             place.put(flow, other)
             done = case.through(flow)
-            if not (torch.equal(done.z, case.data_pass.z) and torch.equal(done.log_det, case.data_pass.log_det)):
+            if not (equal(done.z, case.data_pass.z) and equal(done.log_det, case.data_pass.log_det)):
                 return True
             place.put(flow, other)
-            mine = case.back(flow, done.z)
-            return not torch.equal(mine.nan_to_num(), case.back(copied(case.flow), done.z).nan_to_num())
+            return not equal(case.back(flow, done.z), case.reconstruction)
     except Exception:  # the flow does not take the other value, so it reads it
         return True
 
@@ -136,14 +140,18 @@ def stays_behind(case: Case, place: Place) -> bool:
 
     The device is a pretended one: PyTorch's fake tensors have a device and a shape, and hold no numbers.
     """
-    module = next((r for r in case.data_pass.leaves if place.owner(case.flow) in [*all_modules(r.layer).values()]), None)
+    module = next(
+        (r for r in case.data_pass.leaves if place.owner(case.flow) in [*all_modules(r.layer).values()]), None
+    )
     if module is None or not isinstance(place.get(case.flow), Tensor):
         return False
     x = module.x[:4] if module.x.is_floating_point() else module.x[:4].clone()
 
     def fails(moved: bool) -> bool:
         layer = copied(module.layer)
-        inside = {id(a): b for a, b in zip(all_modules(module.layer).values(), all_modules(layer).values(), strict=True)}
+        inside = {
+            id(a): b for a, b in zip(all_modules(module.layer).values(), all_modules(layer).values(), strict=True)
+        }
         owner = inside[id(place.owner(case.flow))]
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
 
@@ -178,43 +186,55 @@ def first_batch_flags(case: Case) -> dict[Place, bool]:
     first, in one copy to False and in another copy to True.
     """
     found: dict[Place, bool] = {}
-    for value in (None, False, True):
+
+    def turn(places: list[Place], value: bool | None) -> None:
         flow = detached(case.flow)
         for module in all_modules(flow).values():
             module.train()
-        turned = [place for place in _truths(flow) if value is None or place.truth(flow) is not value]
-        if value is not None:
-            for place in turned:
-                place.set_truth(flow, value)
+        for place in places if value is not None else ():
+            place.set_truth(flow, value)
         before = {name: _state(module) for name, module in all_modules(flow).items()}
-        truths = {place: place.truth(flow) for place in turned}
+        truths = {place: place.truth(flow) for place in places}
         try:
             with torch.no_grad():
-                case.through(flow)
-        except Exception:  # the flow does not work with its options turned
-            continue
-        for place in turned:
+                case.through(flow, *case.rows(slice(0, 16)))
+        except Exception:  # the flow does not work with its options turned: turn half of them
+            if value is not None and len(places) > 1:
+                turn(places[::2], value)
+                turn(places[1::2], value)
+            return
+        for place in places:
             after = _state(place.owner(flow))
-            moved = any(not torch.equal(a, b) for a, b in zip(before[place.module], after, strict=False))
+            moved = any(not equal(a, b) for a, b in zip(before[place.module], after, strict=False))
             if moved and place.truth(flow) is not truths[place]:
                 found[place] = truths[place]
+
+    places = [*_truths(case.flow)]
+    turn(places, None)
+    for value in (False, True):
+        if turned := [place for place in places if place.truth(case.flow) is not value]:
+            turn(turned, value)
     return found
 
 
 def _state(module: nn.Module) -> list[Tensor]:
     """Copies of the parameters of a module itself and of its buffers of more than one number."""
     inside = [*module._parameters.values(), *module._buffers.values()]
-    return [value.detach().clone() for value in inside if value is not None and value.is_floating_point() and value.dim()]
+    return [
+        value.detach().clone() for value in inside if value is not None and value.is_floating_point() and value.dim()
+    ]
 
 
 def _truths(flow: nn.Module) -> list[Place]:
     """The truth values of a flow: bools, tensors of one truth value, and whole numbers with the name of a counter."""
     places = []
     for name, module in all_modules(flow).items():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            continue  # it counts its batches
+        if type(module).__module__.startswith("torch."):
+            continue  # its truth values are options, and batch norm's whole number counts its batches
         for key, value in {**vars(module), **module._buffers, **module._parameters}.items():
-            saved = key in module._buffers and key not in module._non_persistent_buffers_set or key in module._parameters
+            saved = (
+                key in module._buffers and key not in module._non_persistent_buffers_set or key in module._parameters
+            )
             number = isinstance(value, Tensor) and value.numel() == 1
             whole = number and not value.is_floating_point() or (number and bool(COUNTED.search(key)))
             if key[:1] == "_" or key == "training":

@@ -16,7 +16,7 @@ def context(case: Case) -> Finding:
     if case.context is None:
         return Finding(None, "no context was given")
     shifts = [case.context.roll(shift, 0) for shift in range(1, len(case.context))]
-    changed = [(other != case.context).flatten(1).any(1) for other in shifts]  # labels may repeat
+    changed = [(other != case.context).view(len(other), -1).any(1) for other in shifts]  # labels may repeat
     best = max(range(len(shifts)), key=lambda i: changed[i].sum().item())
     others, changed = shifts[best], changed[best]
     if not changed.any():
@@ -45,7 +45,8 @@ def samples(case: Case) -> Finding:
         return Finding(None, "the flow's inverse is wrong")
     with torch.no_grad():
         base, like = case.base_of(flow), torch.empty(n, *case.data_pass.z.shape[1:])
-        drawn = case.back_to_noise(flow, base.sample(like.flatten(1)).view_as(like).to(like))
+        z = base.sample(like.flatten(1)).view_as(like).to(like)
+        drawn = case.back_to_noise(flow, z)
     lost = 1 - drawn.flatten(1).isfinite().all(1).float().mean().item()
     entered = case.x if case.noise is None else case.noise.z
     most = drawn.nan_to_num(nan=math.inf).abs().max() / max(entered.abs().max(), 1e-12)
