@@ -1,11 +1,10 @@
 """Layers that mix the channels at every pixel: a fixed permutation, or a learned invertible matrix."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
 from nflows_lib.bijection import AffineBijection, ChannelBijection, forward_as_one, mix
+from nflows_lib.checks import check_tensor
 
 
 class ChannelPermutation(ChannelBijection):
@@ -21,6 +20,7 @@ class ChannelPermutation(ChannelBijection):
     """
 
     def __init__(self, order: Tensor) -> None:
+        check_tensor("order", order)
         super().__init__(len(order))
         if order.dtype != torch.long:  # an index of type bool or uint8 would select channels
             raise ValueError(f"order: expected integers of type torch.int64, got {order.dtype}")

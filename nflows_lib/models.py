@@ -1,13 +1,12 @@
 """The papers' models, each built as a readable list of layers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from nflows_lib.bijection import Layer, Shape, check_positive
+from nflows_lib.bijection import Layer, Shape
+from nflows_lib.checks import check_at_least
 from nflows_lib.conditional import (
     Conditional1x1Conv,
     ConditionalActNorm,
@@ -60,22 +59,13 @@ def nice(
     Raises:
         ValueError: if couplings or dims is below 2, or hidden or depth below 1.
     """
-    _check_couplings(couplings)
-    layers: list[Layer] = [] if levels is None else [UniformDequantize(levels), Rescale(1 / levels)]
-    for i in range(couplings):
-        mask = alternating_mask(dims, i % 2)
-        layers.append(AdditiveCoupling(mask, MLP(int(mask.sum()), int((~mask).sum()), hidden, depth, activation)))
-    layers.append(DiagonalScaling(dims))
-    return Flow(layers, base or StandardLogistic(), (dims,))
+    start: list[Layer] = [] if levels is None else [UniformDequantize(levels), Rescale(1 / levels)]
+    layers = _alternating(AdditiveCoupling, 1, dims, couplings, hidden, depth, activation)
+    return Flow([*start, *layers, DiagonalScaling(dims)], base or StandardLogistic(), (dims,))
 
 
 def realnvp_points(
-    dims: int,
-    *,
-    couplings: int = 6,
-    hidden: int = 64,
-    depth: int = 2,
-    activation: Callable[[], nn.Module] = nn.ReLU,
+    dims: int, *, couplings: int = 6, hidden: int = 64, depth: int = 2, activation: Callable[[], nn.Module] = nn.ReLU
 ) -> Flow:
     """RealNVP (Dinh et al. 2016) on points: affine couplings with alternating halves, normal prior.
 
@@ -89,12 +79,19 @@ def realnvp_points(
     Raises:
         ValueError: if couplings or dims is below 2, or hidden or depth below 1.
     """
-    _check_couplings(couplings)
-    layers: list[Layer] = []
-    for i in range(couplings):
-        mask = alternating_mask(dims, i % 2)
-        layers.append(AffineCoupling(mask, MLP(int(mask.sum()), 2 * int((~mask).sum()), hidden, depth, activation)))
+    layers = _alternating(AffineCoupling, 2, dims, couplings, hidden, depth, activation)
     return Flow(layers, StandardNormal(), (dims,))
+
+
+def _alternating(coupling: type[Layer], outputs: int, dims: int, couplings: int, *network: object) -> list[Layer]:
+    """Couplings on vectors with alternating halves.
+
+    Their networks have that many outputs per number that changes; ``network`` is what else an MLP takes.
+    """
+    check_at_least(2, ", so that each half is changed", couplings=couplings)
+    masks = [alternating_mask(dims, i % 2) for i in range(couplings)]
+    networks = [MLP(int(mask.sum()), outputs * int((~mask).sum()), *network) for mask in masks]
+    return [coupling(mask, network) for mask, network in zip(masks, networks, strict=True)]
 
 
 def realnvp(
@@ -131,8 +128,8 @@ def realnvp(
         ValueError: if couplings is below 2, scales or hidden is below 1, blocks is negative, or a squeeze meets an odd
             height or width.
     """
-    _check_couplings(couplings)
-    check_positive(scales=scales)
+    check_at_least(2, ", so that each half is changed", couplings=couplings)
+    check_at_least(1, scales=scales)
 
     def coupled(masks: Iterable[Tensor], width: int) -> list[Layer]:
         layers: list[Layer] = []
@@ -201,8 +198,7 @@ def glow(
     """
     if classes < 0 or classes == 1:
         raise ValueError(f"classes: expected 0 or at least 2, got {classes}")
-    if noise < 0:
-        raise ValueError(f"noise: expected at least 0 channels, got {noise}")
+    check_at_least(0, " channels", noise=noise)
     coupling = BoundedGlowCoupling if bounded else GlowCoupling
 
     def step(channels: int, size: Shape) -> list[Layer]:
@@ -259,7 +255,7 @@ def cglow(
         ValueError: if scales, steps, hidden or conditioning is below 1, a squeeze meets an odd height or width, or
             context_shape does not fit shape.
     """
-    check_positive(conditioning=conditioning)
+    check_at_least(1, conditioning=conditioning)
     check_context_shape(context_shape)
     is_image = len(context_shape) == 3
 
@@ -295,7 +291,7 @@ def _glow_of(
     hidden: int,
 ) -> Flow:
     """Glow's arrangement of steps and priors after a start; each is built for its channels and (height, width)."""
-    check_positive(scales=scales, steps=steps, hidden=hidden)
+    check_at_least(1, scales=scales, steps=steps, hidden=hidden)
 
     def from_scale_on(shape: Shape, left: int) -> list[Layer]:
         layers: list[Layer] = [Squeeze()]
@@ -309,8 +305,3 @@ def _glow_of(
         return [*layers, FactorOut((channels, *size), from_scale_on((channels // 2, *size), left - 1), conditioned)]
 
     return Flow([*start, *from_scale_on(shape, scales)], StandardNormal(), shape)
-
-
-def _check_couplings(couplings: int) -> None:
-    if couplings < 2:
-        raise ValueError(f"couplings: expected at least 2, so that each half is changed, got {couplings}")

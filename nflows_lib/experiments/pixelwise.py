@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflows_lib.bijection import Shape, check_positive, check_shape
+from nflows_lib.bijection import Shape
+from nflows_lib.checks import check_at_least, check_shape
 from nflows_lib.flow import check_context, check_data, check_sampling
 from nflows_lib.networks import channels_last, check_precision, computing_in, finished
 
@@ -89,7 +90,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         check_precision(precision)
-        check_positive(inputs=inputs, outputs=outputs, hidden=hidden, levels=levels)
+        check_at_least(1, inputs=inputs, outputs=outputs, hidden=hidden, levels=levels)
         self.precision = precision
         widths = [hidden * 2**i for i in range(levels)]
         self.down = nn.ModuleList(_two_convs(a, b) for a, b in itertools.pairwise([inputs, *widths]))

@@ -43,6 +43,7 @@ class Run:
 
 
 MINUTES = 60
+YEAR = 365 * 24 * 60 * MINUTES  # the longest budget
 
 # Settings that several runs share.
 STEADY = {"clip": 100.0, "warmup": 200, "cosine": True, "ema": 0.999, "batch_size": 64}

@@ -151,7 +151,7 @@ def test_a_classifier_is_trained_by_fit():
         (lambda m, y, c: m(y - 100, c), "x: expected integers from 0 to 2, got values from -100 to -100"),
         (lambda m, y, c: m(y, c * torch.nan), "context: expected finite values, got NaN or infinity"),
         (lambda m, y, c: m.sample(0, context=c[:0]), "n: expected at least 1, got 0"),
-        (lambda m, y, c: m.sample(4, -1.0, c), "temperature: expected a number >= 0, got -1.0"),
+        (lambda m, y, c: m.sample(4, -1.0, c), "temperature: expected a finite number >= 0, got -1.0"),
         (lambda m, y, c: m(y[:, :1], c), "x: expected shape (B, 2, 2, 3), got (4, 1, 2, 3)"),
         (lambda m, y, c: m(y, c[:, :2]), "network's output: expected shape (B, 6, 2, 3), got (4, 2, 2, 3)"),
         (lambda m, y, c: m.mean(c[..., :2]), "network's output: expected shape (B, 6, 2, 3), got (4, 6, 2, 2)"),
