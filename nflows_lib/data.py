@@ -295,14 +295,13 @@ def torchvision_set(
         return getattr(datasets, name)(folder, download=download, **options)
     except Exception as error:  # torchvision raises errors of many kinds for a damaged file
         paths = {folder / file: length for file, length in files.items()}
+        place = next(iter(paths)).parent
         if all(path.exists() for path in paths):
-            odd = [path.name for path, length in paths.items() if path.stat().st_size != length]
-            got = f"{' or '.join(odd) or 'a file of the right size'} damaged in {next(iter(paths)).parent}"
-            raise ValueError(f"folder: expected the whole files of {name}, got {got}: remove it") from error
+            odd = " or ".join(path.name for path, length in paths.items() if path.stat().st_size != length)
+            raise ValueError(f"folder: expected whole {name} files, got {odd or 'one'} damaged in {place}") from error
         if download or isinstance(error, OSError):
             raise  # the message says why the download or the reading failed
-        names, place = ", ".join(path.name for path in paths), next(iter(paths)).parent
         raise FileNotFoundError(
-            f'no {name} in {folder}: call {name.lower()}("{part}", download=True) once to fetch it '
-            f"({size}), or put {names} into {place}, or name another folder in NFLOWS_DATA"
+            f'no {name} in {folder}: call {name.lower()}("{part}", download=True) once to fetch it ({size}), '
+            f"or put {', '.join(path.name for path in paths)} into {place}, or name another folder in NFLOWS_DATA"
         ) from error

@@ -131,6 +131,7 @@ class Rescale(Bijection):
         return self.scale * x, x.new_full((len(x),), log_det)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        check_tensor("z", z)
         return z / self.scale
 
     def extra_repr(self) -> str:
@@ -168,6 +169,7 @@ class Logit(Bijection):
         return y, sum_per_example(F.softplus(y) + F.softplus(-y) + math.log(1 - 2 * self.alpha))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        check_tensor("z", z)
         return (z.sigmoid() - self.alpha) / (1 - 2 * self.alpha)
 
     def extra_repr(self) -> str:

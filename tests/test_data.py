@@ -264,14 +264,14 @@ def test_a_damaged_file_of_mnist_is_named(tmp_path, cut, left):
     assert data.mnist("train", tmp_path).images.shape == (60_000, 1, 28, 28)
     with open(raw / cut, "r+b") as file:
         file.truncate(left)
-    with pytest.raises(ValueError, match=f"^folder: expected the whole files of MNIST, got {cut} damaged in {raw}"):
+    with pytest.raises(ValueError, match=f"^folder: expected whole MNIST files, got {cut} damaged in {raw}"):
         data.mnist("train", tmp_path)
 
 
 def test_damaged_files_of_cifar10_are_named(tmp_path):
     write_cifar10(tmp_path, noise(12, (3, 32, 32)), [0] * 12)  # far smaller than the real ones
     (tmp_path / "cifar-10-batches-py" / "batches.meta").write_bytes(bytes(158))
-    with pytest.raises(ValueError, match=r"files of CIFAR10, got data_batch_1 or .* or test_batch damaged in .*py"):
+    with pytest.raises(ValueError, match=r"whole CIFAR10 files, got data_batch_1 or .* or test_batch damaged in .*py"):
         data.cifar10("test", tmp_path)
     (tmp_path / "cifar-10-batches-py" / "data_batch_3").unlink()
     with pytest.raises(FileNotFoundError, match="no CIFAR10 in"):
@@ -280,7 +280,7 @@ def test_damaged_files_of_cifar10_are_named(tmp_path):
 
 def test_a_damaged_file_of_svhn_is_named(tmp_path):
     (tmp_path / "test_32x32.mat").write_bytes(bytes(10))
-    with pytest.raises(ValueError, match=r"^folder: expected the whole files of SVHN, got test_32x32.mat damaged in"):
+    with pytest.raises(ValueError, match=r"^folder: expected whole SVHN files, got test_32x32.mat damaged in"):
         image_sets.svhn("test", tmp_path)
 
 

@@ -103,8 +103,8 @@ def is_recorded(run: str) -> bool:
     return (folder(run) / RECORD).exists()
 
 
-def load(run: str) -> dict[str, Any]:
-    """The record of a shipped run.
+def load(run: str, *keys: str) -> dict[str, Any]:
+    """The record of a shipped run, which must have these keys.
 
     Raises:
         ValueError: if no record of the run is shipped, or if its file is broken.
@@ -113,7 +113,7 @@ def load(run: str) -> dict[str, Any]:
     if not is_recorded(run):
         known = sorted(p.parent.name for p in path.parent.parent.glob(f"*/{RECORD}"))
         raise ValueError(f"run: expected one of {', '.join(known) or '(no record yet)'}, got {run!r}")
-    return read_json(path, "figure")
+    return read_json(path, *keys)
 
 
 def load_seeds(run: str) -> list[dict[str, Any]]:

@@ -149,7 +149,7 @@ def _runs(options: argparse.Namespace) -> int:
         paper = f"{run.paper[0]} bits/dim ({run.paper[1]})" if run.paper else "no result to compare with"
         reached = "no record yet"
         if archive.is_recorded(name):
-            figure = archive.load(name)["figure"]
+            figure = archive.load(name, "figure")["figure"]
             reached = f"{figure['bits_per_dim']:.3f} ± {figure['error']:.3f} bits/dim"
         budget = f"{run.budget / 60:g} minutes"
         print(f"{name}\n    {run.title}\n    budget: {budget}\n    paper: {paper}\n    reached: {reached}")
