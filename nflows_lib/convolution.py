@@ -21,11 +21,11 @@ class ChannelPermutation(ChannelBijection):
 
     def __init__(self, order: Tensor) -> None:
         check_tensor("order", order)
-        super().__init__(len(order))
+        super().__init__(order.numel())
         if order.dtype != torch.long:  # an index of type bool or uint8 would select channels
             raise ValueError(f"order: expected integers of type torch.int64, got {order.dtype}")
-        if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
-            raise ValueError(f"order: expected a permutation of 0 to {len(order) - 1}, got {order.tolist()}")
+        if not torch.equal(order.sort().values, torch.arange(self.channels, device=order.device)):
+            raise ValueError(f"order: expected a permutation of 0 to {self.channels - 1}, got {order.tolist()}")
         self.register_buffer("order", order)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -240,8 +240,8 @@ class GlowCoupling(ChannelBijection):
     """
 
     def __init__(self, channels: int, network: nn.Module) -> None:
-        check_at_least(2, ", one for each half", channels=channels)
         super().__init__(channels)
+        check_at_least(2, ", one for each half", channels=channels)
         self.network = network
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -203,7 +203,7 @@ def patches(part: str = "train", size: int = 16) -> Images:
         ValueError: if part is neither of these, or size is out of its range.
     """
     check_part(part)
-    if not 4 <= size <= 64:
+    if not isinstance(size, int) or not 4 <= size <= 64:
         raise ValueError(f"size: expected 4 to 64, got {size}")
     images, labels = [], []
     for label, photograph in enumerate(_sklearn_datasets().load_sample_images().images):

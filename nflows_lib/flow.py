@@ -243,10 +243,8 @@ def _check_floats(name: str, values: Tensor, dtype: torch.dtype | None, hint: st
 
 def _holds(condition: Tensor) -> bool:
     """Whether a condition on values holds; True where no value can be read (in a compiled graph, under vmap)."""
-    if torch.compiler.is_compiling():
-        return True
     try:
-        return bool(condition)
+        return torch.compiler.is_compiling() or bool(condition)
     except RuntimeError:
         return True
 

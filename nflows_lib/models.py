@@ -59,9 +59,12 @@ def nice(
     Raises:
         ValueError: if couplings or dims is below 2, or hidden or depth below 1.
     """
-    start: list[Layer] = [] if levels is None else [UniformDequantize(levels), Rescale(1 / levels)]
-    layers = _alternating(AdditiveCoupling, 1, dims, couplings, hidden, depth, activation)
-    return Flow([*start, *layers, DiagonalScaling(dims)], base or StandardLogistic(), (dims,))
+    check_at_least(2, ", so that each half is changed", couplings=couplings)
+    layers: list[Layer] = [] if levels is None else [UniformDequantize(levels), Rescale(1 / levels)]
+    for i in range(couplings):
+        mask = alternating_mask(dims, i % 2)
+        layers.append(AdditiveCoupling(mask, MLP(int(mask.sum()), int((~mask).sum()), hidden, depth, activation)))
+    return Flow([*layers, DiagonalScaling(dims)], base or StandardLogistic(), (dims,))
 
 
 def realnvp_points(
@@ -79,19 +82,12 @@ def realnvp_points(
     Raises:
         ValueError: if couplings or dims is below 2, or hidden or depth below 1.
     """
-    layers = _alternating(AffineCoupling, 2, dims, couplings, hidden, depth, activation)
-    return Flow(layers, StandardNormal(), (dims,))
-
-
-def _alternating(coupling: type[Layer], outputs: int, dims: int, couplings: int, *network: object) -> list[Layer]:
-    """Couplings on vectors with alternating halves.
-
-    Their networks have that many outputs per number that changes; ``network`` is what else an MLP takes.
-    """
     check_at_least(2, ", so that each half is changed", couplings=couplings)
-    masks = [alternating_mask(dims, i % 2) for i in range(couplings)]
-    networks = [MLP(int(mask.sum()), outputs * int((~mask).sum()), *network) for mask in masks]
-    return [coupling(mask, network) for mask, network in zip(masks, networks, strict=True)]
+    layers: list[Layer] = []
+    for i in range(couplings):
+        mask = alternating_mask(dims, i % 2)
+        layers.append(AffineCoupling(mask, MLP(int(mask.sum()), 2 * int((~mask).sum()), hidden, depth, activation)))
+    return Flow(layers, StandardNormal(), (dims,))
 
 
 def realnvp(
@@ -196,7 +192,7 @@ def glow(
         ValueError: if scales, steps or hidden is below 1, classes is 1 or negative, noise is negative, alpha is not
             between 0 and 1/2, or a squeeze meets an odd height or width.
     """
-    if classes < 0 or classes == 1:
+    if not isinstance(classes, int) or classes < 0 or classes == 1:
         raise ValueError(f"classes: expected 0 or at least 2, got {classes}")
     check_at_least(0, " channels", noise=noise)
     coupling = BoundedGlowCoupling if bounded else GlowCoupling

@@ -56,7 +56,7 @@ class PhaseOrder(ChannelPermutation):
     """
 
     def __init__(self, channels: int) -> None:
-        if channels < 4 or channels % 4:
+        if not isinstance(channels, int) or channels < 4 or channels % 4:
             raise ValueError(f"channels: expected a multiple of 4, got {channels}")
         phases = torch.tensor([0, 3, 1, 2])  # 2 d_y + d_x of each place
         super().__init__((4 * torch.arange(channels // 4) + phases[:, None]).flatten())

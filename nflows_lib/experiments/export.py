@@ -43,6 +43,8 @@ def to_json(flow: Flow) -> dict[str, Any]:
         ValueError: if the flow is not on vectors, if it has a part that is not listed here (or a subclass of a part,
             which may compute something else), or if a number is not finite or too large for float16.
     """
+    if not isinstance(flow, Flow):
+        raise ValueError(f"flow: expected a Flow, got {type(flow).__name__}")
     if len(flow.shape) != 1:
         raise ValueError(f"flow: expected a flow on vectors, got one on examples of shape {flow.shape}")
     return {
@@ -96,7 +98,8 @@ def _layer_from_json(content: Mapping[str, Any], dims: int) -> Layer:
     network = MLP(passes, outputs, widths[0], len(widths), activation)
     layer = coupling(mask, network)
     if coupling is AffineCoupling:
-        layer.gain.data.fill_(_finite(_entry(content, "gain", int | float), "gain"))
+        _finite(_entry(content, "gain", int | float), "gain")
+        layer.gain.data.fill_(content["gain"])
     values = decode(_entry(content, "weights", str))
     needed = sum(parameter.numel() for parameter in network.parameters())
     if needed != len(values):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from nflows_lib.checks import check_at_least
+from nflows_lib.checks import check_at_least, check_tensor
 from nflows_lib.data import Images, every_sixth, torchvision_set
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # the files that image_folder reads
@@ -146,6 +146,7 @@ def random_flip(x: Tensor) -> Tensor:
     Raises:
         ValueError: if x has another number of dimensions than four.
     """
+    check_tensor("x", x)
     if x.dim() != 4:
         raise ValueError(f"x: expected shape (B, C, H, W), got {tuple(x.shape)}")
     return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)

@@ -14,7 +14,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from tqdm.auto import tqdm
 
 from nflows_lib import data, settings
-from nflows_lib.checks import check_at_least
+from nflows_lib.checks import check_at_least, is_number
 from nflows_lib.data import Images
 from nflows_lib.distributions import random_state_kept
 from nflows_lib.evaluation import log_likelihoods, log_mean_exp, mean_and_error
@@ -212,6 +212,8 @@ def train(
         steps, budget = asked["steps"], asked["budget"]
     # A resumed run keeps its precision. Checkpoints that name no precision are from when all runs had bfloat16.
     kept = getattr(torch, earlier["settings"].get("precision", "bfloat16")) if earlier else None
+    if budget is not None and not is_number(budget):
+        raise ValueError(f"budget: expected a finite number of seconds above 0, got {budget!r}")
     torch.manual_seed(settings.seed())
 
     def report(judged: Flow, history: History) -> None:

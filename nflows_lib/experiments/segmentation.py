@@ -65,6 +65,7 @@ def horses(part: str = "train", folder: Path | str | None = None, *, size: int =
 
 def twins(photographs: Tensor) -> list[tuple[int, int]]:
     """The pairs i < j of photographs, (N, C, H, W) in [0, 1], whose root mean square difference is below 0.08."""
+    check_tensor("photographs", photographs)
     flat = photographs.flatten(1)
     distance = torch.cdist(flat, flat) / math.sqrt(flat.shape[1])
     return [(i, j) for i, j in (distance < 0.08).nonzero().tolist() if i < j]
@@ -81,7 +82,14 @@ def random_view(masks: Tensor, photographs: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         The changed masks and photographs, of the same shapes and types.
+
+    Raises:
+        ValueError: if masks or photographs are not images, or their numbers differ.
     """
+    for name, images in (("masks", masks), ("photographs", photographs)):
+        check_tensor(name, images)
+        if images.dim() != 4 or len(images) != len(masks):
+            raise ValueError(f"{name}: expected shape ({len(masks)}, C, H, W), got {tuple(images.shape)}")
     n, device = len(masks), masks.device
 
     def between(low: float, high: float) -> Tensor:
@@ -129,10 +137,12 @@ def iou(predicted: Tensor, true: Tensor) -> Tensor:
     Both arguments have the shape (N, ...) and hold booleans, or 0 and 1. Two empty masks have an IoU of 1.
 
     Raises:
-        ValueError: if the shapes differ, or if a value is neither 0 nor 1.
+        ValueError: if the shapes differ or have no dimension for pixels, or if a value is neither 0 nor 1.
     """
     _check_pair("predicted", predicted, true)
     _check_binary("predicted", predicted)
+    if true.dim() < 2:
+        raise ValueError(f"true: expected shape (N, ...), got {tuple(true.shape)}")
     predicted, true = predicted.bool().flatten(1), true.bool().flatten(1)
     union = (predicted | true).sum(1)
     return torch.where(union > 0, (predicted & true).sum(1) / union, 1.0)

@@ -277,6 +277,6 @@ def find(name: str) -> Run:
     Raises:
         ValueError: if no run has that name; the message lists all names.
     """
-    if name not in RUNS:
+    if not isinstance(name, str) or name not in RUNS:
         raise ValueError(f"run: expected one of {', '.join(RUNS)}, got {name!r}")
     return RUNS[name]

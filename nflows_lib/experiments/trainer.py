@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import statistics
 import threading
@@ -22,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from nflows_lib import settings
+from nflows_lib.checks import is_number
 from nflows_lib.distributions import random_state_kept
 from nflows_lib.evaluation import log_likelihoods, mean_and_error
 from nflows_lib.experiments import checkpoint, compiling, precision, processes
@@ -162,7 +162,7 @@ def train(
         raise ValueError(f"steps, budget: expected exactly one of the two, got {steps} and {budget}")
     if budget is None:
         check_steps(steps, warmup)
-    elif not 0 < budget < math.inf:
+    elif not is_number(budget) or budget <= 0:
         raise ValueError(f"budget: expected a finite number of seconds above 0, got {budget}")
     elif budget > YEAR:
         raise ValueError(f"budget: expected at most a year, {YEAR:,} seconds, got {budget:g}")

@@ -10,7 +10,7 @@ from torch import nn
 from nflows_lib import models
 from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, alternating_mask
 from nflows_lib.distributions import StandardLogistic, StandardNormal
-from nflows_lib.experiments import export
+from nflows_lib.experiments import export, memory
 from nflows_lib.flow import Flow
 from nflows_lib.networks import MLP
 from nflows_lib.normalization import DiagonalScaling
@@ -155,6 +155,12 @@ def test_content_that_does_not_fit_is_refused(change: dict, message: str) -> Non
     content["layers"][0] |= change
     with pytest.raises(ValueError, match=message):
         export.from_json(content)
+
+
+def test_what_is_no_flow_is_refused() -> None:
+    for function in (export.to_json, memory.reversible):
+        with pytest.raises(ValueError, match=r"^flow: expected a Flow, got Linear$"):
+            function(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(

@@ -256,3 +256,20 @@ def test_beyond_a_border_lies_a_copy_of_it():
     seen, shown = view(torch.ones(50, 1, 8, 8, dtype=torch.uint8), torch.full((50, 3, 8, 8), 0.5))
     assert seen.eq(1).all()
     assert (shown - shown[:, :1, :1, :1]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("masks", "photographs", "message"),
+    [
+        ([1], torch.zeros(2, 3, 4, 4), "masks: expected a tensor, got list"),
+        (torch.zeros(2, 4), torch.zeros(2, 3, 4, 4), "masks: expected shape (2, C, H, W), got (2, 4)"),
+        (
+            torch.zeros(2, 1, 4, 4),
+            torch.zeros(3, 3, 4, 4),
+            "photographs: expected shape (2, C, H, W), got (3, 3, 4, 4)",
+        ),
+    ],
+)
+def test_what_has_no_view_is_named(masks, photographs, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        segmentation.random_view(masks, photographs)

@@ -163,6 +163,20 @@ def test_what_a_classifier_does_not_take_is_named(call, message):
         call(model, torch.zeros(4, 2, 2, 3, dtype=torch.long), context)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: PixelClassifier(nn.Identity(), 4, 2), "shape: expected (C, H, W), got 4"),
+        (lambda: PixelClassifier(nn.Identity(), (4,), 2), "shape: expected (C, H, W), got (4,)"),
+        (lambda: PixelClassifier(nn.Identity(), (1, 2, 2), 1), "levels: expected at least 2, got 1"),
+        (lambda: UNet(1, 1, 2, 3)([1]), "x: expected a tensor, got list"),
+    ],
+)
+def test_what_is_no_classifier_is_named(call, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        call()
+
+
 def test_at_temperature_zero_each_pixel_has_its_likeliest_level():
     model, context = told()
     assert torch.equal(model.sample(4, 0.0, context), model.logits(context).argmax(1))

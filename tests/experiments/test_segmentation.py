@@ -52,6 +52,7 @@ def test_iou_is_one_number_an_image():
     [
         ([1, 0], torch.ones(2), "predicted: expected a tensor, got list"),
         (torch.ones(2), None, "true: expected a tensor, got None"),
+        (torch.ones(2), torch.ones(2), "true: expected shape (N, ...), got (2,)"),
         (torch.tensor([[0.5, 1.0]]), torch.ones(1, 2), "predicted: expected only 0 and 1, got 0.5"),
         (torch.ones(1, 2), torch.tensor([[255, 0]]), "true: expected only 0 and 1, got 255"),
     ],
