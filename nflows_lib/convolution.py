@@ -21,7 +21,7 @@ class ChannelPermutation(ChannelBijection):
 
     def __init__(self, order: Tensor) -> None:
         check_tensor("order", order)
-        super().__init__(order.numel())
+        super().__init__(len(torch.atleast_1d(order)))
         if order.dtype != torch.long:  # an index of type bool or uint8 would select channels
             raise ValueError(f"order: expected integers of type torch.int64, got {order.dtype}")
         if not torch.equal(order.sort().values, torch.arange(self.channels, device=order.device)):
