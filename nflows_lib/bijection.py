@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
+
+from nflows_lib.checks import check_at_least, check_tensor
 
 Shape = tuple[int, ...]
 
@@ -76,7 +77,7 @@ class ChannelBijection(Bijection):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        check_positive(channels=channels)
+        check_at_least(1, channels=channels)
         self.channels = channels
 
     def check_channels(self, name: str, x: Tensor) -> None:
@@ -86,6 +87,7 @@ class ChannelBijection(Bijection):
             name: what the error calls x.
             x: the batch.
         """
+        check_tensor(name, x)
         if x.dim() not in (2, 4) or x.shape[1] != self.channels:
             expected = f"(B, {self.channels}) or (B, {self.channels}, H, W)"
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(x.shape)}")
@@ -139,10 +141,11 @@ class Chain(Layer):
 
     def __init__(self, layers: Iterable[Layer]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
-        for i, layer in enumerate(self.layers):
+        layers = list(layers)
+        for i, layer in enumerate(layers):
             if not isinstance(layer, Layer):
                 raise ValueError(f"layers: expected Layer objects, got {type(layer).__name__} at position {i}")
+        self.layers = nn.ModuleList(layers)
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
@@ -247,25 +250,3 @@ def initialize_network(network: nn.Module | None, x: Tensor, context: Tensor | N
     """Call the ``initialize`` of the network inside a layer on what it sees of a first batch, if it has that method."""
     if hasattr(network, "initialize"):
         network.initialize(x, context)
-
-
-def check_positive(**numbers: int) -> None:
-    """Raise a ValueError with the number's name unless each number is a whole number of at least 1."""
-    for name, number in numbers.items():
-        if not isinstance(number, Integral):
-            raise ValueError(f"{name}: expected a whole number, got {number!r}")
-        if number < 1:
-            raise ValueError(f"{name}: expected at least 1, got {number}")
-
-
-def check_shape(name: str, x: Tensor | None, shape: Shape) -> None:
-    """Raise a ValueError unless x is a batch of examples of this shape, ``(B, *shape)``; None is refused, too.
-
-    Args:
-        name: what the error calls x.
-        x: the batch, or None if it is missing.
-        shape: shape of one example.
-    """
-    if x is None or x.dim() == 0 or tuple(x.shape[1:]) != tuple(shape):
-        expected = ", ".join(["B", *map(str, shape)])
-        raise ValueError(f"{name}: expected shape ({expected}), got {None if x is None else tuple(x.shape)}")

@@ -1,13 +1,12 @@
 """Layers and networks whose parameters depend on a context, as in conditional Glow (Lu and Huang 2020)."""
 
-from __future__ import annotations
-
 import math
 
 import torch
 from torch import Tensor, nn
 
-from nflows_lib.bijection import Shape, check_shape, initialize_network
+from nflows_lib.bijection import Shape, initialize_network
+from nflows_lib.checks import check_at_least, check_shape, is_shape
 from nflows_lib.convolution import Invertible1x1Conv
 from nflows_lib.networks import channels_last, check_precision, computing_in, zeroed
 from nflows_lib.normalization import ActNorm
@@ -28,13 +27,14 @@ class ConditioningNetwork(nn.Module):
         precision: type that the network computes in, as in :class:`~nflows_lib.networks.ResNet`.
 
     Raises:
-        ValueError: if context_shape is that of neither a vector nor an image, or precision is neither float32 nor
-            bfloat16.
+        ValueError: if context_shape is that of neither a vector nor an image, outputs or hidden is below 1, or
+            precision is neither float32 nor bfloat16.
     """
 
     def __init__(self, context_shape: Shape, outputs: int, hidden: int, precision: torch.dtype = torch.float32) -> None:
         super().__init__()
         check_context_shape(context_shape)
+        check_at_least(1, outputs=outputs, hidden=hidden)
         check_precision(precision)
         self.context_shape, self.precision = tuple(context_shape), precision
         channels, *size = context_shape
@@ -53,7 +53,7 @@ class ConditioningNetwork(nn.Module):
         """
         check_shape("context", context, self.context_shape)
         with computing_in(self.precision, context):
-            return self.layers(_laid_out(context)).to(context.dtype)
+            return self.layers(channels_last(context)).to(context.dtype)
 
 
 class ConditionalActNorm(ActNorm):
@@ -165,15 +165,10 @@ class ConditionalNet(nn.Module):
     def _features_of(self, context: Tensor | None) -> Tensor:
         check_shape("context", context, self.context_shape)
         with computing_in(self.precision, context):
-            return self.features(_laid_out(context)).to(context.dtype)
-
-
-def _laid_out(context: Tensor) -> Tensor:
-    """The context, in the layout in which convolutions are fastest if it is an image."""
-    return channels_last(context) if context.dim() == 4 else context
+            return self.features(channels_last(context)).to(context.dtype)
 
 
 def check_context_shape(shape: Shape) -> None:
     """Raise a ValueError unless the shape is that of a vector, ``(K,)``, or of an image, ``(K, H, W)``."""
-    if len(shape) not in (1, 3) or min(shape) < 1:
-        raise ValueError(f"context_shape: expected (K,) or (K, H, W), got {tuple(shape)}")
+    if not is_shape(shape, 1, 3):
+        raise ValueError(f"context_shape: expected (K,) or (K, H, W), got {shape}")

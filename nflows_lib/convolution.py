@@ -1,11 +1,10 @@
 """Layers that mix the channels at every pixel: a fixed permutation, or a learned invertible matrix."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
 from nflows_lib.bijection import AffineBijection, ChannelBijection, forward_as_one, mix
+from nflows_lib.checks import check_tensor
 
 
 class ChannelPermutation(ChannelBijection):
@@ -21,11 +20,12 @@ class ChannelPermutation(ChannelBijection):
     """
 
     def __init__(self, order: Tensor) -> None:
-        super().__init__(len(order))
+        check_tensor("order", order)
+        super().__init__(len(torch.atleast_1d(order)))
         if order.dtype != torch.long:  # an index of type bool or uint8 would select channels
             raise ValueError(f"order: expected integers of type torch.int64, got {order.dtype}")
-        if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
-            raise ValueError(f"order: expected a permutation of 0 to {len(order) - 1}, got {order.tolist()}")
+        if not torch.equal(order.sort().values, torch.arange(self.channels, device=order.device)):
+            raise ValueError(f"order: expected a permutation of 0 to {self.channels - 1}, got {order.tolist()}")
         self.register_buffer("order", order)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

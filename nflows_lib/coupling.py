@@ -1,20 +1,12 @@
 """Coupling layers: one half of the vector is left unchanged and decides how the other half is changed."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nflows_lib.bijection import (
-    Bijection,
-    ChannelBijection,
-    Shape,
-    check_shape,
-    initialize_network,
-    sum_per_example,
-)
+from nflows_lib.bijection import Bijection, ChannelBijection, Shape, initialize_network, sum_per_example
+from nflows_lib.checks import check_at_least, check_shape, check_tensor, is_shape
 
 
 def alternating_mask(dims: int, parity: int) -> Tensor:
@@ -33,8 +25,7 @@ def alternating_mask(dims: int, parity: int) -> Tensor:
     >>> alternating_mask(4, 0).tolist()
     [True, False, True, False]
     """
-    if dims < 2:
-        raise ValueError(f"dims: expected at least 2, one for each half, got {dims}")
+    check_at_least(2, ", one for each half", dims=dims)
     _check_parity(parity)
     return torch.arange(dims) % 2 == parity
 
@@ -55,8 +46,8 @@ def checkerboard_mask(shape: Shape, parity: int) -> Tensor:
     >>> b.int().tolist()
     [[[1, 0, 1], [0, 1, 0]]]
     """
-    if len(shape) != 3 or min(shape) < 1 or shape[1] * shape[2] < 2:
-        raise ValueError(f"shape: expected (C, H, W) with at least two pixels, got {tuple(shape)}")
+    if not is_shape(shape, 3) or shape[1] * shape[2] < 2:
+        raise ValueError(f"shape: expected (C, H, W) with at least two pixels, got {shape}")
     _check_parity(parity)
     _, height, width = shape
     return ((torch.arange(height)[:, None] + torch.arange(width)) % 2 == parity).repeat(shape[0], 1, 1)
@@ -78,8 +69,8 @@ def channel_mask(shape: Shape, parity: int) -> Tensor:
     >>> b.int().tolist()
     [[[1, 1]], [[0, 0]]]
     """
-    if len(shape) != 3 or shape[0] < 2:
-        raise ValueError(f"shape: expected (C, H, W) with at least two channels, got {tuple(shape)}")
+    if not is_shape(shape, 3) or shape[0] < 2:
+        raise ValueError(f"shape: expected (C, H, W) with at least two channels, got {shape}")
     _check_parity(parity)
     first = torch.arange(shape[0]) < shape[0] // 2
     return (first == (parity == 0))[:, None, None].repeat(1, *shape[1:])
@@ -94,7 +85,11 @@ class _Coupling(Bijection):
 
     def __init__(self, mask: Tensor, network: nn.Module) -> None:
         super().__init__()
-        check_mask(mask)
+        check_tensor("mask", mask)
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask: expected a boolean tensor, got {mask.dtype}")
+        if mask.all() or not mask.any():
+            raise ValueError(f"mask: expected both True and False, got only {bool(mask.all())}")
         self.register_buffer("mask", mask)
         self.network = network
         self._find_halves()
@@ -246,8 +241,7 @@ class GlowCoupling(ChannelBijection):
 
     def __init__(self, channels: int, network: nn.Module) -> None:
         super().__init__(channels)
-        if channels < 2:
-            raise ValueError(f"channels: expected at least 2, one for each half, got {channels}")
+        check_at_least(2, ", one for each half", channels=channels)
         self.network = network
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -306,14 +300,6 @@ class BoundedGlowCoupling(GlowCoupling):
 
     def scale(self, h: Tensor) -> Tensor:
         return (self.gain * h.tanh()).exp()
-
-
-def check_mask(mask: Tensor) -> None:
-    """Raise a ValueError unless the mask is boolean and holds both True and False."""
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask: expected a boolean tensor, got {mask.dtype}")
-    if mask.all() or not mask.any():
-        raise ValueError(f"mask: expected both True and False, got only {bool(mask.all())}")
 
 
 def _check_parity(parity: int) -> None:

@@ -203,7 +203,7 @@ def patches(part: str = "train", size: int = 16) -> Images:
         ValueError: if part is neither of these, or size is out of its range.
     """
     check_part(part)
-    if not 4 <= size <= 64:
+    if not isinstance(size, int) or not 4 <= size <= 64:
         raise ValueError(f"size: expected 4 to 64, got {size}")
     images, labels = [], []
     for label, photograph in enumerate(_sklearn_datasets().load_sample_images().images):
@@ -225,12 +225,13 @@ def mnist(part: str = "train", folder: Path | str | None = None, download: bool 
         download: whether to fetch the set (11 MB) if it is missing.
 
     Raises:
-        ValueError: if part is neither of these.
+        ValueError: if part is neither of these, or if a file is damaged.
         FileNotFoundError: if the set is not in the folder and download is False.
     """
-    found = torchvision_set(
-        "MNIST", "11 MB", "its four files", "MNIST/raw", part, folder, download, train=part == "train"
-    )
+    halves = {"train": 60_000, "t10k": 10_000}
+    files = {f"MNIST/raw/{half}-images-idx3-ubyte": 16 + 784 * n for half, n in halves.items()}
+    files |= {f"MNIST/raw/{half}-labels-idx1-ubyte": 8 + n for half, n in halves.items()}
+    found = torchvision_set("MNIST", "11 MB", files, part, folder, download, train=part == "train")
     return Images(found.data.unsqueeze(1), found.targets, levels=256)
 
 
@@ -239,8 +240,10 @@ def cifar10(part: str = "train", folder: Path | str | None = None, download: boo
 
     Arguments and errors are those of :func:`mnist`. The download is 170 MB.
     """
-    place = "cifar-10-batches-py"
-    found = torchvision_set("CIFAR10", "170 MB", "its batches", place, part, folder, download, train=part == "train")
+    names = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
+    sizes = 31_035_704, 31_035_320, 31_035_999, 31_035_696, 31_035_623, 31_035_526, 158
+    files = {f"cifar-10-batches-py/{name}": size for name, size in zip(names, sizes, strict=True)}
+    found = torchvision_set("CIFAR10", "170 MB", files, part, folder, download, train=part == "train")
     images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
     return Images(images, torch.tensor(found.targets), levels=256)
 
@@ -255,32 +258,33 @@ def every_sixth(n: int, part: str) -> Tensor:
     """Return which of n examples belong to a part, ``(n,)``, bool: every sixth example is for testing.
 
     Raises:
-        ValueError: if part is not "train", "test" or "all".
+        ValueError: if part is not "train", "test" or "all", or if it is "test" and there are fewer than six examples.
     """
     test = torch.arange(n) % 6 == 5
     keep = {"train": ~test, "test": test, "all": torch.ones_like(test)}
     if part not in keep:
         raise ValueError(f'part: expected "train", "test" or "all", got {part!r}')
+    if part == "test" and n < 6:
+        raise ValueError(f"part: expected at least 6 examples, of which every sixth is for testing, got {n}")
     return keep[part]
 
 
 def torchvision_set(
-    name: str, size: str, files: str, place: str, part: str, folder: Path | str | None, download: bool, **options: Any
+    name: str, size: str, files: dict, part: str, folder: Path | str | None, download: bool, **options: Any
 ) -> Any:
-    """Return one of torchvision's data sets; if it is missing, raise an error that says how to get it.
+    """Return one of torchvision's data sets; if it is missing or damaged, raise an error that says what to do.
 
     Args:
         name: name of the class in ``torchvision.datasets``.
         size: size of the download, for the error.
-        files: what the user may put into the folder instead, for the error.
-        place: where in the folder torchvision looks for those files.
+        files: the files that the set needs, by their paths in the folder, with their sizes in bytes, None if unknown.
         part: "train" or "test".
         folder: where the data sets are stored; None: :func:`nflows_lib.settings.data_folder`.
         download: whether to fetch the set if it is missing.
         options: further arguments of the class.
 
     Raises:
-        ValueError: if part is neither "train" nor "test".
+        ValueError: if part is neither "train" nor "test", or if a file is damaged.
         FileNotFoundError: if the set is not in the folder and download is False.
     """
     check_part(part)
@@ -289,10 +293,15 @@ def torchvision_set(
     folder = Path(folder or settings.data_folder())
     try:
         return getattr(datasets, name)(folder, download=download, **options)
-    except RuntimeError as error:
-        if download:
-            raise  # the message says why the download failed
+    except Exception as error:  # torchvision raises errors of many kinds for a damaged file
+        paths = {folder / file: length for file, length in files.items()}
+        place = next(iter(paths)).parent
+        if all(path.exists() for path in paths):
+            odd = " or ".join(path.name for path, length in paths.items() if path.stat().st_size != length)
+            raise ValueError(f"folder: expected whole {name} files, got {odd or 'one'} damaged in {place}") from error
+        if download or isinstance(error, OSError):
+            raise  # the message says why the download or the reading failed
         raise FileNotFoundError(
-            f'no {name} in {folder}: call {name.lower()}("{part}", download=True) once to fetch it '
-            f"({size}), or put {files} into {folder / place}, or name another folder in NFLOWS_DATA"
+            f'no {name} in {folder}: call {name.lower()}("{part}", download=True) once to fetch it ({size}), '
+            f"or put {', '.join(path.name for path in paths)} into {place}, or name another folder in NFLOWS_DATA"
         ) from error

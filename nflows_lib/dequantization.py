@@ -1,7 +1,5 @@
 """The first layers of a flow on discrete data, which turn the raw integers of an image into real numbers."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Iterable
@@ -11,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nflows_lib.bijection import Bijection, Chain, Layer, sum_per_example
+from nflows_lib.checks import check_at_least, check_tensor, is_number
 from nflows_lib.distributions import StandardLogistic, random_state_kept
 
 
@@ -33,8 +32,7 @@ class UniformDequantize(Layer):
 
     def __init__(self, levels: int = 256) -> None:
         super().__init__()
-        if levels < 2:
-            raise ValueError(f"levels: expected at least 2, got {levels}")
+        check_at_least(2, levels=levels)
         self.levels = levels
         # flow.double() changes the type of this buffer, too: the integers and their noise become numbers of its type.
         self.register_buffer("example", torch.zeros(()), persistent=False)
@@ -44,6 +42,7 @@ class UniformDequantize(Layer):
         return _add_within_level(k, torch.rand_like(k)), k.new_zeros(len(k))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        check_tensor("z", z)
         if z.isnan().any():
             warnings.warn(f"{int(z.isnan().sum())} of {z.numel()} values are NaN and become level 0", stacklevel=2)
         return z.nan_to_num(nan=0.0).floor().clamp(0, self.levels - 1).long()
@@ -122,15 +121,17 @@ class Rescale(Bijection):
 
     def __init__(self, scale: float) -> None:
         super().__init__()
-        if scale == 0 or not math.isfinite(scale):
+        if not is_number(scale) or scale == 0:
             raise ValueError(f"scale: expected a finite number other than 0, got {scale}")
         self.scale = scale
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_tensor("x", x)
         log_det = math.prod(x.shape[1:]) * math.log(abs(self.scale))
         return self.scale * x, x.new_full((len(x),), log_det)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        check_tensor("z", z)
         return z / self.scale
 
     def extra_repr(self) -> str:
@@ -158,15 +159,17 @@ class Logit(Bijection):
 
     def __init__(self, alpha: float = 0.05) -> None:
         super().__init__()
-        if not 0 < alpha < 0.5:
+        if not is_number(alpha) or not 0 < alpha < 0.5:
             raise ValueError(f"alpha: expected a number between 0 and 1/2, got {alpha}")
         self.alpha = alpha
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_tensor("x", x)
         y = torch.logit(self.alpha + (1 - 2 * self.alpha) * x)
         return y, sum_per_example(F.softplus(y) + F.softplus(-y) + math.log(1 - 2 * self.alpha))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        check_tensor("z", z)
         return (z.sigmoid() - self.alpha) / (1 - 2 * self.alpha)
 
     def extra_repr(self) -> str:

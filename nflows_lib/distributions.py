@@ -4,8 +4,6 @@ Chapter 1 (F4) shows what goes wrong if both the base density and the flow's sca
 factor.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

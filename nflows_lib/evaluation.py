@@ -1,16 +1,14 @@
 """How good a flow is on data that it has not seen: log-likelihoods, their mean and standard error, tighter bounds."""
 
-from __future__ import annotations
-
 import math
 
 import torch
 from torch import Tensor
 
 from nflows_lib import settings
-from nflows_lib.bijection import check_positive
+from nflows_lib.checks import check_at_least, check_tensor
 from nflows_lib.distributions import random_state_kept
-from nflows_lib.flow import Flow
+from nflows_lib.flow import Flow, check_context
 
 
 @torch.no_grad()
@@ -30,9 +28,12 @@ def log_likelihoods(
         batch_size: number of examples that are evaluated at once.
 
     Raises:
-        ValueError: if draws or batch_size is below 1, or the data are not the flow's.
+        ValueError: if draws or batch_size is below 1, there is no example, or the data or the contexts are refused by
+            :meth:`~nflows_lib.flow.Flow.forward`.
     """
-    check_positive(draws=draws, batch_size=batch_size)
+    check_tensor("data", data)
+    check_at_least(1, draws=draws, batch_size=batch_size, **{"examples in data": len(data)})
+    check_context(context, len(data))
     device = next(flow.parameters(), data).device  # a flow without parameters has no device of its own
     training = flow.training
     flow.eval()

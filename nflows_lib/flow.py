@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from nflows_lib.bijection import Chain, Layer, Shape, check_positive, check_shape
+from nflows_lib.bijection import Chain, Layer, Shape
+from nflows_lib.checks import check_at_least, check_shape, check_tensor, is_number, is_shape
 from nflows_lib.distributions import Base
 from nflows_lib.multiscale import FactorOut
 
@@ -55,9 +56,9 @@ class Flow(nn.Module):
         super().__init__()
         self.chain = Chain(layers)
         self.base = base
+        if not is_shape(shape):
+            raise ValueError(f"shape: expected sizes of at least 1, such as (2,) or (1, 28, 28), got {shape!r}")
         self.shape = tuple(shape)
-        for size in self.shape:
-            check_positive(shape=size)
         self.dims = math.prod(self.shape)  # D, counted on the input, as bits per dimension needs it
         self.latent_shape = self.chain.output_shape(self.shape)
         # The number of levels of discrete data; None if the data are real numbers.
@@ -115,7 +116,7 @@ class Flow(nn.Module):
         Raises:
             ValueError: if draws is below 1, or if x or the context is refused by :meth:`forward`.
         """
-        check_positive(draws=draws)
+        check_at_least(1, draws=draws)
         log_prob = torch.stack([self(x, context) for _ in range(draws)]).mean(0)
         return -log_prob / (self.dims * math.log(2))
 
@@ -145,7 +146,8 @@ class Flow(nn.Module):
             context: one row per sample, if the flow is conditional.
 
         Raises:
-            ValueError: if n is below 1, temperature is negative, or the context does not have n rows.
+            ValueError: if n is below 1, temperature is negative or not finite, or the context does not have n rows of
+                finite floats.
         """
         check_sampling(n, temperature)
         like = next(self.parameters(), torch.empty(0))
@@ -161,9 +163,7 @@ class Flow(nn.Module):
         Raises:
             ValueError: if the batch is empty, or is refused by :meth:`forward`.
         """
-        check_data(self, x, context)
-        if len(x) == 0:
-            raise ValueError("x: expected a first batch of at least one example, got none")
+        check_data(self, x, context, need=1)
         self.chain.initialize(x, context)
 
     def summary(self) -> str:
@@ -179,7 +179,7 @@ class Flow(nn.Module):
 
 
 def check_data(
-    model: nn.Module, x: Tensor, context: Tensor | None = None, names: tuple[str, str] = ("x", "context")
+    model: nn.Module, x: Tensor, context: Tensor | None = None, names: tuple[str, str] = ("x", "context"), need: int = 0
 ) -> None:
     """Raise a ValueError unless x is a batch of the model's data and the context has one row per example.
 
@@ -192,10 +192,13 @@ def check_data(
         x: the batch, ``(B, *shape)``.
         context: contexts of the examples, ``(B, ...)``, or None.
         names: what an error calls x and the context.
+        need: number of examples that the batch must have at least.
     """
     name, name_of_context = names
     dtype = next((parameter.dtype for parameter in model.parameters()), None)
     check_shape(name, x, model.shape)
+    if len(x) < need:
+        raise ValueError(f"{name}: expected at least one example, got none")
     check_context(context, len(x), name_of_context, dtype)
     if model.levels is None:
         _check_floats(name, x, dtype, "; discrete data need UniformDequantize first")
@@ -221,6 +224,7 @@ def check_context(context: Tensor | None, n: int, name: str = "context", dtype: 
     """
     if context is None:
         return
+    check_tensor(name, context)
     if context.shape[:1] != (n,):
         got = len(context) if context.dim() else "a single number"
         raise ValueError(f"{name}: expected one row per example, {n} in all, got {got}")
@@ -239,19 +243,17 @@ def _check_floats(name: str, values: Tensor, dtype: torch.dtype | None, hint: st
 
 def _holds(condition: Tensor) -> bool:
     """Whether a condition on values holds; True where no value can be read (in a compiled graph, under vmap)."""
-    if torch.compiler.is_compiling():
-        return True
     try:
-        return bool(condition)
+        return torch.compiler.is_compiling() or bool(condition)
     except RuntimeError:
         return True
 
 
 def check_sampling(n: int, temperature: float) -> None:
-    """Raise a ValueError unless n is at least 1 and the temperature is not negative."""
-    check_positive(n=n)
-    if not temperature >= 0:
-        raise ValueError(f"temperature: expected a number >= 0, got {temperature}")
+    """Raise a ValueError unless n is at least 1 and the temperature is finite and not negative."""
+    check_at_least(1, n=n)
+    if not is_number(temperature) or temperature < 0:
+        raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
 
 
 def _rows(layers: Chain, shape: Shape, indent: str = "") -> list[tuple[str, Shape, str]]:

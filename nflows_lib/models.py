@@ -1,13 +1,12 @@
 """The papers' models, each built as a readable list of layers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from nflows_lib.bijection import Layer, Shape, check_positive
+from nflows_lib.bijection import Layer, Shape
+from nflows_lib.checks import check_at_least
 from nflows_lib.conditional import (
     Conditional1x1Conv,
     ConditionalActNorm,
@@ -60,22 +59,16 @@ def nice(
     Raises:
         ValueError: if couplings or dims is below 2, or hidden or depth below 1.
     """
-    _check_couplings(couplings)
+    check_at_least(2, ", so that each half is changed", couplings=couplings)
     layers: list[Layer] = [] if levels is None else [UniformDequantize(levels), Rescale(1 / levels)]
     for i in range(couplings):
         mask = alternating_mask(dims, i % 2)
         layers.append(AdditiveCoupling(mask, MLP(int(mask.sum()), int((~mask).sum()), hidden, depth, activation)))
-    layers.append(DiagonalScaling(dims))
-    return Flow(layers, base or StandardLogistic(), (dims,))
+    return Flow([*layers, DiagonalScaling(dims)], base or StandardLogistic(), (dims,))
 
 
 def realnvp_points(
-    dims: int,
-    *,
-    couplings: int = 6,
-    hidden: int = 64,
-    depth: int = 2,
-    activation: Callable[[], nn.Module] = nn.ReLU,
+    dims: int, *, couplings: int = 6, hidden: int = 64, depth: int = 2, activation: Callable[[], nn.Module] = nn.ReLU
 ) -> Flow:
     """RealNVP (Dinh et al. 2016) on points: affine couplings with alternating halves, normal prior.
 
@@ -89,7 +82,7 @@ def realnvp_points(
     Raises:
         ValueError: if couplings or dims is below 2, or hidden or depth below 1.
     """
-    _check_couplings(couplings)
+    check_at_least(2, ", so that each half is changed", couplings=couplings)
     layers: list[Layer] = []
     for i in range(couplings):
         mask = alternating_mask(dims, i % 2)
@@ -131,8 +124,8 @@ def realnvp(
         ValueError: if couplings is below 2, scales or hidden is below 1, blocks is negative, or a squeeze meets an odd
             height or width.
     """
-    _check_couplings(couplings)
-    check_positive(scales=scales)
+    check_at_least(2, ", so that each half is changed", couplings=couplings)
+    check_at_least(1, scales=scales)
 
     def coupled(masks: Iterable[Tensor], width: int) -> list[Layer]:
         layers: list[Layer] = []
@@ -199,10 +192,9 @@ def glow(
         ValueError: if scales, steps or hidden is below 1, classes is 1 or negative, noise is negative, alpha is not
             between 0 and 1/2, or a squeeze meets an odd height or width.
     """
-    if classes < 0 or classes == 1:
+    if not isinstance(classes, int) or classes < 0 or classes == 1:
         raise ValueError(f"classes: expected 0 or at least 2, got {classes}")
-    if noise < 0:
-        raise ValueError(f"noise: expected at least 0 channels, got {noise}")
+    check_at_least(0, " channels", noise=noise)
     coupling = BoundedGlowCoupling if bounded else GlowCoupling
 
     def step(channels: int, size: Shape) -> list[Layer]:
@@ -259,7 +251,7 @@ def cglow(
         ValueError: if scales, steps, hidden or conditioning is below 1, a squeeze meets an odd height or width, or
             context_shape does not fit shape.
     """
-    check_positive(conditioning=conditioning)
+    check_at_least(1, conditioning=conditioning)
     check_context_shape(context_shape)
     is_image = len(context_shape) == 3
 
@@ -295,7 +287,7 @@ def _glow_of(
     hidden: int,
 ) -> Flow:
     """Glow's arrangement of steps and priors after a start; each is built for its channels and (height, width)."""
-    check_positive(scales=scales, steps=steps, hidden=hidden)
+    check_at_least(1, scales=scales, steps=steps, hidden=hidden)
 
     def from_scale_on(shape: Shape, left: int) -> list[Layer]:
         layers: list[Layer] = [Squeeze()]
@@ -309,8 +301,3 @@ def _glow_of(
         return [*layers, FactorOut((channels, *size), from_scale_on((channels // 2, *size), left - 1), conditioned)]
 
     return Flow([*start, *from_scale_on(shape, scales)], StandardNormal(), shape)
-
-
-def _check_couplings(couplings: int) -> None:
-    if couplings < 2:
-        raise ValueError(f"couplings: expected at least 2, so that each half is changed, got {couplings}")

@@ -1,7 +1,5 @@
 """Layers of multi-scale flows: trade resolution for channels, and factor out half of the channels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 
@@ -9,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflows_lib.bijection import Bijection, Chain, Layer, Shape, check_shape, initialize_network, sum_per_example
+from nflows_lib.bijection import Bijection, Chain, Layer, Shape, initialize_network, sum_per_example
+from nflows_lib.checks import check_shape, check_tensor, is_shape
 from nflows_lib.convolution import ChannelPermutation
 
 
@@ -25,17 +24,19 @@ class Squeeze(Bijection):
     """
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_tensor("x", x)
         self.output_shape(tuple(x.shape[1:]))
         return F.pixel_unshuffle(x, 2), x.new_zeros(len(x))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        check_tensor("z", z)
         if z.dim() != 4 or z.shape[1] % 4:
             raise ValueError(f"z: expected shape (B, 4 C, H, W), got {tuple(z.shape)}")
         return F.pixel_shuffle(z, 2)
 
     def output_shape(self, shape: Shape) -> Shape:
-        if len(shape) != 3 or shape[1] % 2 or shape[2] % 2:
-            raise ValueError(f"shape: expected (C, H, W) with even height and width, got {tuple(shape)}")
+        if not is_shape(shape, 3) or shape[1] % 2 or shape[2] % 2:
+            raise ValueError(f"shape: expected (C, H, W) with even height and width, got {shape}")
         return 4 * shape[0], shape[1] // 2, shape[2] // 2
 
 
@@ -55,7 +56,7 @@ class PhaseOrder(ChannelPermutation):
     """
 
     def __init__(self, channels: int) -> None:
-        if channels < 4 or channels % 4:
+        if not isinstance(channels, int) or channels < 4 or channels % 4:
             raise ValueError(f"channels: expected a multiple of 4, got {channels}")
         phases = torch.tensor([0, 3, 1, 2])  # 2 d_y + d_x of each place
         super().__init__((4 * torch.arange(channels // 4) + phases[:, None]).flatten())
@@ -90,8 +91,8 @@ class FactorOut(Bijection):
 
     def __init__(self, shape: Shape, layers: Iterable[Layer], prior: nn.Module | None = None) -> None:
         super().__init__()
-        if len(shape) != 3 or shape[0] < 2 or shape[0] % 2:
-            raise ValueError(f"shape: expected (C, H, W) with an even number of channels, got {tuple(shape)}")
+        if not is_shape(shape, 3) or shape[0] % 2:
+            raise ValueError(f"shape: expected (C, H, W) with an even number of channels, got {shape}")
         self.shape = tuple(shape)
         self.half = (shape[0] // 2, *shape[1:])
         self.inner, self.prior = Chain(layers), prior

@@ -1,7 +1,5 @@
 """Networks for the inside of a coupling or of a prior. They are never inverted, so they may compute anything."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 
@@ -10,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from nflows_lib.bijection import check_positive, check_shape, initialize_network
+from nflows_lib.bijection import initialize_network
+from nflows_lib.checks import check_at_least, check_shape
 from nflows_lib.normalization import standardise_first
 
 
@@ -41,7 +40,7 @@ class MLP(nn.Module):
         context: int = 0,
     ) -> None:
         super().__init__()
-        check_positive(inputs=inputs, outputs=outputs, hidden=hidden, depth=depth)
+        check_at_least(1, inputs=inputs, outputs=outputs, hidden=hidden, depth=depth)
         self.context = context
         widths = [inputs + context] + [hidden] * depth
         layers: list[nn.Module] = []
@@ -95,9 +94,8 @@ class ResNet(nn.Module):
         precision: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        check_positive(inputs=inputs, outputs=outputs, hidden=hidden)
-        if blocks < 0:
-            raise ValueError(f"blocks: expected at least 0, got {blocks}")
+        check_at_least(1, inputs=inputs, outputs=outputs, hidden=hidden)
+        check_at_least(0, blocks=blocks)
         check_precision(precision)
         self.context, self.precision = context, precision
         self.first = _conv(2 * inputs + context, hidden, 3)
@@ -181,7 +179,7 @@ class GlowNet(nn.Module):
         self, inputs: int, outputs: int, hidden: int, context: int = 0, precision: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        check_positive(inputs=inputs, outputs=outputs, hidden=hidden)
+        check_at_least(1, inputs=inputs, outputs=outputs, hidden=hidden)
         check_precision(precision)
         self.context, self.precision = context, precision
         self.layers = nn.Sequential(
@@ -285,7 +283,8 @@ def _joined(parts: list[Tensor], context: Tensor | None, channels: int) -> Tenso
 def channels_last(images: Tensor) -> Tensor:
     """Return the images with all channels of a pixel together in memory, the layout in which convolutions are fastest.
 
-    This is torch's memory format ``channels_last``, reached by operations that ``torch.func.vmap`` supports.
+    This is torch's memory format ``channels_last``, reached by operations that ``torch.func.vmap`` supports. Vectors
+    ``(B, C)`` stay as they are.
     """
     return images.movedim(1, -1).contiguous().movedim(-1, 1)
 

@@ -1,7 +1,5 @@
 """Layers that scale and shift each dimension, or each channel, by itself."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -9,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from nflows_lib.bijection import AffineBijection, Bijection, ChannelBijection, Shape, check_positive, check_shape
+from nflows_lib.bijection import AffineBijection, Bijection, ChannelBijection, Shape
+from nflows_lib.checks import check_at_least, check_shape
 
 
 class DiagonalScaling(Bijection):
@@ -31,7 +30,7 @@ class DiagonalScaling(Bijection):
 
     def __init__(self, dims: int) -> None:
         super().__init__()
-        check_positive(dims=dims)
+        check_at_least(1, dims=dims)
         self.log_scale = nn.Parameter(torch.zeros(dims))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -201,26 +200,17 @@ def standardise_first(layer: nn.Module, x: Tensor) -> None:
     Raises:
         ValueError: if a channel of x is constant or not finite.
     """
-    std, mean = first_statistics(x)
-    layer.log_scale.copy_(-std.log())
-    layer.bias.copy_(-mean / std)
-    layer.initialized.fill_(True)
-
-
-def first_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the standard deviation and the mean of each channel of a first batch, ``(C,)`` each.
-
-    Raises:
-        ValueError: if a channel is constant, so that no scale factor gives it a variance of 1, or is not finite.
-    """
     values = x.transpose(0, 1).flatten(1)
     broken = (~values.isfinite().all(1)).nonzero().flatten().tolist()
     if broken:
         raise ValueError(f"x: expected a first batch of finite values, got NaN or infinity in channels {broken}")
     constant = (values.amin(1) == values.amax(1)).nonzero().flatten().tolist()
-    if constant:
+    if constant:  # no scale factor gives such a channel a variance of 1
         raise ValueError(f"x: expected a first batch whose channels vary, got constant channels {constant}")
-    return torch.std_mean(values, dim=1, correction=0)
+    std, mean = torch.std_mean(values, dim=1, correction=0)
+    layer.log_scale.copy_(-std.log())
+    layer.bias.copy_(-mean / std)
+    layer.initialized.fill_(True)
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:

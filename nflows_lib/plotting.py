@@ -1,7 +1,5 @@
 """Pictures of flows: density heat maps, warped grids, sheets of images and curves, each drawn into given axes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -60,12 +58,7 @@ def grid(extent: float, n: int) -> Tensor:
 
 @torch.no_grad()
 def density(
-    ax: Axes,
-    log_prob: Callable[[Tensor], Tensor],
-    *,
-    extent: float = 4.0,
-    points: Tensor | None = None,
-    n: int = 200,
+    ax: Axes, log_prob: Callable[[Tensor], Tensor], *, extent: float = 4.0, points: Tensor | None = None, n: int = 200
 ) -> AxesImage:
     """Draw a heat map of a density over a square around the origin, with points on it if they are given.
 

@@ -1,12 +1,10 @@
 """Maximum likelihood: :func:`update`, the one training step of the project, and :func:`fit`, the loop around it."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +12,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from nflows_lib import settings
-from nflows_lib.bijection import check_positive
+from nflows_lib.checks import check_at_least, is_number
 from nflows_lib.distributions import random_state_kept
 from nflows_lib.evaluation import log_likelihoods, mean_and_error
 from nflows_lib.flow import Flow, check_context, check_data
@@ -232,11 +230,11 @@ def fit(
             that are not the flow's.
         NonFiniteLoss: if the loss or the gradient norm becomes NaN or infinite. The error's history ends there.
     """
+    check_data(flow, data, context, ("data", "context"), need=1)
     optimizer = optimizer or torch.optim.Adam(flow.parameters(), lr=lr, fused=True)
     check_steps(steps, warmup)
     check_options(flow, optimizer, len(data), batch_size, clip, ema)
     check_held_out(flow, held_out, held_out_context, evaluations, draws)
-    check_data(flow, data, context, ("data", "context"))
     keep_freed_memory()
     device = next(flow.parameters()).device
     # The whole permutation goes to the data's device at once: copying each batch's part would force a GPU sync.
@@ -320,9 +318,9 @@ def show(bar: tqdm, flow: Flow, history: History) -> None:
 
 def check_held_out(flow: Flow, held_out: Tensor | None, context: Tensor | None, evaluations: int, draws: int) -> None:
     """Raise a ValueError unless the held-out data are the flow's, or are None and only one evaluation is asked for."""
-    check_positive(evaluations=evaluations, draws=draws)
+    check_at_least(1, evaluations=evaluations, draws=draws)
     if held_out is not None:
-        check_data(flow, held_out, context, ("held_out", "held_out_context"))
+        check_data(flow, held_out, context, ("held_out", "held_out_context"), need=1)
         return
     check_context(context, 0, "held_out_context")
     if evaluations > 1:
@@ -335,9 +333,9 @@ def check_options(
     """Raise a ValueError unless these options are in their ranges and the optimizer's parameters are the flow's."""
     if not isinstance(batch_size, Integral) or not 1 <= batch_size <= examples:
         raise ValueError(f"batch_size: expected 1 to {examples}, the number of examples, got {batch_size}")
-    if clip is not None and not clip > 0:
+    if clip is not None and not (isinstance(clip, Real) and clip > 0):
         raise ValueError(f"clip: expected a number above 0, got {clip}")
-    if ema is not None and not 0 <= ema < 1:
+    if ema is not None and not (is_number(ema) and 0 <= ema < 1):
         raise ValueError(f"ema: expected a decay in [0, 1), got {ema}")
     own = {id(parameter) for parameter in flow.parameters()}
     others = sum(id(parameter) not in own for group in optimizer.param_groups for parameter in group["params"])
@@ -347,6 +345,6 @@ def check_options(
 
 def check_steps(steps: int, warmup: int) -> None:
     """Raise a ValueError unless there is at least one step, and no more steps of warm-up than steps."""
-    check_positive(steps=steps)
+    check_at_least(1, steps=steps)
     if not isinstance(warmup, Integral) or not 0 <= warmup <= steps:
         raise ValueError(f"warmup: expected 0 to {steps}, the number of steps, got {warmup}")

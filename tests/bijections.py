@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nflows_lib.bijection import Bijection, Shape, check_shape
+from nflows_lib.bijection import Bijection, Shape
+from nflows_lib.checks import check_shape
 from nflows_lib.conditional import Conditional1x1Conv, ConditionalActNorm, ConditionalNet, ConditioningNetwork
 from nflows_lib.convolution import ChannelPermutation, Invertible1x1Conv
 from nflows_lib.coupling import (

@@ -11,6 +11,7 @@ import pkgutil
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from bijections import BIJECTIONS, Fixed, build, randomize, used_batch_norm
@@ -228,6 +229,15 @@ def test_each_example_has_a_context_of_its_own(name, shape):
 
 def wrong_shapes(shape: Shape) -> list[Shape]:
     return [(*shape[:-1], shape[-1] + 1), (*shape, 1), shape[:-1]]
+
+
+@pytest.mark.parametrize("wrong", [[[1.0, 2.0]], np.ones((1, 2))], ids=["list", "array"])
+@pytest.mark.parametrize("name", BIJECTIONS)
+def test_what_is_no_tensor_is_named(name, wrong):
+    layer = BIJECTIONS[name].make(BIJECTIONS[name].shapes[0])
+    for method, argument in ((layer, "x"), (layer.inverse, "z")):
+        with pytest.raises(ValueError, match=f"^{argument}: expected a tensor, got {type(wrong).__name__}$"):
+            method(wrong)
 
 
 @pytest.mark.parametrize(("name", "shape"), [case for case in CASES if not BIJECTIONS[case.values[0]].any_shape])

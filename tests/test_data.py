@@ -250,6 +250,40 @@ def test_mnist_part_error(tmp_path):
         data.mnist("all", tmp_path)
 
 
+@pytest.mark.parametrize("cut", ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"])
+@pytest.mark.parametrize("left", [0, 2, 1000])
+def test_a_damaged_file_of_mnist_is_named(tmp_path, cut, left):
+    """The other files have the size of the real ones; they are empty of content, so that they take no disk."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for half, n in (("train", 60_000), ("t10k", 10_000)):
+        for kind, header in (("images-idx3", [0x803, n, 28, 28]), ("labels-idx1", [0x801, n])):
+            with open(raw / f"{half}-{kind}-ubyte", "wb") as file:
+                file.write(np.array(header, ">i4").tobytes())
+                file.truncate(4 * len(header) + math.prod(header[1:]))
+    assert data.mnist("train", tmp_path).images.shape == (60_000, 1, 28, 28)
+    with open(raw / cut, "r+b") as file:
+        file.truncate(left)
+    with pytest.raises(ValueError, match=f"^folder: expected whole MNIST files, got {cut} damaged in {raw}"):
+        data.mnist("train", tmp_path)
+
+
+def test_damaged_files_of_cifar10_are_named(tmp_path):
+    write_cifar10(tmp_path, noise(12, (3, 32, 32)), [0] * 12)  # far smaller than the real ones
+    (tmp_path / "cifar-10-batches-py" / "batches.meta").write_bytes(bytes(158))
+    with pytest.raises(ValueError, match=r"whole CIFAR10 files, got data_batch_1 or .* or test_batch damaged in .*py"):
+        data.cifar10("test", tmp_path)
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").unlink()
+    with pytest.raises(FileNotFoundError, match="no CIFAR10 in"):
+        data.cifar10("test", tmp_path)
+
+
+def test_a_damaged_file_of_svhn_is_named(tmp_path):
+    (tmp_path / "test_32x32.mat").write_bytes(bytes(10))
+    with pytest.raises(ValueError, match=r"^folder: expected whole SVHN files, got test_32x32.mat damaged in"):
+        image_sets.svhn("test", tmp_path)
+
+
 # --- what else torchvision reads, in small ----------------------------------------------------------------------------
 
 
@@ -392,6 +426,69 @@ def test_image_folder_errors(tmp_path):
         image_sets.image_folder(tmp_path, 0)
     with pytest.raises(ValueError, match='part: expected "train", "test" or "all", got \'validation\''):
         image_sets.image_folder(tmp_path, 8, "validation")
+
+
+@pytest.mark.parametrize(
+    ("mode", "values"),
+    [
+        ("I;16", np.array([0, 257, 32_896, 65_535], np.uint16)),
+        ("I;16B", np.array([0, 257, 32_896, 65_535], np.uint16)),
+        ("I", np.array([0, 257, 32_896, 65_535], np.int32)),
+        ("F", np.array([0, 1 / 255, 128 / 255, 1], np.float32)),
+    ],
+)
+def test_grey_values_of_more_than_8_bits_are_scaled(tmp_path, mode, values):
+    picture = Image.fromarray(values[None])
+    (picture.convert("I").convert(mode) if mode == "I;16B" else picture).save(tmp_path / "1.tiff")
+    (tmp_path / "1.tiff").rename(tmp_path / "1.png")
+    with Image.open(tmp_path / "1.png") as found:
+        assert found.mode == mode
+    assert np.array(image_sets.read_picture(tmp_path / "1.png")).tolist() == [[[v] * 3 for v in (0, 1, 128, 255)]]
+
+
+@pytest.mark.parametrize(("dtype", "high", "most"), [(np.int32, 70_000, "65,535"), (np.float32, 1.5, "1")])
+def test_grey_values_out_of_range_are_named(tmp_path, dtype, high, most):
+    Image.fromarray(np.array([[0, high]], dtype)).save(tmp_path / "1.tiff")
+    (tmp_path / "1.tiff").rename(tmp_path / "1.png")
+    with pytest.raises(ValueError, match=f"1.png: expected grey values from 0 to {most}, got 0 to {high:g}$"):
+        image_sets.image_folder(tmp_path, 4, "all")
+
+
+def test_what_only_looks_like_an_image_is_left_out(tmp_path):
+    save_picture(tmp_path / "folder.png" / "1.png", plain(100))
+    (tmp_path / "folder.png" / "._1.png").write_bytes(b"not an image, but what macOS writes next to one")
+    found = image_sets.image_folder(tmp_path, 4, "all")
+    assert_images(found, (3, 4, 4), [0])
+    assert found.images.unique().tolist() == [100]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("most", "reads"), [(108, True), (100, True), (54, True), (53, False)])
+def test_an_image_is_read_up_to_twice_the_size_that_pillow_warns_of(tmp_path, monkeypatch, most, reads):
+    save_picture(tmp_path / "1.png", plain(0))  # 108 pixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+    if reads:
+        assert_images(image_sets.image_folder(tmp_path, 4, "all"), (3, 4, 4), [0])
+    else:
+        with pytest.raises(ValueError, match=r"folder: expected images that can be read, got .*1.png: Image size"):
+            image_sets.image_folder(tmp_path, 4, "all")
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_a_part_to_test_on_needs_six_images(tmp_path, n):
+    for i in range(n):
+        save_picture(tmp_path / f"{i}.png", plain(0))
+    with pytest.raises(ValueError, match=f"^part: expected at least 6 examples, of which every sixth .*, got {n}$"):
+        image_sets.image_folder(tmp_path, 4, "test")
+    assert len(image_sets.image_folder(tmp_path, 4, "train").images) == n
+
+
+def test_a_damaged_photograph_of_a_torchvision_set_is_numbered(folder):
+    write_flowers102(folder, [60, 120], [1, 2], trnid=[1, 2], valid=[1], tstid=[2])
+    path = folder / "flowers-102" / "jpg" / "image_00002.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"^folder: expected images that can be read, got image 1 of Flowers102 in "):
+        image_sets.flowers102("test", folder)
 
 
 @pytest.mark.parametrize("broken", ["empty", "truncated", "garbled"])

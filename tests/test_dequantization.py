@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import warnings
 
 import pytest
@@ -520,9 +519,7 @@ def test_initialising_the_noise_draws_from_the_seed():
 @torch.no_grad()
 def test_a_flow_refuses_a_first_batch_of_nothing_before_its_noise():
     flow = Flow([VariationalDequantize([ActNorm(2)], 4)], StandardNormal(), (2,))
-    with pytest.raises(
-        ValueError, match=f"^{re.escape('x: expected a first batch of at least one example, got none')}$"
-    ):
+    with pytest.raises(ValueError, match=r"^x: expected at least one example, got none$"):
         flow.initialize(torch.zeros(0, 2, dtype=torch.long))
     assert not flow.chain[0].noise[0].initialized
 

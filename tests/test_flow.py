@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -344,8 +345,12 @@ def test_samples_have_the_precision_of_the_flow_and_no_graph():
     ("arguments", "message"),
     [
         ({"n": 0}, "n: expected at least 1, got 0"),
-        ({"n": 1, "temperature": -0.5}, "temperature: expected a number >= 0, got -0.5"),
-        ({"n": 1, "temperature": math.nan}, "temperature: expected a number >= 0, got nan"),
+        ({"n": torch.tensor(3)}, r"n: expected a whole number, got tensor\(3\)"),
+        ({"n": 1, "temperature": -0.5}, "temperature: expected a finite number >= 0, got -0.5"),
+        ({"n": 1, "temperature": math.nan}, "temperature: expected a finite number >= 0, got nan"),
+        ({"n": 1, "temperature": math.inf}, "temperature: expected a finite number >= 0, got inf"),
+        ({"n": 1, "temperature": "hot"}, "temperature: expected a finite number >= 0, got hot"),
+        ({"n": 1, "context": [[1.0]]}, "context: expected a tensor, got list"),
     ],
 )
 def test_sample_errors(arguments, message):
@@ -421,6 +426,9 @@ CONTINUOUS = Flow([Rescale(2.0)], StandardNormal(), (2,))
 DISCRETE = Flow([UniformDequantize(256), Rescale(1 / 256)], StandardNormal(), (2,))
 BAD_DATA = {
     "vectors of another size": (CONTINUOUS, torch.zeros(3, 4), "x: expected shape (B, 2), got (3, 4)"),
+    "a list": (CONTINUOUS, [[0.0, 1.0]], "x: expected a tensor, got list"),
+    "an array": (CONTINUOUS, np.zeros((3, 2)), "x: expected a tensor, got ndarray"),
+    "nothing": (CONTINUOUS, None, "x: expected shape (B, 2), got None"),
     "no batch": (CONTINUOUS, torch.zeros(2), "x: expected shape (B, 2), got (2,)"),
     "one number": (CONTINUOUS, torch.zeros(()), "x: expected shape (B, 2), got ()"),
     "images": (DISCRETE, torch.zeros(3, 1, 2, 1), "x: expected shape (B, 2), got (3, 1, 2, 1)"),
@@ -466,7 +474,7 @@ def test_bad_data(flow, x, message):
     ("flow", "x"), [(CONTINUOUS, torch.zeros(0, 2)), (DISCRETE, torch.zeros(0, 2, dtype=torch.uint8))]
 )
 def test_a_first_batch_of_nothing_is_refused(flow, x):
-    with pytest.raises(ValueError, match=r"^x: expected a first batch of at least one example, got none$"):
+    with pytest.raises(ValueError, match=r"^x: expected at least one example, got none$"):
         flow.initialize(x)
     flow.initialize(x.new_zeros(1, 2))
 
@@ -496,6 +504,8 @@ def test_a_context_has_one_row_for_each_example(conditional, rows):
 @pytest.mark.parametrize(
     ("context", "got"),
     [
+        ([[0.0]] * 3, "expected a tensor, got list"),
+        (np.zeros((3, 5)), "expected a tensor, got ndarray"),
         (torch.zeros(3, 5, dtype=torch.long), "expected floating-point numbers, got torch.int64"),
         (torch.full((3, 5), torch.nan), "expected finite values, got NaN or infinity"),
         (torch.full((3, 5), torch.inf), "expected finite values, got NaN or infinity"),
@@ -563,8 +573,6 @@ def test_noise_belongs_at_the_first_position_alone(layers, position):
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (lambda: Flow([Rescale(2.0)], StandardNormal(), (0,)), "shape"),
-        (lambda: Flow([Rescale(2.0)], StandardNormal(), (1, 0, 4)), "shape"),
         (lambda: nice(4, hidden=0), "hidden"),
         (lambda: nice(4, depth=0), "depth"),
         (lambda: MLP(0, 2, 8, 1), "inputs"),
@@ -579,6 +587,13 @@ def test_noise_belongs_at_the_first_position_alone(layers, position):
 def test_sizes_of_zero_are_named(make, name):
     with pytest.raises(ValueError, match=f"^{name}: expected at least 1, got 0$"):
         make()
+
+
+@pytest.mark.parametrize("shape", [(0,), (1, 0, 4), 2, None, (2.0,), "2"])
+def test_what_is_no_shape_of_an_example_is_named(shape):
+    message = f"shape: expected sizes of at least 1, such as (2,) or (1, 28, 28), got {shape!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Flow([Rescale(2.0)], StandardNormal(), shape)
 
 
 @pytest.mark.parametrize("kind", ["points", "images", "multi-scale"])

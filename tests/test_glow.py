@@ -535,6 +535,18 @@ def test_channel_permutation_refuses_what_is_none(order):
         ChannelPermutation(torch.tensor(order))
 
 
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ([1, 0], "expected a tensor, got list"),
+        (torch.tensor(1), "expected a permutation of 0 to 0, got 1"),
+    ],
+)
+def test_an_order_of_another_form_is_refused(order, message):
+    with pytest.raises(ValueError, match=f"^order: {message}$"):
+        ChannelPermutation(order)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float32])
 def test_an_order_of_another_type_is_refused(dtype):
     """As an index, a mask would select, and floats would fail only at the first call."""

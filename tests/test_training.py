@@ -382,6 +382,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step():
         ({"batch_size": 2.5}, "batch_size: expected 1 to 4, the number of examples, got 2.5"),
         ({"warmup": 1.5}, "warmup: expected 0 to 2, the number of steps, got 1.5"),
         ({"draws": 0}, "draws: expected at least 1, got 0"),
+        ({"held_out": ZEROS[:0]}, "held_out: expected at least one example, got none"),
+        ({"held_out": [[0.0]]}, "held_out: expected a tensor, got list"),
+        ({"context": [[0.0]] * 4}, "context: expected a tensor, got list"),
+        ({"clip": "1"}, "clip: expected a number above 0, got 1"),
+        ({"ema": "0.9"}, r"ema: expected a decay in \[0, 1\), got 0.9"),
         ({"held_out": torch.zeros(4, 2)}, r"held_out: expected shape \(B, 1\), got \(4, 2\)"),
         ({"held_out": torch.tensor([[math.nan]])}, "held_out: expected finite values, got NaN or infinity"),
     ],
@@ -392,6 +397,27 @@ def test_argument_errors(options, message):
     with pytest.raises(ValueError, match=message):
         fit(scaling(1, recorder), ZEROS, **{"steps": 2, "batch_size": 2, **options})
     assert recorder.seen == []
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([[0.0]] * 4, "expected a tensor, got list"),
+        (None, r"expected shape \(B, 1\), got None"),
+        (ZEROS[:0], "expected at least one example, got none"),
+    ],
+)
+def test_what_are_no_data_are_named(data, message):
+    with pytest.raises(ValueError, match=f"^data: {message}$"):
+        fit(scaling(), data, 2)
+    if data is not None:
+        with pytest.raises(ValueError, match=r"^data: expected a tensor, got list$|^examples in data: .* got 0$"):
+            log_likelihoods(scaling(), data)
+
+
+def test_contexts_of_another_number_are_named_before_the_first_batch():
+    with pytest.raises(ValueError, match=r"^context: expected one row per example, 4 in all, got 6$"):
+        log_likelihoods(scaling(), ZEROS, torch.zeros(6, 1))
 
 
 def test_an_optimizer_of_another_flow_is_refused():

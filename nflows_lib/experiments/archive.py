@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout's root
 MODEL, RECORD, SAMPLES = "model.safetensors", "run.json", "samples.png"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # the suffixes of pictures that are written
 
 
 def commit() -> str:
@@ -80,23 +81,45 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(partial, path)
 
 
-def load(run: str) -> dict[str, Any]:
-    """The record of a shipped run.
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """The record in a JSON file.
 
     Raises:
-        ValueError: if no record of the run is shipped.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file does not hold a JSON object with these keys; the message names the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a record, got a file that is not JSON ({error})") from error
+    missing = [key for key in keys if key not in content] if isinstance(content, dict) else ["a JSON object"]
+    if missing:
+        raise ValueError(f"{path}: expected a record, got a file without {', '.join(missing)}")
+    return content
+
+
+def is_recorded(run: str) -> bool:
+    """Whether a record of the run is shipped."""
+    return (folder(run) / RECORD).exists()
+
+
+def load(run: str, *keys: str) -> dict[str, Any]:
+    """The record of a shipped run, which must have these keys.
+
+    Raises:
+        ValueError: if no record of the run is shipped, or if its file is broken.
     """
     path = folder(run) / RECORD
-    if not path.exists():
+    if not is_recorded(run):
         known = sorted(p.parent.name for p in path.parent.parent.glob(f"*/{RECORD}"))
         raise ValueError(f"run: expected one of {', '.join(known) or '(no record yet)'}, got {run!r}")
-    return json.loads(path.read_text())
+    return read_json(path, *keys)
 
 
 def load_seeds(run: str) -> list[dict[str, Any]]:
     """The records of a shipped run: ``run.json``, then those with other seeds, ``run-seed-1.json`` and so on.
 
     Raises:
-        ValueError: if no record of the run is shipped.
+        ValueError: if no record of the run is shipped, or if a file is broken.
     """
-    return [load(run), *(json.loads(path.read_text()) for path in sorted(folder(run).glob("run-seed-*.json")))]
+    return [load(run), *(read_json(path) for path in sorted(folder(run).glob("run-seed-*.json")))]

@@ -5,9 +5,12 @@ A command imports what it needs when it runs, so that help, the list of runs and
 
 import argparse
 import json
+import math
+import os
 import re
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +26,57 @@ def seconds(text: str) -> float:
 
 
 def length(text: str) -> float:
-    """The seconds of a time above 0."""
+    """The seconds of a time above 0 and up to a year."""
     if not seconds(text) > 0:
         raise argparse.ArgumentTypeError(f"expected a time above 0, got {text!r}")
+    if seconds(text) > table.YEAR:
+        raise argparse.ArgumentTypeError(f"expected a time up to a year, {table.YEAR // 3600}h, got {text!r}")
     return seconds(text)
 
 
-def count(text: str) -> int:
-    """The whole number, at least 1, that a text spells."""
-    if not text.isdecimal() or int(text) < 1:
+def count(text: str, most: int) -> int:
+    """The whole number from 1 to ``most`` that a text spells."""
+    if not text.isdecimal() or not text.strip("0"):
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    if len(text) > 20 or int(text) > most:
+        raise argparse.ArgumentTypeError(f"expected at most {most:,}, got {text!r}")
     return int(text)
 
 
+def factor(text: str) -> float:
+    """The finite number, at least 0, that a text spells."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number of at least 0, got {text!r}")
+    return value
+
+
+def picture(text: str) -> Path:
+    """The path of a picture to write: its suffix names a format, and its folder exists."""
+    path = Path(text)
+    if path.suffix.lower() not in archive.PICTURES:
+        raise argparse.ArgumentTypeError(f"expected a file name in {', '.join(archive.PICTURES)}, got {text!r}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
+    return path
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, or 1 after a printed error, or 130 if the run was stopped."""
+    """Run one command and return the exit status.
+
+    The status is 0, or 1 after a printed error, 130 if the run was stopped, or 141 if nobody reads the output.
+    """
     options = _parser().parse_args(argv)
     try:
-        return options.command(options)
+        status = options.command(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader of the output, for example head, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return 128 + 13
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -61,6 +97,7 @@ def _train(options: argparse.Namespace) -> int:
             save_every=options.save_every,
             resume=options.resume,
             compiled=options.compile,
+            download=options.download,
         )
     except trainer.Interrupted as stopped:
         again = ["-m", "nflows_lib", "train", options.run, "--resume"]
@@ -75,7 +112,7 @@ def _train(options: argparse.Namespace) -> int:
         return 1
     if processes.rank() == 0:
         out = options.out or archive.work_folder(options.run)
-        record = json.loads((out / archive.RECORD).read_text())
+        record = archive.read_json(out / archive.RECORD, "figure")
         print(f"{record['steps']:,} steps in {record['minutes']:.1f} minutes on {record['hardware']}")
         print(_figure(record["figure"]))
         print(f"model, record and samples are in {out}")
@@ -87,7 +124,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from nflows_lib.experiments import runs
 
     flow = runs.load_flow(options.run, options.out, settings.device(prefer_gpu=True))
-    images = runs.images_of(table.find(options.run), "test", options.data)
+    images = runs.images_of(table.find(options.run), "test", options.data, download=options.download)
     print(_figure(runs.evaluate(flow, images, options.draws)))
     if options.record:
         out = options.out or archive.folder(options.run)
@@ -110,11 +147,10 @@ def _sample(options: argparse.Namespace) -> int:
 def _runs(options: argparse.Namespace) -> int:
     for name, run in table.RUNS.items():
         paper = f"{run.paper[0]} bits/dim ({run.paper[1]})" if run.paper else "no result to compare with"
-        try:
-            figure = archive.load(name)["figure"]
+        reached = "no record yet"
+        if archive.is_recorded(name):
+            figure = archive.load(name, "figure")["figure"]
             reached = f"{figure['bits_per_dim']:.3f} ± {figure['error']:.3f} bits/dim"
-        except ValueError:
-            reached = "no record yet"
         budget = f"{run.budget / 60:g} minutes"
         print(f"{name}\n    {run.title}\n    budget: {budget}\n    paper: {paper}\n    reached: {reached}")
     return 0
@@ -141,7 +177,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TIME",
         help="the time for the whole run, evaluation included, as 90s, 30m or 1.5h (default: the table's budget)",
     )
-    either.add_argument("--steps", type=count, metavar="N", help="the number of updates, instead of a budget")
+    either.add_argument(
+        "--steps", type=partial(count, most=10**9), metavar="N", help="the number of updates, instead of a budget"
+    )
     train.add_argument(
         "--save-every",
         type=seconds,
@@ -168,12 +206,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(command=_evaluate)
     sample = _command(commands, "sample", "draw a run's samples into a PNG")
-    sample.add_argument("--n", type=count, default=60, metavar="N", help="the number of samples (default: 60)")
     sample.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="multiply the latents by T (default: 1)"
+        "--n", type=partial(count, most=10_000), default=60, metavar="N", help="the number of samples (default: 60)"
     )
     sample.add_argument(
-        "--to", type=Path, default=Path("samples.png"), metavar="FILE", help="the PNG to write (default: samples.png)"
+        "--temperature", type=factor, default=1.0, metavar="T", help="multiply the latents by T (default: 1)"
+    )
+    sample.add_argument(
+        "--to",
+        type=picture,
+        default=Path("samples.png"),
+        metavar="FILE",
+        help="the PNG to write (default: samples.png)",
     )
     sample.set_defaults(command=_sample)
     for command in (train, evaluate, sample):
@@ -185,8 +229,13 @@ def _parser() -> argparse.ArgumentParser:
         )
     for command in (train, evaluate):
         command.add_argument(
+            "--download",
+            action="store_true",
+            help="first fetch the data set into that folder, if it is missing and torchvision can fetch it",
+        )
+        command.add_argument(
             "--draws",
-            type=count,
+            type=partial(count, most=10_000),
             metavar="N",
             help="the number of draws of the noise that each image's log-likelihood averages over (default: the "
             "number beyond which the standard error would shrink by less than 1 %%, at most 10)",

@@ -43,6 +43,8 @@ def to_json(flow: Flow) -> dict[str, Any]:
         ValueError: if the flow is not on vectors, if it has a part that is not listed here (or a subclass of a part,
             which may compute something else), or if a number is not finite or too large for float16.
     """
+    if not isinstance(flow, Flow):
+        raise ValueError(f"flow: expected a Flow, got {type(flow).__name__}")
     if len(flow.shape) != 1:
         raise ValueError(f"flow: expected a flow on vectors, got one on examples of shape {flow.shape}")
     return {
@@ -56,11 +58,12 @@ def from_json(content: Mapping[str, Any]) -> Flow:
     """The flow that :func:`to_json` described, with its rounded weights, in evaluation mode.
 
     Raises:
-        ValueError: if the content names something unknown, if the hidden layers have different widths, or if the number
-            of weights does not fit them.
+        ValueError: if an entry is missing, of another type, unknown or not finite, if the hidden layers have different
+            widths, or if the number of weights does not fit them.
     """
-    layers = [_layer_from_json(layer, content["dims"]) for layer in content["layers"]]
-    return Flow(layers, _find(content["base"], BASES, "base")(), (content["dims"],)).eval()
+    dims = _entry(content, "dims", int)
+    layers = [_layer_from_json(layer, dims) for layer in _entry(content, "layers", list)]
+    return Flow(layers, _find(content, BASES, "base")(), (dims,)).eval()
 
 
 def _layer_to_json(layer: Layer) -> dict[str, Any]:
@@ -79,22 +82,25 @@ def _layer_to_json(layer: Layer) -> dict[str, Any]:
 
 
 def _layer_from_json(content: Mapping[str, Any], dims: int) -> Layer:
-    if content["kind"] == "scaling":
+    if _entry(content, "kind", str) == "scaling":
         layer = DiagonalScaling(dims)
-        layer.log_scale.data.copy_(torch.tensor(content["log_scale"]))
+        layer.log_scale.data.copy_(_numbers(content, "log_scale", dims))
         return layer
-    coupling = _find(content["kind"], COUPLINGS, "kind")
-    mask = torch.tensor(content["passes"], dtype=torch.bool)
-    widths, activation = content["widths"], _find(content["activation"], ACTIVATIONS, "activation")
+    coupling = _find(content, COUPLINGS, "kind")
+    mask = _numbers(content, "passes", dims).bool()
+    if mask.tolist() != content["passes"]:
+        raise ValueError(f"passes: expected only 0 and 1, got {content['passes']}")
+    widths, activation = _entry(content, "widths", list), _find(content, ACTIVATIONS, "activation")
     passes = int(mask.sum())
     outputs = (2 if coupling is AffineCoupling else 1) * (dims - passes)
-    if len({*widths}) != 1:
+    if not widths or any(width != widths[0] for width in widths):
         raise ValueError(f"widths: expected equal widths, got {widths}")
     network = MLP(passes, outputs, widths[0], len(widths), activation)
     layer = coupling(mask, network)
     if coupling is AffineCoupling:
+        _finite(_entry(content, "gain", int | float), "gain")
         layer.gain.data.fill_(content["gain"])
-    values = decode(content["weights"])
+    values = decode(_entry(content, "weights", str))
     needed = sum(parameter.numel() for parameter in network.parameters())
     if needed != len(values):
         raise ValueError(f"weights: expected {needed} numbers, got {len(values)}")
@@ -119,16 +125,29 @@ def encode(values: Tensor) -> str:
 def decode(text: str) -> Tensor:
     """The numbers that :func:`encode` wrote, as float32, (N,).
 
+    Raises:
+        ValueError: if the text is not the base64 of finite numbers in float16.
+
     >>> decode(encode(torch.tensor([1.0, -0.5])))
     tensor([ 1.0000, -0.5000])
     """
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float16).float()
+    try:
+        values = torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.float16).float()
+    except ValueError as error:
+        raise ValueError(f"weights: expected numbers in float16 as base64, got {text[:20]!r}: {error}") from error
+    if not values.isfinite().all():
+        raise ValueError("weights: expected finite numbers, got NaN or infinity")
+    return values
 
 
 def _rounded(value: float, argument: str) -> float:
+    return round(_finite(value, argument), 5)
+
+
+def _finite(value: float, argument: str) -> float:
     if not math.isfinite(value):  # JSON has no NaN and no infinity
         raise ValueError(f"{argument}: expected finite numbers, got {value}")
-    return round(value, 5)
+    return value
 
 
 def _name_of(thing: object, names: Mapping[str, type], argument: str) -> str:
@@ -138,10 +157,29 @@ def _name_of(thing: object, names: Mapping[str, type], argument: str) -> str:
     raise ValueError(f"{argument}: expected {_listed(names)}, got {type(thing).__name__}")
 
 
-def _find(name: str, names: Mapping[str, type], argument: str) -> type:
+def _find(content: Mapping[str, Any], names: Mapping[str, type], key: str) -> type:
+    name = _entry(content, key, str)
     if name not in names:
-        raise ValueError(f"{argument}: expected {', '.join(names)}, got {name!r}")
+        raise ValueError(f"{key}: expected {', '.join(names)}, got {name!r}")
     return names[name]
+
+
+def _entry(content: Any, key: str, kind: Any) -> Any:
+    """An entry of a JSON object, which must be of this type."""
+    if not isinstance(content, Mapping) or key not in content:
+        got = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(f"content: expected an object with the entry {key}, got {got or 'an empty one'}")
+    if not isinstance(content[key], kind):
+        raise ValueError(f"{key}: expected {getattr(kind, '__name__', kind)}, got {type(content[key]).__name__}")
+    return content[key]
+
+
+def _numbers(content: Mapping[str, Any], key: str, n: int) -> Tensor:
+    """An entry that is a list of n finite numbers, as float32."""
+    values = _entry(content, key, list)
+    if len(values) != n or not all(isinstance(value, int | float) for value in values):
+        raise ValueError(f"{key}: expected {n} numbers, got {values}")
+    return torch.tensor([_finite(value, key) for value in values])
 
 
 def _listed(names: Mapping[str, type]) -> str:

@@ -64,8 +64,11 @@ def reversible(flow: Flow) -> Flow:
     deterministic: dropout, for example, would make the second run differ from the first.
 
     Raises:
-        ValueError: if a layer is not an exact bijection of each example, so that its inverse cannot return its input.
+        ValueError: if flow is no Flow, or if a layer is not an exact bijection of each example, so that its inverse
+            cannot return its input.
     """
+    if not isinstance(flow, Flow):
+        raise ValueError(f"flow: expected a Flow, got {type(flow).__name__}")
     layers = [*flow.chain]
     noise = [layer for layer in layers[:1] if not isinstance(layer, Bijection)]
     for name, layer in flow.chain.layers.named_modules():

@@ -32,11 +32,14 @@ def read_code_cells(path: Path) -> list[tuple[str, set[str]]]:
         raise ValueError(f"{path}: expected a Jupyter notebook, got a file that is not JSON ({error})") from None
     if not isinstance(notebook, dict) or notebook.get("nbformat") != 4:
         raise ValueError(f"{path}: expected a Jupyter notebook in format 4, got other JSON")
-    return [
-        ("".join(cell["source"]), set(cell["metadata"].get("tags", [])))
-        for cell in notebook["cells"]
-        if cell["cell_type"] == "code"
-    ]
+    try:
+        return [
+            ("".join(cell["source"]), set(cell["metadata"].get("tags", [])))
+            for cell in notebook["cells"]
+            if cell["cell_type"] == "code"
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a Jupyter notebook in format 4, got a broken one ({error!r})") from None
 
 
 def run_cell(source: str, name: str, namespace: dict[str, Any]) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nflows_lib.bijection import Shape, check_positive, check_shape
+from nflows_lib.bijection import Shape
+from nflows_lib.checks import check_at_least, check_shape, check_tensor, is_shape
 from nflows_lib.flow import check_context, check_data, check_sampling
 from nflows_lib.networks import channels_last, check_precision, computing_in, finished
 
@@ -25,10 +26,16 @@ class PixelClassifier(nn.Module):
         network: from contexts (B, K, H, W) to the logits (B, levels * C, H, W), level by level.
         shape: (C, H, W) of one y.
         levels: number of levels n of y; integers from 0 to n - 1.
+
+    Raises:
+        ValueError: if shape is not that of an image, or levels is below 2.
     """
 
     def __init__(self, network: nn.Module, shape: Shape, levels: int) -> None:
         super().__init__()
+        check_at_least(2, levels=levels)
+        if not is_shape(shape, 3):
+            raise ValueError(f"shape: expected (C, H, W), got {shape}")
         self.network, self.shape, self.levels = network, tuple(shape), levels
         self.dims = math.prod(self.shape)
 
@@ -89,7 +96,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         check_precision(precision)
-        check_positive(inputs=inputs, outputs=outputs, hidden=hidden, levels=levels)
+        check_at_least(1, inputs=inputs, outputs=outputs, hidden=hidden, levels=levels)
         self.precision = precision
         widths = [hidden * 2**i for i in range(levels)]
         self.down = nn.ModuleList(_two_convs(a, b) for a, b in itertools.pairwise([inputs, *widths]))
@@ -102,6 +109,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: if height or width cannot be halved levels - 1 times.
         """
+        check_tensor("x", x)
         times = 2 ** (len(self.down) - 1)
         if x.shape[-2] % times or x.shape[-1] % times:
             raise ValueError(f"x: expected height and width that are multiples of {times}, got {tuple(x.shape[-2:])}")

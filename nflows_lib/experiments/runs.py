@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from tqdm.auto import tqdm
 
 from nflows_lib import data, settings
-from nflows_lib.bijection import check_positive
+from nflows_lib.checks import check_at_least, is_number
 from nflows_lib.data import Images
 from nflows_lib.distributions import random_state_kept
 from nflows_lib.evaluation import log_likelihoods, log_mean_exp, mean_and_error
@@ -89,16 +89,19 @@ MODELS: dict[str, tuple[Callable[..., Any], Callable[..., Optimizer]]] = {
     "unet": (unet_classifier, adam),
 }
 
-# By a data set's name: a function of the part, the folder (the usual one if None) and the size to resize to.
-DATA: dict[str, Callable[[str, Path | None, int], Images]] = {
+# By a data set's name: a function of the part, the folder (the usual one if None) and the size to resize to. If
+# torchvision can fetch the set, the function also takes ``download``.
+DATA: dict[str, Callable[..., Images]] = {
     "digits": lambda part, folder, size: data.digits(part),
-    "mnist": lambda part, folder, size: data.mnist(part, folder),
-    "cifar10": lambda part, folder, size: data.cifar10(part, folder),
-    "svhn": lambda part, folder, size: image_sets.svhn(part, folder),
-    "celeba": lambda part, folder, size: image_sets.celeba(part, folder, size=size),
-    "flowers102": lambda part, folder, size: shuffled(image_sets.flowers102(part, folder, size=size)),
+    "mnist": lambda part, folder, size, download=False: data.mnist(part, folder, download),
+    "cifar10": lambda part, folder, size, download=False: data.cifar10(part, folder, download),
+    "svhn": lambda part, folder, size, download=False: image_sets.svhn(part, folder, download),
+    "celeba": lambda part, folder, size, download=False: image_sets.celeba(part, folder, download, size=size),
+    "flowers102": lambda part, folder, size, download=False: shuffled(
+        image_sets.flowers102(part, folder, download, size=size)
+    ),
     "flowers5": lambda part, folder, size: shuffled(
-        image_sets.image_folder((folder or settings.data_folder()) / "flowers5", size, part)
+        image_sets.image_folder(Path(folder or settings.data_folder()) / "flowers5", size, part)
     ),
     "horses": lambda part, folder, size: shuffled(segmentation.horses(part, folder, size=size)),
 }
@@ -125,9 +128,29 @@ def optimizer_of(run: Run, flow: Flow | PixelClassifier) -> Optimizer:
     return constructor(flow, **run.rates)
 
 
-def images_of(run: Run, part: str, folder: Path | None = None) -> Images:
-    """A run's images: ``part`` is "train" or "test", ``folder`` holds the data sets (the usual folder if None)."""
-    return DATA[run.data](part, folder, run.shape[1])
+def images_of(run: Run, part: str, folder: Path | None = None, *, download: bool = False) -> Images:
+    """A run's images.
+
+    Args:
+        run: the run.
+        part: "train" or "test".
+        folder: the folder that holds the data sets; the usual one if None.
+        download: whether to fetch the data set into the folder if it is missing.
+
+    Raises:
+        ValueError: if download is True and torchvision cannot fetch the data set, or if a file is damaged.
+        FileNotFoundError: if the data set is not in the folder.
+        OSError: if the download fails.
+    """
+    if not download:
+        return DATA[run.data](part, folder, run.shape[1])
+    fetched = [name for name, read in DATA.items() if "download" in inspect.signature(read).parameters]
+    if run.data not in fetched:
+        raise ValueError(f"download: expected a run on one of the sets {', '.join(fetched)}, got a run on {run.data}")
+    try:
+        return DATA[run.data](part, folder, run.shape[1], download=True)
+    except RuntimeError as error:
+        raise OSError(f"the download of {run.data} failed: {error}") from error
 
 
 def shuffled(images: Images) -> Images:
@@ -149,6 +172,7 @@ def train(
     save_every: float = 60.0,
     resume: bool = False,
     compiled: bool | None = None,
+    download: bool = False,
 ) -> Flow:
     """Train a named run, on the GPU if there is one, and return the flow on its device.
 
@@ -170,14 +194,17 @@ def train(
             faster. If None, a resumed run does what it did before. A new run is then compiled if its budget, given or
             the table's, is longer than ten minutes (on a CPU also longer than two seconds per parameter tensor), unless
             ``steps`` is given, there is no compiler, torchrun started the run, or it is on mps.
+        download: whether to fetch the data set first, if it is missing.
 
     Raises:
         ValueError: if the run is unknown, if the folder holds a checkpoint and resume is False, if draws is below 1, if
-            compiled is True under torchrun or on mps, or if :func:`~nflows_lib.experiments.trainer.train` raises it.
+            compiled is True under torchrun or on mps, if the data set has no more images than the run holds out, or if
+            :func:`images_of` or :func:`~nflows_lib.experiments.trainer.train` raises it.
+        FileNotFoundError, OSError: as in :func:`images_of`.
     """
     run = table.find(name)
-    check_positive(draws=1 if draws is None else draws)
-    out = out or archive.work_folder(name)
+    check_at_least(1, draws=1 if draws is None else draws)
+    out = Path(out or archive.work_folder(name))
     made = archive.origin()
     earlier = trainer.read_checkpoint(out) if resume else None
     if steps is None and budget is None:
@@ -185,6 +212,8 @@ def train(
         steps, budget = asked["steps"], asked["budget"]
     # A resumed run keeps its precision. Checkpoints that name no precision are from when all runs had bfloat16.
     kept = getattr(torch, earlier["settings"].get("precision", "bfloat16")) if earlier else None
+    if budget is not None and not is_number(budget):
+        raise ValueError(f"budget: expected a finite number of seconds above 0, got {budget!r}")
     torch.manual_seed(settings.seed())
 
     def report(judged: Flow, history: History) -> None:
@@ -202,7 +231,7 @@ def train(
         flow = build(run, device, kept)
         worth_it = compiling.is_worth_it(budget, flow, device)
         chosen = compiling.choose(compiled, before, worth_it, device)
-        images, test = (images_of(run, part, data_folder) for part in ("train", "test"))
+        images, test = _both_parts(run, data_folder, download)
         examples = images.images.reshape(-1, *flow.shape).to(device)  # batches are drawn, flipped and dequantized there
         contexts = None if images.contexts is None else images.contexts.to(device)
         passes = (draws or 2) + (METRICS[run.metrics][1] if run.metrics else 0)
@@ -262,6 +291,21 @@ def train(
     return flow
 
 
+def _both_parts(run: Run, folder: Path | None, download: bool) -> list[Images]:
+    """A run's images to train on and to test; of several processes, rank 0 downloads them while the others wait."""
+    leads, parts = processes.rank() == 0, ("train", "test")
+    if download and not leads:
+        processes.broadcast(None)
+    options = {"download": True} if download and leads else {}
+    images, test = (images_of(run, part, folder, **options) for part in parts)
+    if download and leads:
+        processes.broadcast(None)
+    if len(images.images) <= run.held_out:
+        expected = f"more than {run.held_out:,} images to train on, the number that the run holds out"
+        raise ValueError(f"data_folder: expected {expected}, got {len(images.images):,}")
+    return [images, test]
+
+
 def measure_again(name: str, out: Path, data_folder: Path | None = None) -> dict[str, Any]:
     """Measure a run's further metrics again, with the model in the folder ``out``, and write them to its ``run.json``.
 
@@ -269,19 +313,20 @@ def measure_again(name: str, out: Path, data_folder: Path | None = None) -> dict
     are measured again as well. ``measured_at`` in the record is the commit at which this was done.
 
     Raises:
-        ValueError: if the run is unknown or has no further metrics.
+        ValueError: if the run is unknown, if it has no further metrics, or if its ``run.json`` is broken.
+        FileNotFoundError: if the folder holds no ``run.json``, or the data set is missing.
     """
     run = table.find(name)
     if run.metrics is None:
         raise ValueError(f"run: expected a run with further metrics, got {name}")
-    record = json.loads((out / RECORD).read_text())
+    record = archive.read_json(Path(out) / RECORD, "figure")
     flow = load_flow(name, out, settings.device(prefer_gpu=True))
     test = images_of(run, "test", data_folder)
     if record["figure"]["images"] != len(test.images):
         record["figure"] = evaluate(flow, test, record["figure"]["draws"])
     measure, _ = METRICS[run.metrics]
     record |= {"measured": measure(flow, test), "measured_at": archive.commit()}
-    archive.write_json(out / RECORD, record)
+    archive.write_json(Path(out) / RECORD, record)
     return record["measured"]
 
 
@@ -344,7 +389,7 @@ def in_one_bound(flow: Flow, images: Images, draws: int = 8) -> dict[str, Any]:
     Raises:
         ValueError: if draws is below 1.
     """
-    check_positive(draws=draws)
+    check_at_least(1, draws=draws)
     log_p = [_log_likelihoods(flow, images, 1, seed=settings.seed(100 + i)) for i in range(draws)]
     mean, error = mean_and_error(-log_mean_exp(torch.stack(log_p)) / (flow.dims * math.log(2)))
     return {"draws_in_one_bound": draws, "bits_per_dim": mean, "error": error}
@@ -362,7 +407,7 @@ def load_flow(name: str, source: Path | None = None, device: torch.device = CPU)
         FileNotFoundError: if the folder holds no model.
     """
     flow = build(table.find(name), device)
-    source = source or archive.folder(name)
+    source = Path(source or archive.folder(name))
     if (source / MODEL).exists():
         tensors, _ = checkpoint.load(source / MODEL)
     else:

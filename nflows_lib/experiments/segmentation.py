@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nflows_lib import data, settings
-from nflows_lib.bijection import check_positive
+from nflows_lib.checks import check_at_least, check_shape, check_tensor
 from nflows_lib.data import Images
 from nflows_lib.distributions import random_state_kept
 from nflows_lib.evaluation import log_likelihoods, log_mean_exp, mean_and_error
@@ -39,30 +39,33 @@ def horses(part: str = "train", folder: Path | str | None = None, *, size: int =
         size: height and width to resize to.
 
     Raises:
-        ValueError: if part is another word, if size is below 1, if a photograph has no mask, or if no mask has a bright
-            pixel.
+        ValueError: if part is another word, if size is below 1, if a photograph has no mask, if an image cannot be
+            read, if no mask has a bright pixel, or if no photograph is left to test on.
         FileNotFoundError: if the folder does not exist or holds no photograph.
     """
     home = Path(folder or settings.data_folder()) / "weizmann_horse_db"
-    photographs = sorted(path for path in home.glob("horse/*") if path.suffix.lower() in image_sets.SUFFIXES)
+    photographs = image_sets.picture_files(home.glob("horse/*"))
     if not photographs:
         raise FileNotFoundError(f"no photographs in {home}/horse: put the folders horse and mask into {home}")
-    masks = {path.stem: path for path in home.glob("mask/*") if path.suffix.lower() in image_sets.SUFFIXES}
+    masks = {path.stem: path for path in image_sets.picture_files(home.glob("mask/*"))}
     lonely = [path.name for path in photographs if path.stem not in masks]
     if lonely:
         raise ValueError(f"folder: expected a mask for every photograph, got none for {', '.join(lonely[:5])}")
-    pairs = ((Image.open(path), Image.open(masks[path.stem]).convert("L")) for path in photographs)
-    everything = _masks(pairs, torch.zeros(len(photographs), dtype=torch.int64), size)
     keep = data.every_sixth(len(photographs), part)
+    pairs = ([image_sets.read_picture(file) for file in (path, masks[path.stem])] for path in photographs)
+    everything = _masks(pairs, torch.zeros(len(photographs), dtype=torch.int64), size)
     if part == "test":
         for i, j in twins(everything.contexts):
             if keep[i] != keep[j]:
                 keep[[i, j]] = False
+        if not keep.any():
+            raise ValueError("folder: expected a photograph to test on that is not trained on, too, got none")
     return everything.select(keep)
 
 
 def twins(photographs: Tensor) -> list[tuple[int, int]]:
     """The pairs i < j of photographs, (N, C, H, W) in [0, 1], whose root mean square difference is below 0.08."""
+    check_tensor("photographs", photographs)
     flat = photographs.flatten(1)
     distance = torch.cdist(flat, flat) / math.sqrt(flat.shape[1])
     return [(i, j) for i, j in (distance < 0.08).nonzero().tolist() if i < j]
@@ -79,7 +82,14 @@ def random_view(masks: Tensor, photographs: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         The changed masks and photographs, of the same shapes and types.
+
+    Raises:
+        ValueError: if masks or photographs are not images, or their numbers differ.
     """
+    for name, images in (("masks", masks), ("photographs", photographs)):
+        check_tensor(name, images)
+        if images.dim() != 4 or len(images) != len(masks):
+            raise ValueError(f"{name}: expected shape ({len(masks)}, C, H, W), got {tuple(images.shape)}")
     n, device = len(masks), masks.device
 
     def between(low: float, high: float) -> Tensor:
@@ -103,15 +113,16 @@ def random_view(masks: Tensor, photographs: Tensor) -> tuple[Tensor, Tensor]:
     return seen(masks.float(), "nearest").to(masks.dtype), photographs
 
 
-def _masks(pairs: Iterable[tuple[Image.Image, Image.Image]], labels: Tensor, size: int) -> Images:
+def _masks(pairs: Iterable[Iterable[Image.Image]], labels: Tensor, size: int) -> Images:
     """Binary masks from pairs of a photograph and a mask that is bright on the object; the photographs are contexts."""
-    check_positive(size=size)
+    check_at_least(1, size=size)
     masks = torch.empty(len(labels), 1, size, size, dtype=torch.uint8)
     photographs = torch.empty(len(labels), 3, size, size)
     for i, (photograph, mask) in enumerate(pairs):
-        small = photograph.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+        small = photograph.resize((size, size), Image.Resampling.BICUBIC)
         photographs[i] = torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255
-        masks[i, 0] = torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.BILINEAR)) > 127)
+        mask = mask.convert("L").resize((size, size), Image.Resampling.BILINEAR)
+        masks[i, 0] = torch.from_numpy(np.array(mask) > 127)
     if not masks.any():
         raise ValueError("folder: expected masks that are bright, 255, on what they show, got none above 127")
     return Images(masks, labels, levels=2, contexts=photographs)
@@ -126,10 +137,12 @@ def iou(predicted: Tensor, true: Tensor) -> Tensor:
     Both arguments have the shape (N, ...) and hold booleans, or 0 and 1. Two empty masks have an IoU of 1.
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: if the shapes differ or have no dimension for pixels, or if a value is neither 0 nor 1.
     """
-    if predicted.shape != true.shape:
-        raise ValueError(f"predicted: expected shape {tuple(true.shape)}, that of true, got {tuple(predicted.shape)}")
+    _check_pair("predicted", predicted, true)
+    _check_binary("predicted", predicted)
+    if true.dim() < 2:
+        raise ValueError(f"true: expected shape (N, ...), got {tuple(true.shape)}")
     predicted, true = predicted.bool().flatten(1), true.bool().flatten(1)
     union = (predicted | true).sum(1)
     return torch.where(union > 0, (predicted & true).sum(1) / union, 1.0)
@@ -149,13 +162,11 @@ def calibration(probabilities: Tensor, true: Tensor, bins: int = 10) -> tuple[li
         2017, eq. 3).
 
     Raises:
-        ValueError: if the shapes differ, if a probability is outside of [0, 1], or if bins is below 1.
+        ValueError: if the shapes differ, if a probability is outside of [0, 1], if a true pixel is neither 0 nor 1, or
+            if bins is not a whole number of at least 1.
     """
-    if probabilities.shape != true.shape:
-        got = tuple(probabilities.shape)
-        raise ValueError(f"probabilities: expected shape {tuple(true.shape)}, that of true, got {got}")
-    if bins < 1:
-        raise ValueError(f"bins: expected at least 1, got {bins}")
+    _check_pair("probabilities", probabilities, true)
+    check_at_least(1, bins=bins)
     p, hit = probabilities.flatten().cpu().double(), true.flatten().cpu().double()  # mps has no float64
     if not ((p >= 0) & (p <= 1)).all():
         raise ValueError(f"probabilities: expected values in [0, 1], got some from {p.min():g} to {p.max():g}")
@@ -168,8 +179,30 @@ def calibration(probabilities: Tensor, true: Tensor, bins: int = 10) -> tuple[li
     return rows, error
 
 
+def _check_pair(name: str, values: Tensor, true: Tensor) -> None:
+    """Raise a ValueError unless both are tensors of the same shape and the true ones hold only 0 and 1."""
+    check_tensor(name, values)
+    check_tensor("true", true)
+    if values.shape != true.shape:
+        raise ValueError(f"{name}: expected shape {tuple(true.shape)}, that of true, got {tuple(values.shape)}")
+    _check_binary("true", true)
+
+
+def _check_binary(name: str, values: Tensor) -> None:
+    """Raise a ValueError unless all values are 0 or 1, or False or True."""
+    wrong = values[(values != 0) & (values != 1)]
+    if len(wrong):
+        raise ValueError(f"{name}: expected only 0 and 1, got {wrong[0].item():g}")
+
+
 def draws(model: Flow | PixelClassifier, contexts: Tensor, n: int = 100, temperature: float = 1.0) -> Tensor:
-    """n samples for each of B contexts: ``(n, B, *shape)``, floats, on the CPU."""
+    """n samples for each of B contexts: ``(n, B, *shape)``, floats, on the CPU.
+
+    Raises:
+        ValueError: if n is below 1, or if the model refuses the contexts or the temperature.
+    """
+    check_at_least(1, n=n)
+    check_tensor("contexts", contexts)
     return torch.stack([model.sample(len(contexts), temperature, contexts).cpu() for _ in range(n)]).float()
 
 
@@ -182,7 +215,12 @@ def covered(drawn: Tensor, true: Tensor) -> float:
     Args:
         drawn: n samples for each of B images, (n, B, ...).
         true: the true images, (B, ...).
+
+    Raises:
+        ValueError: if a sample has another shape than the true images.
     """
+    check_tensor("true", true)
+    check_shape("drawn", drawn, true.shape)
     sums = drawn.flatten(2).sum(2)
     low, high = (sums.quantile(q, dim=0) for q in (0.1, 0.9))
     true_sum = true.flatten(1).sum(1)
@@ -208,8 +246,10 @@ def metrics(model: Flow | PixelClassifier, images: Images, samples: int = 10, mo
     the mean of samples.
 
     Raises:
-        ValueError: if not 1 <= samples <= most, or if most is below 2.
+        ValueError: if not 1 <= samples <= most, if most is below 2, or if the images have no contexts.
     """
+    if images.contexts is None:
+        raise ValueError("images: expected images with contexts, got none")
     if not 1 <= samples <= most or most < 2:
         raise ValueError(f"samples, most: expected 1 <= samples <= most and most >= 2, got {samples} and {most}")
     contexts, true = images.contexts.to(next(model.parameters()).device), images.images

@@ -15,6 +15,7 @@ from torch import Tensor
 from nflows_lib import settings
 from nflows_lib.data import tile
 from nflows_lib.distributions import random_state_kept
+from nflows_lib.experiments.archive import PICTURES
 from nflows_lib.flow import Flow
 
 if TYPE_CHECKING:
@@ -34,7 +35,14 @@ def save_samples(
     """Draw n samples, ten in a row, into a PNG; all calls use the same latents, so that pictures can be compared.
 
     If the flow is conditional, ``contexts`` holds one context per row of the sheet; with too few of them, they repeat.
+
+    Raises:
+        ValueError: if the path's suffix is none of ``archive.PICTURES``, or if :meth:`~nflows_lib.flow.Flow.sample`
+            raises it.
     """
+    path = Path(path)
+    if path.suffix.lower() not in PICTURES:
+        raise ValueError(f"path: expected a file name in {', '.join(PICTURES)}, got {path}")
     if contexts is not None:
         rows = torch.arange(n, device=contexts.device) // 10 % len(contexts)
         contexts = contexts[rows].to(next(flow.parameters()).device)

@@ -43,6 +43,7 @@ class Run:
 
 
 MINUTES = 60
+YEAR = 365 * 24 * 60 * MINUTES  # the longest budget
 
 # Settings that several runs share.
 STEADY = {"clip": 100.0, "warmup": 200, "cosine": True, "ema": 0.999, "batch_size": 64}
@@ -276,6 +277,6 @@ def find(name: str) -> Run:
     Raises:
         ValueError: if no run has that name; the message lists all names.
     """
-    if name not in RUNS:
+    if not isinstance(name, str) or name not in RUNS:
         raise ValueError(f"run: expected one of {', '.join(RUNS)}, got {name!r}")
     return RUNS[name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import statistics
 import threading
@@ -22,9 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from nflows_lib import settings
+from nflows_lib.checks import is_number
 from nflows_lib.distributions import random_state_kept
 from nflows_lib.evaluation import log_likelihoods, mean_and_error
 from nflows_lib.experiments import checkpoint, compiling, precision, processes
+from nflows_lib.experiments.table import YEAR
 from nflows_lib.flow import Flow, check_data
 from nflows_lib.training import (
     Augment,
@@ -155,18 +156,20 @@ def train(
         NonFiniteLoss: if the loss or the norm of its gradient is NaN or infinite; the error's history ends there.
         Interrupted: if the run was asked to stop; it has written a checkpoint.
     """
+    check_data(flow, data, context, ("data", "context"), need=1)
     optimizer = optimizer or torch.optim.Adam(flow.parameters(), lr=lr, fused=True)
     if (steps is None) == (budget is None):
         raise ValueError(f"steps, budget: expected exactly one of the two, got {steps} and {budget}")
     if budget is None:
         check_steps(steps, warmup)
-    elif not 0 < budget < math.inf:
+    elif not is_number(budget) or budget <= 0:
         raise ValueError(f"budget: expected a finite number of seconds above 0, got {budget}")
+    elif budget > YEAR:
+        raise ValueError(f"budget: expected at most a year, {YEAR:,} seconds, got {budget:g}")
     elif warmup < 0:
         raise ValueError(f"warmup: expected at least 0, got {warmup}")
     check_options(flow, optimizer, len(data), batch_size, clip, ema)
     check_held_out(flow, held_out, held_out_context, evaluations, draws)
-    check_data(flow, data, context, ("data", "context"))
     count = processes.world_size()
     if batch_size % count:
         raise ValueError(f"batch_size: expected a multiple of {count}, the number of processes, got {batch_size}")

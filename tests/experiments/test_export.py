@@ -1,6 +1,7 @@
 """Tests of the export: a flow goes to JSON and back, and parts that cannot be written are refused by name."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from nflows_lib import models
 from nflows_lib.coupling import AdditiveCoupling, AffineCoupling, alternating_mask
 from nflows_lib.distributions import StandardLogistic, StandardNormal
-from nflows_lib.experiments import export
+from nflows_lib.experiments import export, memory
 from nflows_lib.flow import Flow
 from nflows_lib.networks import MLP
 from nflows_lib.normalization import DiagonalScaling
@@ -134,10 +135,47 @@ def test_a_number_that_json_cannot_hold_is_refused(build, name: str) -> None:
         ({"widths": [4, 5]}, r"widths: expected equal widths, got \[4, 5\]"),
         ({"widths": []}, r"widths: expected equal widths, got \[\]"),
         ({"widths": [7]}, "weights: expected 22 numbers, got 10"),
+        ({"widths": 7}, "widths: expected list, got int"),
+        ({"widths": [[3]]}, r"hidden: expected a whole number, got \[3\]"),
+        ({"kind": ["additive"]}, "kind: expected str, got list"),
+        ({"passes": [1]}, r"passes: expected 2 numbers, got \[1\]"),
+        ({"passes": ["1", "0"]}, "passes: expected 2 numbers, got"),
+        ({"passes": [2, 0]}, r"passes: expected only 0 and 1, got \[2, 0\]"),
+        ({"weights": None}, "weights: expected str, got NoneType"),
+        ({"weights": "no base64"}, "weights: expected numbers in float16 as base64, got 'no base64'"),
+        ({"weights": ""}, "weights: expected numbers in float16 as base64, got ''"),
+        ({"weights": "AHw="}, "weights: expected finite numbers, got NaN or infinity"),
+        ({"kind": "scaling", "log_scale": [0.5]}, r"log_scale: expected 2 numbers, got \[0.5\]"),
+        ({"kind": "scaling", "log_scale": [0.5, math.nan]}, "log_scale: expected finite numbers, got nan"),
+        ({"kind": "affine", "gain": math.inf}, "gain: expected finite numbers, got inf"),
     ],
 )
 def test_content_that_does_not_fit_is_refused(change: dict, message: str) -> None:
     content = export.to_json(models.nice(2, couplings=2, hidden=3, depth=1, base=StandardLogistic()))
     content["layers"][0] |= change
     with pytest.raises(ValueError, match=message):
+        export.from_json(content)
+
+
+def test_what_is_no_flow_is_refused() -> None:
+    for function in (export.to_json, memory.reversible):
+        with pytest.raises(ValueError, match=r"^flow: expected a Flow, got Linear$"):
+            function(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "content: expected an object with the entry dims, got NoneType"),
+        ([], "content: expected an object with the entry dims, got list"),
+        ({}, "content: expected an object with the entry dims, got an empty one"),
+        ({"dims": 2}, "content: expected an object with the entry layers, got dims"),
+        ({"dims": "2", "layers": []}, "dims: expected int, got str"),
+        ({"dims": 2, "layers": [3]}, "content: expected an object with the entry kind, got int"),
+        ({"dims": 2, "layers": [{"kind": "additive"}]}, "content: expected an object with the entry passes, got kind"),
+        ({"dims": 2, "layers": []}, "content: expected an object with the entry base, got dims, layers"),
+    ],
+)
+def test_content_of_another_form_is_refused(content, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
         export.from_json(content)

@@ -112,6 +112,22 @@ def test_horses_errors(tmp_path):
         segmentation.horses("test", tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["horse", "mask"])
+def test_an_image_that_cannot_be_read_is_named(tmp_path, kind):
+    save_horse(tmp_path, "1.png", 100)
+    path = tmp_path / "weizmann_horse_db" / kind / "1.png"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=f"^folder: expected images that can be read, got {path}: "):
+        segmentation.horses("all", tmp_path, size=8)
+
+
+def test_photographs_that_are_all_trained_on_leave_none_to_test_on(tmp_path):
+    for i in range(6):
+        save_horse(tmp_path, f"{i}.png", 100)  # each other's twins
+    with pytest.raises(ValueError, match=r"^folder: expected a photograph to test on that is not trained on, too"):
+        segmentation.horses("test", tmp_path, size=8)
+
+
 def test_masks_with_nothing_bright_in_them_are_named(tmp_path):
     """Masks of 0 and 1, for example, would all be empty."""
     save_horse(tmp_path, "1.png", 100)
@@ -240,3 +256,20 @@ def test_beyond_a_border_lies_a_copy_of_it():
     seen, shown = view(torch.ones(50, 1, 8, 8, dtype=torch.uint8), torch.full((50, 3, 8, 8), 0.5))
     assert seen.eq(1).all()
     assert (shown - shown[:, :1, :1, :1]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("masks", "photographs", "message"),
+    [
+        ([1], torch.zeros(2, 3, 4, 4), "masks: expected a tensor, got list"),
+        (torch.zeros(2, 4), torch.zeros(2, 3, 4, 4), "masks: expected shape (2, C, H, W), got (2, 4)"),
+        (
+            torch.zeros(2, 1, 4, 4),
+            torch.zeros(3, 3, 4, 4),
+            "photographs: expected shape (2, C, H, W), got (3, 3, 4, 4)",
+        ),
+    ],
+)
+def test_what_has_no_view_is_named(masks, photographs, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        segmentation.random_view(masks, photographs)

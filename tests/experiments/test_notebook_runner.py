@@ -84,5 +84,9 @@ def test_what_is_no_notebook_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "text.ipynb: expected a Jupyter notebook, got a file that is not JSON" in done.stderr
     assert "Traceback" not in done.stderr
+    (tmp_path / "broken.ipynb").write_text('{"nbformat": 4, "cells": [{"cell_type": "code"}]}', encoding="utf-8")
+    done = run(tmp_path, "broken.ipynb")
+    assert "broken.ipynb: expected a Jupyter notebook in format 4, got a broken one (KeyError('source'))" in done.stderr
+    assert "Traceback" not in done.stderr
     missing = run(tmp_path, "missing.ipynb")
     assert missing.returncode == 1 and "missing.ipynb" in missing.stderr and "Traceback" not in missing.stderr

@@ -151,7 +151,7 @@ def test_a_classifier_is_trained_by_fit():
         (lambda m, y, c: m(y - 100, c), "x: expected integers from 0 to 2, got values from -100 to -100"),
         (lambda m, y, c: m(y, c * torch.nan), "context: expected finite values, got NaN or infinity"),
         (lambda m, y, c: m.sample(0, context=c[:0]), "n: expected at least 1, got 0"),
-        (lambda m, y, c: m.sample(4, -1.0, c), "temperature: expected a number >= 0, got -1.0"),
+        (lambda m, y, c: m.sample(4, -1.0, c), "temperature: expected a finite number >= 0, got -1.0"),
         (lambda m, y, c: m(y[:, :1], c), "x: expected shape (B, 2, 2, 3), got (4, 1, 2, 3)"),
         (lambda m, y, c: m(y, c[:, :2]), "network's output: expected shape (B, 6, 2, 3), got (4, 2, 2, 3)"),
         (lambda m, y, c: m.mean(c[..., :2]), "network's output: expected shape (B, 6, 2, 3), got (4, 6, 2, 2)"),
@@ -161,6 +161,20 @@ def test_what_a_classifier_does_not_take_is_named(call, message):
     model, context = told()
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call(model, torch.zeros(4, 2, 2, 3, dtype=torch.long), context)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: PixelClassifier(nn.Identity(), 4, 2), "shape: expected (C, H, W), got 4"),
+        (lambda: PixelClassifier(nn.Identity(), (4,), 2), "shape: expected (C, H, W), got (4,)"),
+        (lambda: PixelClassifier(nn.Identity(), (1, 2, 2), 1), "levels: expected at least 2, got 1"),
+        (lambda: UNet(1, 1, 2, 3)([1]), "x: expected a tensor, got list"),
+    ],
+)
+def test_what_is_no_classifier_is_named(call, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        call()
 
 
 def test_at_temperature_zero_each_pixel_has_its_likeliest_level():

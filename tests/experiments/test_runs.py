@@ -167,6 +167,9 @@ TIME, COUNT = "expected a time such as 90s, 30m or 1.5h, got", "expected a whole
         (["--budget=30"], f"argument --budget: {TIME} '30'"),
         (["--budget=-5s"], f"argument --budget: {TIME} '-5s'"),
         (["--budget=0s"], "argument --budget: expected a time above 0, got '0s'"),
+        (["--budget=100000000000000000000h"], "argument --budget: expected a time up to a year, 8760h, got '1000"),
+        (["--steps=" + "9" * 5000], "argument --steps: expected at most 1,000,000,000, got '999"),
+        (["--draws=20000"], "argument --draws: expected at most 10,000, got '20000'"),
         (["--save-every=1d"], f"argument --save-every: {TIME} '1d'"),
         (["--steps=0"], f"argument --steps: {COUNT} '0'"),
         (["--draws=1.5"], f"argument --draws: {COUNT} '1.5'"),
@@ -179,6 +182,88 @@ def test_an_argument_that_makes_no_sense_is_refused(arguments, message, tmp_path
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature=inf"], "argument --temperature: expected a finite number of at least 0, got 'inf'"),
+        (["--temperature=nan"], "argument --temperature: expected a finite number of at least 0, got 'nan'"),
+        (["--temperature=-1"], "argument --temperature: expected a finite number of at least 0, got '-1'"),
+        (["--temperature=hot"], "argument --temperature: expected a finite number of at least 0, got 'hot'"),
+        (["--to=x.txt"], "argument --to: expected a file name in .png, .jpg, .jpeg, .webp, .bmp, got 'x.txt'"),
+        (["--to=x"], "argument --to: expected a file name in .png, .jpg, .jpeg, .webp, .bmp, got 'x'"),
+        (["--to=no/where.png"], "argument --to: expected a file in a folder that exists, got 'no/where.png'"),
+        (["--n=99999999999999"], "argument --n: expected at most 10,000, got '99999999999999'"),
+    ],
+)
+def test_samples_that_make_no_sense_are_refused(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main(["sample", "nice-mnist-small", *arguments])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x"])
+def test_samples_are_only_written_in_a_format_of_pictures(trained, tmp_path, name):
+    with pytest.raises(ValueError, match=r"^path: expected a file name in \.png, .*\.bmp, got "):
+        sheets.save_samples(runs.load_flow(NAME, trained), (1, 8, 8), tmp_path / name)
+
+
+@pytest.mark.parametrize("words", ["runs", "train --help"])
+def test_a_reader_that_has_read_enough_is_no_error(words, tmp_path):
+    command = f"{shlex.quote(sys.executable)} -u -m nflows_lib {words} | head -n 1"
+    environment = os.environ | {"PYTHONPATH": str(archive.ROOT)}
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stderr == ""
+
+
+def test_a_data_set_that_can_be_fetched_is_fetched_first(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def read(part, folder, size, download=False):
+        asked.append((part, folder, download))
+        raise RuntimeError("the connection broke")
+
+    monkeypatch.setitem(runs.DATA, "mnist", read)
+    folders = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(["train", "nice-mnist-small", "--steps", "1", "--download", *folders]) == 1
+    assert main(["evaluate", "nice-mnist-small", "--download", "--data", str(tmp_path)]) == 1
+    assert asked == [("train", tmp_path, True), ("test", tmp_path, True)]
+    assert capsys.readouterr().err == 2 * "OSError: the download of mnist failed: the connection broke\n"
+
+
+@pytest.mark.parametrize("name", [NAME, "cglow-horses-small", "glow-flowers5"])
+def test_a_data_set_that_cannot_be_fetched_is_named(name):
+    message = "^download: expected a run on one of the sets mnist, cifar10, svhn, celeba, flowers102, got a run on "
+    with pytest.raises(ValueError, match=message + table.find(name).data):
+        runs.images_of(table.find(name), "train", download=True)
+
+
+@pytest.mark.parametrize("n", [0, 149, 150])
+def test_images_that_are_all_held_out_leave_none_to_train_on(tmp_path, monkeypatch, n):
+    few = data.digits("train").select(torch.arange(n))
+    monkeypatch.setitem(runs.DATA, "digits", lambda part, folder, size: few)
+    message = f"^data_folder: expected more than 150 images to train on, the number that the run holds out, got {n}$"
+    with pytest.raises(ValueError, match=message):
+        runs.train(NAME, tmp_path, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "got"), [("{", "that is not JSON"), ("[1]", "without a JSON object"), ("{}", "without figure")]
+)
+def test_a_broken_record_is_named(trained, tmp_path, monkeypatch, capsys, text, got):
+    path = tmp_path / "cglow-horses-small" / "run.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    monkeypatch.setattr(archive, "folder", lambda run: tmp_path / run)
+    assert main(["runs"]) == 1
+    assert f"ValueError: {path}: expected a record, got a file {got}" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"^{path}: expected a record, got a file {got}"):
+        runs.measure_again("cglow-horses-small", path.parent)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,21 @@ def test_iou_is_one_number_an_image():
     assert len(found.unique()) > 3
 
 
+@pytest.mark.parametrize(
+    ("predicted", "true", "message"),
+    [
+        ([1, 0], torch.ones(2), "predicted: expected a tensor, got list"),
+        (torch.ones(2), None, "true: expected a tensor, got None"),
+        (torch.ones(2), torch.ones(2), "true: expected shape (N, ...), got (2,)"),
+        (torch.tensor([[0.5, 1.0]]), torch.ones(1, 2), "predicted: expected only 0 and 1, got 0.5"),
+        (torch.ones(1, 2), torch.tensor([[255, 0]]), "true: expected only 0 and 1, got 255"),
+    ],
+)
+def test_what_is_no_mask_is_named(predicted, true, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        iou(predicted, true)
+
+
 def test_masks_of_different_shapes_are_named():
     message = re.escape("predicted: expected shape (3, 4), that of true, got (3, 1)")
     with pytest.raises(ValueError, match=f"^{message}$"):
@@ -99,6 +114,11 @@ def test_what_is_calibrated_has_an_error_near_zero_and_what_is_sure_of_itself_ha
     [
         ((torch.zeros(2, 3), torch.zeros(3)), "probabilities: expected shape (3,), that of true, got (2, 3)"),
         ((torch.zeros(3), torch.zeros(3), 0), "bins: expected at least 1, got 0"),
+        ((torch.zeros(3), torch.zeros(3), 2.5), "bins: expected a whole number, got 2.5"),
+        (([0.5], torch.zeros(1)), "probabilities: expected a tensor, got list"),
+        ((torch.zeros(1), [0]), "true: expected a tensor, got list"),
+        ((torch.zeros(2), torch.tensor([0.5, 1.0])), "true: expected only 0 and 1, got 0.5"),
+        ((torch.zeros(2), torch.tensor([0.0, torch.nan])), "true: expected only 0 and 1, got nan"),
         (
             (torch.tensor([0.5, 1.5]), torch.zeros(2)),
             "probabilities: expected values in [0, 1], got some from 0.5 to 1.5",

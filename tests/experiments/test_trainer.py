@@ -765,6 +765,7 @@ def test_a_budget_that_is_shorter_than_the_warmup_shortens_it(timed_run, tmp_pat
         ({}, "steps, budget: expected exactly one of the two, got None and None"),
         ({"steps": 2.5}, "steps: expected a whole number, got 2.5"),
         ({"budget": 0.0}, "budget: expected a finite number of seconds above 0, got 0.0"),
+        ({"budget": 1e20}, "budget: expected at most a year, 31,536,000 seconds, got 1e\\+20"),
         ({"budget": 9.0, "warmup": -1}, "warmup: expected at least 0, got -1"),
         ({"steps": 2, "warmup": 3}, "warmup: expected 0 to 2, the number of steps, got 3"),
     ],

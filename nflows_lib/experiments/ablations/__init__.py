@@ -7,7 +7,6 @@ new ablation is one entry in the ``ABLATIONS`` of its model's module.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import time
@@ -50,11 +49,11 @@ def load(name: str) -> dict[str, Any]:
     """The stored record of an ablation.
 
     Raises:
-        ValueError: if no ablation has that name.
+        ValueError: if no ablation has that name, or if the record's file is broken.
         FileNotFoundError: if the ablation has not been run.
     """
     find(name)
-    return json.loads(path(name).read_text())
+    return archive.read_json(path(name))
 
 
 def find(name: str) -> Ablation:
