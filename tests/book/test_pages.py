@@ -43,23 +43,34 @@ def test_every_entry_that_the_doctor_names_is_in_the_clinic() -> None:
         f"{kind.upper()}{number}" for kind, number in re.findall(r"^\(clinic-([fp])(\d+)\)=", CLINIC, re.MULTILINE)
     }
     assert named <= entries
-    assert {f"F{i}" for i in range(1, 29)} <= entries
+    assert {f"F{i}" for i in range(1, 29)} | {f"P{i}" for i in range(17, 30)} <= entries
 
 
 def test_every_entry_has_cause_test_and_fix() -> None:
+    """The entries about what is no fault, N1 to N5, have an answer instead."""
     entries = re.split(r"^\(clinic-", CLINIC.split("\n## Seen in public code")[0], flags=re.MULTILINE)[1:]
+    answers = [entry[:2] for entry in entries if entry.startswith("n")]
+    assert answers == ["n1", "n2", "n3", "n4", "n5"]
     for entry in entries:
-        for part in ("**Cause.**", "**Test.**", "**Fix.**"):
+        for part in ("**Answer.**",) if entry[:2] in answers else ("**Cause.**", "**Test.**", "**Fix.**"):
             assert part in entry, f"{entry.splitlines()[1]}: expected {part}"
     failures = [entry for entry in entries if entry.startswith("f")]
     assert all("assets/clinic/" in entry and ":alt:" in entry for entry in failures)
     assert all(re.search(r"\{(?:ref|numref)\}`[^`]*(?:sec|fig)-", entry) for entry in failures)
 
 
+def test_every_entry_is_reached_from_what_the_reader_sees() -> None:
+    """One table or another under "What do you see?" links every entry, so that a reader needs one step."""
+    tables = CLINIC.split("\n## What do you see?\n")[1].split("\n## ")[0]
+    linked = set(re.findall(r"\{ref\}`(\w+) <clinic-\w+>`", tables))
+    headings = re.findall(r"^\(clinic-\w+\)=\n### (\w+)\. ", CLINIC, re.MULTILINE)
+    assert linked == set(headings) and len(headings) == CLINIC.count("\n(clinic-")
+
+
 def test_what_was_seen_in_the_wild_is_linked() -> None:
-    """Each line of this kind stands behind a fix and links threads, with the repository and the number as the text."""
-    lines = re.findall(r"^\*\*Fix\.\*\*.*\n\n\*\*Seen in the wild\.\*\* (.*)$", CLINIC, re.MULTILINE)
-    assert len(lines) == CLINIC.count("**Seen in the wild.**") >= 15
+    """Each line of this kind is behind a fix or answer and links threads by the repository and the number."""
+    lines = re.findall(r"^\*\*(?:Fix|Answer)\.\*\*.*\n\n\*\*Seen in the wild\.\*\* (.*)$", CLINIC, re.MULTILINE)
+    assert len(lines) == CLINIC.count("**Seen in the wild.**") >= 30
     for line in lines:
         links = re.findall(r"\[([\w./-]+) (\d+)\]\(https://github\.com/([\w./-]+)/(?:issues|pull)/(\d+)\)", line)
         assert links and len(links) == line.count("](")
