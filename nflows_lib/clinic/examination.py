@@ -9,11 +9,10 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -354,9 +353,14 @@ class Case:
         return flow
 
     @cached_property
+    def woken_flow(self) -> nn.Module:
+        """A woken copy that no test changes."""
+        return self.woken()
+
+    @cached_property
     def woken_pass(self) -> Pass:
-        """The pass of the batch through a woken copy."""
-        return self.through(self.woken())
+        """The pass of the batch through the woken copy."""
+        return self.through(self.woken_flow)
 
     @cached_property
     def spacing(self) -> float | None:
@@ -388,8 +392,12 @@ class Case:
     def back_to_noise(self, flow: nn.Module, z: Tensor) -> Tensor:
         """A whole copy's inverse without the rounding to levels, as far as it can be left out."""
         if self.noise is not None:
-            self.noise.layer_in(flow).inverse = lambda z, *further, **options: z
-            return self.back(flow, z)
+            layer = self.noise.layer_in(flow)
+            layer.inverse = lambda z, *further, **options: z
+            try:
+                return self.back(flow, z)
+            finally:
+                del layer.inverse
         try:
             with Unrounded():
                 return self.back(flow, z)
@@ -400,7 +408,7 @@ class Case:
     def reconstruction(self) -> Tensor:
         """What the flow's inverse makes of the latents of the batch."""
         with torch.no_grad():
-            return self.back(copied(self.flow), self.data_pass.z)
+            return self.back(self.flow, self.data_pass.z)
 
 
 def spacing_of(x: Tensor) -> float | None:

@@ -115,9 +115,8 @@ def volume(case: Case) -> Finding:
         return Finding(None, "the prior has parameters")
     if case.whole_is_right is False:
         return Finding(None, "a log-det is wrong")
-    flow = copied(case.flow)
-    done = case.through(flow, grad=True)
-    parameters = [p for p in all_parameters(flow) if p.requires_grad]
+    done = case.through(case.flow, grad=True)
+    parameters = [p for p in all_parameters(case.flow) if p.requires_grad]
     if not parameters:
         return Finding(None, "no layer has parameters to train")
     total = done.log_det.sum()
@@ -167,7 +166,7 @@ def masks(case: Case) -> Finding:
         return _in_one_dimension(case)
     if case.data_pass.z[0].numel() > LARGEST:
         return Finding(None, "the latent is too large for a Jacobian", why=TOO_LARGE)
-    entered, woken = [], case.woken()
+    entered, woken = [], case.woken_flow
 
     def enter(u: Tensor) -> Tensor:
         entered.append(u.detach().requires_grad_())
@@ -223,9 +222,10 @@ def mirrored(case: Case) -> Finding:
     if not any(p.requires_grad for p in case.flow.parameters()):
         return Finding(None, "the flow has no trainable parameters")
     for rows in (slice(0, 4), slice(4, 8)):
-        flow = case.woken()
-        case.through(flow, *case.rows(rows), grad=True).log_p.mean().backward()
-        seen.append({n: p.grad.flatten() for n, p in flow.named_parameters() if p.grad is not None and p.grad.any()})
+        named = {name: p for name, p in case.woken_flow.named_parameters() if p.requires_grad}
+        mean = case.through(case.woken_flow, *case.rows(rows), grad=True).log_p.mean()
+        grads = zip(named, torch.autograd.grad(mean, [*named.values()], allow_unused=True), strict=True)
+        seen.append({name: grad.flatten() for name, grad in grads if grad is not None and grad.any()})
     names = sorted(seen[0].keys() & seen[1].keys())
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
@@ -237,18 +237,20 @@ def mirrored(case: Case) -> Finding:
 
 @doctors_test("dead parameters", finds=["F24"])
 def dead_parameters(case: Case) -> Finding:
-    """Whether a parameter gets no gradient in any of four training steps of a copy."""
+    """Whether a parameter gets no gradient in any of four steps of a copy, each as long as Adam's first one."""
     flow = copied(case.flow)
     named = {name: p for name, p in flow.named_parameters() if p.requires_grad}
     if not named:
         return Finding(None, "the flow has no trainable parameters")
-    alive, optimizer = set(), torch.optim.Adam(named.values(), lr=1e-3)
+    alive = set()
     for step in range(4):
         loss = -case.through(flow, seed=step, grad=True).log_p.mean()
-        optimizer.zero_grad()
-        loss.backward()
-        alive |= {name for name, p in named.items() if p.grad is not None and p.grad.any()}
-        optimizer.step()
+        grads = dict(zip(named, torch.autograd.grad(loss, [*named.values()], allow_unused=True), strict=True))
+        grads = {name: grad for name, grad in grads.items() if grad is not None and grad.any()}
+        alive |= {*grads}
+        with torch.no_grad():
+            for name, grad in grads.items():
+                named[name] -= 1e-3 * grad.sign()
     dead = [name for name in named if name not in alive]
     if dead:
         measured = f"{len(dead)} of {len(named)} parameter tensors get no gradient: {', '.join(dead[:2])}"

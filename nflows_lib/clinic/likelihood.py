@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nflows_lib.clinic.control import seeded
-from nflows_lib.clinic.examination import EXACT, Case, arguments, copied
+from nflows_lib.clinic.examination import EXACT, Case, arguments
 from nflows_lib.clinic.registry import Finding, doctors_test
 from nflows_lib.distributions import Base, StandardNormal
 
@@ -74,7 +74,7 @@ def own_log_prob(case: Case) -> Finding:
 @doctors_test("own samples", finds=["P1", "P23"])
 def own_samples(case: Case) -> Finding:
     """Whether the flow's own samples, sent forward, have the spread of the base density."""
-    own, flow, n = getattr(case.flow, "sample", None), copied(case.flow), 512
+    own, flow, n = getattr(case.flow, "sample", None), case.flow, 512
     base = case.base_of(flow)
     if not callable(own) or not hasattr(base, "sample"):
         return Finding(None, "the flow has no method sample" if not callable(own) else "the base has no method sample")
@@ -116,7 +116,7 @@ def prior(case: Case) -> Finding:
 
     For a normalised density the mean of the gradient of log p with respect to each parameter is 0 over its own samples.
     """
-    base = case.base_of(copied(case.flow))
+    base = case.base_of(case.flow)
     if (mass := _mass(base)) is not None and abs(mass - 1) > 0.01:
         cause = "log_prob must be the logarithm of a density: check its constant"
         return Finding(False, f"in one dimension the base density integrates to {mass:.3g}", cause, "P23")

@@ -198,10 +198,10 @@ def first_batch_flags(case: Case) -> dict[Place, bool]:
         try:
             with torch.no_grad():
                 case.through(flow, *case.rows(slice(0, 16)))
-        except Exception:  # the flow does not work with its options turned: turn half of them
-            if value is not None and len(places) > 1:
-                turn(places[::2], value)
-                turn(places[1::2], value)
+        except Exception:  # the flow does not work with its options turned: turn each kind alone
+            kinds = {(type(place.owner(flow)), place.attribute) for place in places}
+            for kind in kinds if len(kinds) > 1 else ():
+                turn([place for place in places if (type(place.owner(flow)), place.attribute) == kind], value)
             return
         for place in places:
             after = _state(place.owner(flow))
@@ -233,10 +233,10 @@ def _truths(flow: nn.Module) -> list[Place]:
             continue  # its truth values are options, and batch norm's whole number counts its batches
         for key, value in {**vars(module), **module._buffers, **module._parameters}.items():
             saved = (
-                key in module._buffers and key not in module._non_persistent_buffers_set or key in module._parameters
-            )
+                key in module._buffers and key not in module._non_persistent_buffers_set
+            ) or key in module._parameters
             number = isinstance(value, Tensor) and value.numel() == 1
-            whole = number and not value.is_floating_point() or (number and bool(COUNTED.search(key)))
+            whole = (number and not value.is_floating_point()) or (number and bool(COUNTED.search(key)))
             if key[:1] == "_" or key == "training":
                 continue
             if isinstance(value, bool) or whole or (type(value) is int and COUNTED.search(key)):

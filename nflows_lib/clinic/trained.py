@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from nflows_lib.clinic.examination import Case, copied
+from nflows_lib.clinic.examination import Case
 from nflows_lib.clinic.registry import Finding, doctors_test
 
 
@@ -25,8 +25,8 @@ def context(case: Case) -> Finding:
     mean, error = margin.mean().item(), margin.std().item() / math.sqrt(len(margin))
     measured = f"an example is likelier by {mean:.3g} ± {error:.1g} nats under its own than under another's"
     if not margin.any():
-        flow = case.woken()
-        if not (case.through(flow).log_p - case.through(flow, context=others).log_p).any():
+        flow = case.woken_flow
+        if not (case.woken_pass.log_p - case.through(flow, context=others).log_p).any():
             return Finding(False, "log p(x) does not depend on it", "the context does not reach the layers", "F25")
         return Finding(None, "not used yet: the flow is new, or its conditioning network never learns (F24)")
     if mean < 3 * error:
@@ -38,7 +38,7 @@ def context(case: Case) -> Finding:
 @doctors_test("samples", finds=["F12", "F14"])
 def samples(case: Case) -> Finding:
     """Whether samples are finite, not far larger than the data, and within the range of the levels."""
-    flow, n = copied(case.flow), 256
+    flow, n = case.flow, 256
     if not hasattr(case.base_of(flow), "sample"):
         return Finding(None, "the base density has no method sample")
     if case.inverse_is_right is False:
