@@ -347,7 +347,13 @@ def _layer_log_det(case: Case, record: Record, when: str, count: Compared) -> Fi
         return None  # the layer estimates its log-det at random
     if x.shape == record.x[:1].shape and not is_noise and _differs(claimed, record.log_det[0].item()):
         return _in_company(record, claimed, when)
-    J = jacobian(lambda v: asked(v)[0], x.to(torch.float64))
+    alone = record.alone()
+
+    def latent(v: Tensor) -> Tensor:
+        with seeded(3):
+            return alone.again(v)[0]
+
+    J = jacobian(latent, x.to(torch.float64))
     if is_noise and not J.any():
         return None  # the levels are made integers, which have no derivative
     if _is_steep(J):
@@ -480,7 +486,15 @@ def _whole_nats(case: Case, flow: nn.Module, x: Tensor, context: Tensor | None) 
     plain = case.through(flow, given, context)
     if not case.random and case.through(flow, given, context, seed=1).log_det.item() != plain.log_det.item():
         return None, 0.0
-    J = jacobian(lambda v: case.through(flow, v, context, grad=True).z, given)
+    alone = replace(case.data_pass.whole, layer=chain_of(flow)).alone()
+    if context is not None:
+        alone = replace(alone, further=(context,))
+
+    def latent(v: Tensor) -> Tensor:
+        with seeded(0):
+            return alone.again(v)[0]
+
+    J = jacobian(latent, given)
     if _is_steep(J) or (case.random and not J.any()):
         return None, 0.0  # the levels are made integers, which have no derivative
     return plain.log_det.item(), torch.linalg.slogdet(J).logabsdet.item()
