@@ -59,7 +59,8 @@ def _draw_errors(axes: Axes, errors: list[tuple[float | str, float | str]], limi
             colour = COLOURS["blue" if error <= limit else "vermilion"]
             axes.barh(i, _within(error) - FLOOR, left=FLOOR, height=0.6, color=colour)
         if not isinstance(moved, str):
-            axes.plot(_within(moved), i, **CIRCLE, clip_on=False)
+            edge = COLOURS["black" if moved <= limit else "vermilion"]
+            axes.plot(_within(moved), i, **CIRCLE | {"mec": edge}, clip_on=False)
     axes.axvline(limit, **LIMIT)
     axes.set(xscale="log", xlim=(FLOOR, TOP), xticks=[1e-16, 1e-12, 1e-8, 1e-4, 1])
 
@@ -77,6 +78,7 @@ def _draw_ranges(axes: Axes, ranges: list[tuple[float, float] | str]) -> None:
             axes.barh(i, found[1] - found[0], left=found[0], height=0.6, color=COLOURS["sky"])
             axes.plot(found, (i, i), "|", ms=8, mew=1.5, color=COLOURS["blue"])
     axes.axvline(0, color=COLOURS["black"], linewidth=1)
+    axes.use_sticky_edges = False  # else the axis ends at the outermost bar
     left, right = axes.get_xlim()
     axes.set_xlim(min(left, -0.5), max(right, 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(5))

@@ -58,8 +58,8 @@ def layer_picture(flow: nn.Module, batch: Tensor, context: Tensor | None = None,
       scales, the singular values are the scale factors.
 
     A bar is an error of the flow as it is, a circle one of a copy with moved parameters, because a new layer is often
-    close to the identity map and shows no error. A bar beyond the dashed line is vermilion: there the doctor fails a
-    flow.
+    close to the identity map and shows no error. What is beyond the dashed line is vermilion: there the doctor fails
+    a flow.
 
     Args:
         flow: the flow, as for :func:`doctor`.
