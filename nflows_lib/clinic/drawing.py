@@ -71,6 +71,7 @@ def _within(error: float) -> float:
 
 def _draw_ranges(axes: Axes, ranges: list[tuple[float, float] | str]) -> None:
     """Draw one bar from the least to the largest log-scale of each layer, with a mark at either end."""
+    axes.use_sticky_edges = False  # else the axis ends at the outermost bar
     for i, found in enumerate(ranges):
         if isinstance(found, str):
             _write(axes, i, found)
@@ -78,7 +79,6 @@ def _draw_ranges(axes: Axes, ranges: list[tuple[float, float] | str]) -> None:
             axes.barh(i, found[1] - found[0], left=found[0], height=0.6, color=COLOURS["sky"])
             axes.plot(found, (i, i), "|", ms=8, mew=1.5, color=COLOURS["blue"])
     axes.axvline(0, color=COLOURS["black"], linewidth=1)
-    axes.use_sticky_edges = False  # else the axis ends at the outermost bar
     left, right = axes.get_xlim()
     axes.set_xlim(min(left, -0.5), max(right, 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(5))

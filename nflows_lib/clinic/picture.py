@@ -109,10 +109,9 @@ def _of_layer(case: Case, record: Record) -> Measured:
     compared = _or_words(lambda: _log_det(case, record))
     if isinstance(compared, str):
         return Measured(record.title, back, compared, compared)
-    values = [compared[1]]
-    if record.x[0].numel() <= SMALL:  # the others' Jacobians cost little
-        values += [_log_det(case, _from(record, i))[1] for i in range(1, min(EXAMPLES_OF_SMALL, len(record.x)))]
-    return Measured(record.title, back, compared[0], _range(values))
+    others = range(1, EXAMPLES_OF_SMALL) if record.x[0].numel() <= SMALL else ()
+    stretch = _or_words(lambda: _range([compared[1], *(_log_det(case, _from(record, i))[1] for i in others)]))
+    return Measured(record.title, back, compared[0], stretch)
 
 
 def _of_whole(case: Case) -> Measured:

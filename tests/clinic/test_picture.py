@@ -96,8 +96,11 @@ def test_a_log_det_that_sums_over_the_batch_is_wrong_in_the_picture() -> None:
 def test_the_range_of_a_scaling_is_its_log_scales() -> None:
     layer = Wrong(1.0)
     layer.log_scale.data = torch.tensor([-1.0, 3.0])
-    ranges = drawn(layer_picture(with_layer(layer), POINTS))[2]
+    figure = layer_picture(with_layer(layer), POINTS)
+    ranges = drawn(figure)[2]
     assert ranges["2 Wrong"] == pytest.approx((-1, 3), abs=1e-6)
+    left, right = figure.axes[2].get_xlim()
+    assert left < -1.1 and right > 3.1  # the marks at both ends are seen
     assert ranges["0 AffineCoupling"] == pytest.approx((0, 0), abs=1e-6)  # new, so the identity
 
 
