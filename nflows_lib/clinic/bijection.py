@@ -467,26 +467,25 @@ def _whole_log_det(case: Case, done: Pass, when: str, count: Compared) -> list[F
 def whole_nats(case: Case, flow: nn.Module, x: Tensor, context: Tensor | None) -> tuple[float | None, float]:
     """The log-det that the whole flow claims at x, one example, and that of autograd, with the noise held fixed.
 
-    If the noise is learned, both are those of the part after the noise layer. None if the flow estimates its log-det.
+    Both are those of the part after the noise layer if :func:`whole_jacobian` says so. None if the flow estimates its
+    log-det, or float64 cannot tell it.
     """
-    if case.noise is not None and case.noise.learned:
-        entered: list[Tensor] = []
-
-        def enter(u: Tensor) -> Tensor:
-            entered.append(u.detach().requires_grad_())
-            return entered[-1]
-
-        done = case.through(flow, x, context, grad=True, after_noise=enter)
-        its = next(record.log_det for record in done.records if record.name == case.noise.name)
-        J = gradients(done.z.flatten(), entered[-1])
-        if is_steep(J):
-            return None, 0.0
-        return (done.log_det - its).item(), torch.linalg.slogdet(J).logabsdet.item()
-    given = x.to(torch.float64)
     with HeldNoise(0.5):
-        plain = case.through(flow, given, context)
-    if not case.random and case.through(flow, given, context, seed=1).log_det.item() != plain.log_det.item():
+        claimed = case.through(flow, x, context).log_det.item()
+        if not case.random and case.through(flow, x, context, seed=1).log_det.item() != claimed:
+            return None, 0.0
+    J, after_noise = whole_jacobian(case, flow, x, context)
+    if is_steep(J) or not J.any():
         return None, 0.0
+    return claimed if after_noise is None else after_noise, torch.linalg.slogdet(J).logabsdet.item()
+
+
+def whole_jacobian(case: Case, flow: nn.Module, x: Tensor, context: Tensor | None) -> tuple[Tensor, float | None]:
+    """The Jacobian of the whole flow at x, one example, with the noise held in the middle, and None.
+
+    If the noise is learned, or the levels are made integers, which have no derivative: the Jacobian of the part after
+    the noise layer, and the log-det that this part claims.
+    """
     alone = replace(case.data_pass.whole, layer=chain_of(flow)).alone()
     if context is not None:
         alone = replace(alone, further=(context,))
@@ -495,10 +494,19 @@ def whole_nats(case: Case, flow: nn.Module, x: Tensor, context: Tensor | None) -
         with seeded(0), HeldNoise(0.5):
             return alone.again(v)[0]
 
-    J = jacobian(latent, given)
-    if is_steep(J) or (case.random and not J.any()):
-        return None, 0.0  # the levels are made integers, which have no derivative
-    return plain.log_det.item(), torch.linalg.slogdet(J).logabsdet.item()
+    if case.noise is None or not case.noise.learned:
+        J = jacobian(latent, x.to(torch.float64))
+        if case.noise is None or J.any():
+            return J, None
+    entered: list[Tensor] = []
+
+    def enter(u: Tensor) -> Tensor:
+        entered.append(u.detach().requires_grad_())
+        return entered[-1]
+
+    done = case.through(flow, x, context, grad=True, after_noise=enter)
+    its = next(record.log_det for record in done.records if record.name == case.noise.name)
+    return gradients(done.z.flatten(), entered[-1]), (done.log_det - its).item()
 
 
 def is_steep(J: Tensor) -> bool:

@@ -72,7 +72,7 @@ def _effects(record: Record) -> tuple[bool, bool]:
     """
     across = elsewhere = False
     for column in (0, 1):
-        J = jacobian(lambda v, c=column: record.again(v)[0][:, :, 1, c], record.x[:1]).abs()
+        J = jacobian(lambda v, c=column: record.alone().again(v)[0][:, :, 1, c], record.x[:1]).abs()
         J = J.view(-1, *record.x.shape[1:])  # (channel of z, channel, row, column of x)
         here = J[:, :, 1, column].clone()
         J[:, :, 1, column] = 0

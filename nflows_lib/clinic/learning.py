@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from nflows_lib.clinic.bijection import MOVED
+from nflows_lib.clinic.bijection import MOVED, whole_jacobian
 from nflows_lib.clinic.control import seeded
 from nflows_lib.clinic.examination import (
     EXACT,
@@ -19,7 +19,6 @@ from nflows_lib.clinic.examination import (
     Record,
     all_parameters,
     copied,
-    gradients,
     relative_error,
 )
 from nflows_lib.clinic.registry import TOO_LARGE, Finding, could_not_run, doctors_test
@@ -174,19 +173,9 @@ def masks(case: Case) -> Finding:
         return _in_one_dimension(case)
     if case.data_pass.z[0].numel() > LARGEST:
         return Finding(None, "the latent is too large for a Jacobian", why=TOO_LARGE)
-    entered, woken = [], case.woken_flow
-
-    def enter(u: Tensor) -> Tensor:
-        entered.append(u.detach().requires_grad_())
-        return entered[-1]
-
     depends = torch.zeros(case.data_pass.z[0].numel(), case.dims, dtype=torch.bool)
     for i in (0, 1):
-        x, context = case.rows(slice(i, i + 1))
-        if case.noise is None:
-            x = enter(x.to(torch.float64))
-        z = case.through(woken, x, context, grad=True, after_noise=enter).z
-        depends |= gradients(z.flatten(), entered[-1]) != 0
+        depends |= whole_jacobian(case, case.woken_flow, *case.rows(slice(i, i + 1)))[0] != 0
     if not depends.any():
         return Finding(None, "the latent has no derivative with respect to the data")
     alone = (depends.sum(1) <= 1).float().mean().item()
