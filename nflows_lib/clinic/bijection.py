@@ -335,8 +335,7 @@ def _layer_log_det(case: Case, record: Record, when: str, count: Compared) -> Fi
         return None
 
     def asked(v: Tensor, seed: int = 3) -> tuple[Tensor, Tensor]:
-        with seeded(seed), HeldNoise(0.5):
-            return record.again(v)
+        return asked_again(record, v, seed)
 
     claimed = asked(x)[1].item()
     asked(record.x[1:2, ..., : x.shape[-2], : x.shape[-1]] if x.dim() == 4 else record.x[1:2])
@@ -347,13 +346,7 @@ def _layer_log_det(case: Case, record: Record, when: str, count: Compared) -> Fi
         return None  # the layer estimates its log-det at random
     if x.shape == record.x[:1].shape and not is_noise and _differs(claimed, record.log_det[0].item()):
         return _in_company(record, claimed, when)
-    alone = record.alone()
-
-    def latent(v: Tensor) -> Tensor:
-        with seeded(3), HeldNoise(0.5):
-            return alone.again(v)[0]
-
-    J = jacobian(latent, x.to(torch.float64))
+    J = layer_jacobian(record, x)
     if is_noise and not J.any():
         return None  # the levels are made integers, which have no derivative
     if is_steep(J):
@@ -368,6 +361,18 @@ def _layer_log_det(case: Case, record: Record, when: str, count: Compared) -> Fi
         measured = f"{when}{record.title} says {claimed:.4f} nats, autograd's Jacobian is singular"
     cause = _cause_of_log_det(record, (claimed - true) / x.numel(), case)
     return Finding(False, measured, *cause)
+
+
+def asked_again(record: Record, x: Tensor, seed: int = 3) -> tuple[Tensor, Tensor]:
+    """A layer's output and its log-det for other examples, with the noise held in the middle of its interval."""
+    with seeded(seed), HeldNoise(0.5):
+        return record.again(x)
+
+
+def layer_jacobian(record: Record, x: Tensor) -> Tensor:
+    """The Jacobian of a layer at x, one example with the context of the record's first."""
+    alone = record.alone()
+    return jacobian(lambda v: asked_again(alone, v)[0], x.to(torch.float64))
 
 
 def _other_statistics(record: Record) -> Finding | None:
@@ -486,16 +491,9 @@ def whole_jacobian(case: Case, flow: nn.Module, x: Tensor, context: Tensor | Non
     If the noise is learned, or the levels are made integers, which have no derivative: the Jacobian of the part after
     the noise layer, and the log-det that this part claims.
     """
-    alone = replace(case.data_pass.whole, layer=chain_of(flow)).alone()
-    if context is not None:
-        alone = replace(alone, further=(context,))
-
-    def latent(v: Tensor) -> Tensor:
-        with seeded(0), HeldNoise(0.5):
-            return alone.again(v)[0]
-
     if case.noise is None or not case.noise.learned:
-        J = jacobian(latent, x.to(torch.float64))
+        further = () if context is None else (context,)
+        J = layer_jacobian(replace(case.data_pass.whole, layer=chain_of(flow), x=x, further=further), x)
         if case.noise is None or J.any():
             return J, None
     entered: list[Tensor] = []
@@ -534,7 +532,7 @@ def small_rows(case: Case) -> tuple[Tensor | None, Tensor | None]:
 
 
 def corner_of(record: Record) -> Tensor | None:
-    """One example, or a corner of it, small enough for a Jacobian; None if the layer takes none that is small enough."""
+    """One example, or a corner of it that the layer takes, small enough for a Jacobian; None if there is none."""
     x = record.x[:1]
     if x.numel() > SMALL and x.dim() == 4:
         corner = x[..., :4, :4] if x.shape[1] * 16 <= SMALL else x[..., :2, :2]

@@ -112,13 +112,13 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """A context with its own seed for torch, NumPy and Python; their states are put back afterwards."""
-    states = random.getstate(), np.random.get_state()
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - a flow may use the global generator
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         random.seed(seed)
-        np.random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
         try:
             yield
         finally:
             random.setstate(states[0])
-            np.random.set_state(states[1])
+            np.random.set_state(states[1])  # noqa: NPY002

@@ -30,7 +30,7 @@ EXACT = 1e-6  # rounding in float64 leaves an error below this one, relative to 
 
 @dataclass
 class Independent:
-    """A distribution of torch.distributions as a base density, whose log_prob sums over the dimensions, (B, D) to (B,)."""
+    """A distribution of torch.distributions as a base density: its log_prob sums over the dimensions."""
 
     distribution: torch.distributions.Distribution
 
@@ -164,7 +164,7 @@ class Pass:
 
     @cached_property
     def gapless(self) -> bool:
-        """Whether each outermost layer gets what the one before it returned, the first the data, and no more happens."""
+        """Whether each outermost layer gets what the one before it returned, and the first the data."""
         before = self.whole.x
         for record in self.outermost:
             if not same_numbers(before, record.x):
@@ -499,7 +499,7 @@ def copied(flow: nn.Module, *, keep_mode: bool = False) -> nn.Module:
 
 
 def converted(flow: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The flow on the CPU and in a type, with what its modules keep in plain attributes, which ``to`` does not reach."""
+    """The flow on the CPU and in a type, and so what its modules keep in plain attributes."""
     registered = {id(module) for module in flow.to("cpu", dtype).modules()}
     for module in all_modules(flow).values():
         if id(module) not in registered:

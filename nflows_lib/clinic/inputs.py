@@ -86,7 +86,7 @@ def in_place(case: Case) -> Finding:
 
 @doctors_test("noise", finds=["F6", "F7", "F8"])
 def noise(case: Case) -> Finding:
-    """Whether discrete data get noise that fills each step, whether every value gets its own, and stays real numbers."""
+    """Whether discrete data get noise, for every value, as wide as the step, and whether they stay real numbers."""
     noise, x = case.noise, case.x
     if not case.random and case.spacing is not None:
         shifted = [record for record in case.data_pass.records if _adds_one_vector(record)]

@@ -116,7 +116,7 @@ def _cannot_go_back(record: Record) -> bool:
 
 @doctors_test("volume", finds=["F1"])
 def volume(case: Case) -> Finding:
-    """Whether some parameter changes the flow's log-det, and whether some layer can enlarge volume as well as shrink it."""
+    """Whether some parameter changes the flow's log-det, and whether some layer can enlarge volume."""
     base = case.base_of(case.flow)
     if isinstance(base, nn.Module) and any(True for _ in base.parameters()):
         return Finding(None, "the prior has parameters")
@@ -185,7 +185,7 @@ def masks(case: Case) -> Finding:
     if alone == 1 and case.context is not None:
         return Finding(None, "given the context, the numbers of the latent are independent")
     if 0 < alone < 0.5 and any(map(_shuffles, case.data_pass.leaves)):
-        why = f"{100 * alone:.0f} % of the latent's numbers depend on a single number of the data: chance or few couplings"
+        why = f"{100 * alone:.0f} % of the latent's numbers depend on a single number of the data, by chance"
         return Finding(None, why)
     if alone > 0:
         measured = f"{100 * alone:.0f} % of the latent's numbers depend on a single number of the data"

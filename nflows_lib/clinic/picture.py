@@ -14,16 +14,19 @@ from torch import Tensor, nn
 from nflows_lib.clinic.bijection import (
     EXACT_BACK,
     SMALL,
+    asked_again,
     corner_of,
     is_steep,
+    layer_jacobian,
     rounding_explains,
     small_rows,
+    whole_jacobian,
     whole_nats,
     whole_round_trip,
 )
 from nflows_lib.clinic.control import InFloat64, default_dtype, seeded
-from nflows_lib.clinic.examination import EXACT, Case, Record, jacobian, relative_error
-from nflows_lib.clinic.report import _check
+from nflows_lib.clinic.examination import EXACT, Case, Record, relative_error
+from nflows_lib.clinic.report import check_arguments
 from nflows_lib.distributions import Base
 
 if TYPE_CHECKING:
@@ -88,7 +91,7 @@ def measured(
     flow: nn.Module, batch: Tensor, context: Tensor | None = None, *, base: Base | None = None
 ) -> list[Measured]:
     """What :func:`layer_picture` draws, from the first layer to the whole flow; its arguments are the same."""
-    _check(flow, batch, context)
+    check_arguments(flow, batch, context)
     with default_dtype(torch.float64), InFloat64(), seeded(2), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a flow may warn of what a copy with moved parameters does
         case = Case(flow, batch, context, base)
@@ -177,18 +180,14 @@ def _log_det(case: Case, record: Record) -> tuple[float | str, Tensor]:
     if x is None:
         raise _Missing("too large")
 
-    def asked(v: Tensor, seed: int = 3) -> tuple[Tensor, Tensor]:
-        with seeded(seed):
-            return record.again(v)
-
-    J = jacobian(lambda v: asked(v)[0], x.to(torch.float64))
+    J = layer_jacobian(record, x)
     if is_noise and not J.any():
         raise _Missing("integers")
     values = torch.linalg.svdvals(J).log()
     with torch.no_grad():
-        z, claimed = asked(x)
+        z, claimed = asked_again(record, x)
         claims = [claimed.item()]
-        if not is_noise and asked(x, seed=4)[1].item() != claims[0]:
+        if not is_noise and asked_again(record, x, seed=4)[1].item() != claims[0]:
             return "an estimate", values
     if is_steep(J):
         return "too steep", values
@@ -215,9 +214,7 @@ def _log_det_of_whole(case: Case, moved: bool = False) -> float:
 def _stretch_of_whole(case: Case) -> tuple[float, float] | str:
     """The range of the whole flow's log-scales at one example."""
     x, context = _one_example(case)
-    if case.noise is not None and case.noise.learned:
-        raise _Missing("learned noise")
-    J = jacobian(lambda v: case.through(case.flow, v, context, grad=True).z, x.to(torch.float64))
+    J, _ = whole_jacobian(case, case.flow, x, context)
     return _range([torch.linalg.svdvals(J).log()]) if J.any() else "integers"
 
 

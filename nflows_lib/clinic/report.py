@@ -87,7 +87,7 @@ def doctor(
     >>> any(finding.passed is False for finding in findings)
     False
     """
-    _check(flow, batch, context)
+    check_arguments(flow, batch, context)
     findings: list[Finding] = []
     head = ""
     with default_dtype(torch.float64), InFloat64():
@@ -165,7 +165,8 @@ def _verdict(findings: Sequence[Finding]) -> str:
     return f"no test failed, but {stopped}" if unable else "nothing found"
 
 
-def _check(flow: nn.Module, batch: Tensor, context: Tensor | None) -> None:
+def check_arguments(flow: nn.Module, batch: Tensor, context: Tensor | None) -> None:
+    """Raise a ValueError, as :func:`doctor` says, unless the three can be examined."""
     inside = unwrapped(flow) if isinstance(flow, nn.Module) else flow
     if not isinstance(inside, nn.Module) or not callable(getattr(chain_of(inside), "inverse", None)):
         raise ValueError(f"flow: expected a Flow, or a module with forward and inverse, got {type(flow).__name__}")
@@ -181,7 +182,7 @@ def _check(flow: nn.Module, batch: Tensor, context: Tensor | None) -> None:
 
 @doctors_test("it runs", finds=["F4", "F20", "P2", "P15", "P17", "P18", "P21"])
 def it_runs(asked: tuple, error: Exception) -> Finding:
-    """What stopped the first pass of the batch through the flow, and in which layer; it runs only if the pass failed."""
+    """What stopped the first pass of the batch, and in which layer; this test runs only if the pass failed."""
     message = str(error)
     record = _culprit(*asked)
     where = f"{record[0]}: " if record and record[0] else ""
@@ -224,7 +225,7 @@ def _odd_size(record: tuple | None, batch: Tensor) -> str:
 
 
 def _culprit(flow: nn.Module, batch: Tensor, context: Tensor | None, base: object) -> tuple | None:
-    """The outermost layer in which a pass stops: its title, its type, the shape it got, whether a log-det is unsummed."""
+    """The outermost layer in which a pass stops: title, type, shape of its input, whether a log-det is unsummed."""
     try:
         flow = copied(unwrapped(flow))
     except Exception:
