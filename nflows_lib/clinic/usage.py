@@ -150,7 +150,7 @@ def _nearly_singular(case: Case) -> tuple[str, float] | None:
 @doctors_test("saved state", finds=["F20"])
 def saved_state(case: Case) -> Finding:
     """Whether a loaded copy is the same flow: nothing that it needs is kept outside of the state dict."""
-    flow = case.original
+    flow = case.flow
     forgetful = [
         type(module).__name__
         for module in all_modules(flow).values()
