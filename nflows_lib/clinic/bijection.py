@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,14 @@ MOVED = "with moved parameters, "  # said of a woken copy
 _DRAWN = "forward drops numbers of the latent, and the inverse redraws them: keep them all"
 _UNMASKED = "the layer also changes what its network reads: mask the network's output"
 _NOT_UNDONE = "the layer's inverse does not undo its forward"
+_DROPOUT = "dropout draws in each direction: leave it out, or pass training=self.training to it"
+_ONE_WAY = "the condition is used in one direction only"
 
 
 # --- round trips ------------------------------------------------------------------------------------------------------
 
 
-@doctors_test("round trip", finds=["F3", "F18", "P1"])
+@doctors_test("round trip", finds=["F3", "F16", "F18", "P1"])
 def round_trip(case: Case) -> Iterator[Finding]:
     """Whether each inverse, of a layer and of the whole flow, returns what forward got, and the same at each call."""
     worst, exact, unable = 0.0, 0, 0
@@ -84,7 +86,7 @@ def round_trip(case: Case) -> Iterator[Finding]:
 
 def _layer_back(record: Record, when: str) -> Finding | float | None:
     """What is wrong with a layer's inverse, or its relative error; None if rounding hides it."""
-    with torch.no_grad():
+    with torch.no_grad(), HeldNoise() as draws:
         with seeded(1):
             back, _ = record.back()
         with seeded(2):
@@ -97,7 +99,8 @@ def _layer_back(record: Record, when: str) -> Finding | float | None:
         got, expected = tuple(back.shape[1:]), tuple(record.x.shape[1:])
         measured = f"{record.title}: the inverse of its output has shape {got}, its input {expected}"
     if not equal(first, again):
-        return Finding(False, f"{record.title}: its inverse returns something else at each call", _DRAWN, "F18")
+        cause = (_DROPOUT, "F16") if draws.dropped else (_DRAWN, "F18")
+        return Finding(False, f"{record.title}: its inverse returns something else at each call", *cause)
     if off <= EXACT_BACK:
         return off
     if when and not back.isfinite().all():
@@ -108,7 +111,17 @@ def _layer_back(record: Record, when: str) -> Finding | float | None:
         return Finding(False, measured, _UNMASKED, "F3")
     if _rounding_explains(lambda nudged: record.back(nudged)[0], record.z, back, record.x):
         return None
-    return Finding(False, measured, _NOT_UNDONE, "P1")
+    return Finding(False, measured, _ONE_WAY if _in_one_direction(record) else _NOT_UNDONE, "P1")
+
+
+def _in_one_direction(record: Record) -> bool:
+    """Whether the context changes what forward returns and not what the inverse returns, or the reverse."""
+    if not any(isinstance(value, Tensor) for value in record.further):
+        return False
+    rolled = tuple(value.roll(1, 0) if isinstance(value, Tensor) else value for value in record.further)
+    other = replace(record, further=rolled)
+    with torch.no_grad(), seeded(1):
+        return equal(other.again(record.x)[0], record.again(record.x)[0]) != equal(other.back()[0], record.back()[0])
 
 
 def _rounding_explains(inverse: Callable[[Tensor], Tensor], z: Tensor, back: Tensor, x: Tensor) -> bool:
@@ -130,7 +143,8 @@ def _whole_back(case: Case, flow: nn.Module, when: str) -> Finding | float | Non
             if case.context is not None and tuple(case.context.shape) in shapes:
                 cause = "the condition gets fresh noise in each direction: draw it once, and give it to both"
                 return Finding(False, "the whole flow's inverse returns something else at each call", cause, "P1")
-            return Finding(False, "the whole flow's inverse returns something else at each call", _DRAWN, "F18")
+            cause = (_DROPOUT, "F16") if draws.dropped else (_DRAWN, "F18")
+            return Finding(False, "the whole flow's inverse returns something else at each call", *cause)
         off = whole_round_trip(case, flow)
     except NotImplementedError:
         return None
@@ -228,13 +242,8 @@ def _cause_of_inverse(case: Case, flow: nn.Module, z: Tensor, back: Tensor | Non
     given = {r.name for r in case.data_pass.outermost if any(isinstance(v, Tensor) for v in r.further)}
     if case.context is not None and {n for n, d, context in calls if d == "inverse" and context} < given:
         return "the condition reaches the layers in forward, and not in the inverse"
-    if case.context is not None and back is not None:
-        others = case.context.roll(1, 0)
-        with torch.no_grad():
-            forward_same = torch.equal(case.through(flow, context=others).z, case.through(flow).z)
-            inverse_same = torch.equal(case.back(flow, z, others), case.back(flow, z))
-        if forward_same != inverse_same:
-            return "the condition is used in one direction only"
+    if back is not None and _in_one_direction(replace(case.data_pass.whole, layer=chain_of(flow), z=z)):
+        return _ONE_WAY
     if back is not None and back.shape == case.x.shape and not case.random and _affine(back, case.x):
         return "a scaling or a shift that forward applies is not undone, or undone twice"
     return ""
@@ -259,7 +268,7 @@ class Compared:
     unable: int = 0
 
 
-@doctors_test("log-det", finds=["F3", "F9", "F10", "P15"])
+@doctors_test("log-det", finds=["F3", "F9", "F10", "P1", "P15", "P26"])
 def log_det(case: Case) -> Iterator[Finding]:
     """Whether each log-det of one example, a layer's and the whole flow's, is that of autograd's Jacobian.
 
@@ -520,6 +529,10 @@ def _cause_of_log_det(record: Record, each: float, case: Case) -> tuple[str, str
         return found
     if _unmasked(record):
         return _UNMASKED, "F3"
+    with HeldNoise() as watched, torch.no_grad():
+        record.again(record.x)
+    if watched.half:
+        return "it computes in float16 or bfloat16: keep log-dets and sums in float32", "P26"
     return "the formula of the log-det does not belong to this forward", "P15"
 
 

@@ -33,13 +33,15 @@ class InFloat64(TorchFunctionMode):
 class HeldNoise(TorchFunctionMode):
     """A mode in which every uniform draw is one number, for example the middle of its interval.
 
-    ``uniform`` and ``normal`` are the shapes of the draws that were made.
+    ``uniform`` and ``normal`` are the shapes of the draws that were made, ``dropped`` those of dropout's results, and
+    ``half`` says whether something was converted to float16 or bfloat16.
 
     Args:
         level: what a draw from [0, 1) gives; None leaves the draws as they are.
     """
 
     UNIFORM = (torch.rand, torch.rand_like, Tensor.uniform_)
+    DROPOUT = (torch.dropout, torch.nn.functional.dropout, torch.nn.functional.dropout2d, torch.bernoulli)
     NORMAL = (torch.randn, torch.randn_like, torch.normal, Tensor.normal_)
 
     def __init__(self, level: float | None = None) -> None:
@@ -47,10 +49,16 @@ class HeldNoise(TorchFunctionMode):
         self.level = level
         self.uniform: list[tuple[int, ...]] = []
         self.normal: list[tuple[int, ...]] = []
+        self.dropped: list[tuple[int, ...]] = []
+        self.half = False
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         drawn = function(*args, **(kwargs or {}))
-        if function in self.NORMAL:
+        named = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, torch.dtype)]
+        self.half |= function in (Tensor.half, Tensor.bfloat16) or torch.float16 in named or torch.bfloat16 in named
+        if function in self.DROPOUT:
+            self.dropped.append(tuple(drawn.shape))
+        elif function in self.NORMAL:
             self.normal.append(tuple(drawn.shape))
         elif function in self.UNIFORM:
             self.uniform.append(tuple(drawn.shape))

@@ -185,6 +185,8 @@ class Case:
         self.inverse_is_right: bool | None = None  # what the test of round trips says of the whole flow
         self.flow = copied(self.original)
         self.own_base = copied(base) if isinstance(base, nn.Module) else base
+        if isinstance(base, torch.distributions.Distribution):
+            self.own_base = Independent(_converted(base, torch.float64))
         self.everything = batch.detach()
         self.dims = batch[0].numel()
         examples = EXAMPLES if self.dims <= LARGEST else FEW
@@ -302,7 +304,7 @@ class Case:
             name = next((n for n, m in all_modules(self.original).items() if m is self.base), None)
             return self.own_base if name is None else all_modules(flow)[name]
         if self.base is not None:
-            return self.base
+            return self.own_base
         named = (getattr(flow, name, None) for name in BASES)
         own = next((base for base in named if hasattr(base, "log_prob")), None)
         if isinstance(own, torch.distributions.Distribution):
@@ -409,6 +411,18 @@ class Case:
         """What the flow's inverse makes of the latents of the batch."""
         with torch.no_grad():
             return self.back(self.flow, self.data_pass.z)
+
+
+def drawn_from(base: Base, like: Tensor) -> Tensor:
+    """Draws from a base density, of the shape of ``like``, (B, D), however its method ``sample`` is called."""
+    for argument in (like, len(like), (len(like),), tuple(like.shape)):
+        try:
+            drawn = first_of(base.sample(argument))
+        except (TypeError, AttributeError, ValueError, RuntimeError):
+            continue
+        if isinstance(drawn, Tensor) and drawn.numel() == like.numel():
+            return drawn.reshape(like.shape).to(like.dtype)
+    raise ValueError("base: expected a method sample that takes a tensor like the latents, or a number of draws")
 
 
 def spacing_of(x: Tensor) -> float | None:

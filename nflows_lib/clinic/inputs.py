@@ -10,10 +10,11 @@ from nflows_lib.clinic.examination import LARGEST, Case, Record, all_modules, re
 from nflows_lib.clinic.registry import Finding, doctors_test
 
 BEYOND = torch.finfo(torch.float32).max  # larger numbers are infinite in float32, in which flows are trained
+_OVERLAP = "levels overlap: the noise is too wide, or is added twice"
 ONE = 1 - 2**-40  # the largest draw of a uniform generator, as far as the doctor is concerned
 
 
-@doctors_test("finite", finds=["F6", "F9", "F14", "F20", "F21", "P15", "P22", "P23"])
+@doctors_test("finite", finds=["F6", "F9", "F14", "F20", "F21", "P15", "P22", "P23", "P26"])
 def finite(case: Case) -> Finding:
     """Whether every number is finite, and which layer is the first to return NaN or infinity."""
     for record in case.data_pass.leaves:
@@ -47,6 +48,10 @@ def _cause_of_nan(record: Record) -> tuple[str, str]:
         if any(torch.linalg.det(p) < 0 for p in squares):
             return "the logarithm of a negative determinant is NaN: use slogdet", "P15"
         return "the logarithm of a negative number is NaN: take that of its absolute value", "P15"
+    with HeldNoise() as watched, torch.no_grad():
+        record.again(record.x)
+    if watched.half:
+        return "it computes in float16, which ends at 65,504, or in bfloat16: keep log-dets and sums in float32", "P26"
     if _normalises_zeros(record.layer):
         return "weight normalisation divides a weight of zeros by its norm: start it at small numbers", "P22"
     if not record.learned:
@@ -99,6 +104,9 @@ def noise(case: Case) -> Finding:
         if torch.equal(rows, rows[:1].expand_as(rows)):
             measured = f"{who} gives eight copies of an example the same noise"
             return Finding(False, measured, "one noise vector serves the whole batch: draw noise for each value", "F8")
+    wrong = _wrong_width(case) if case.random and case.spacing is not None else None
+    if wrong is not None and wrong.cause == _OVERLAP:
+        return wrong
     if not case.random or noise is not None:
         noisy = x if noise is None else noise.z
         values, counts = noisy.unique(return_counts=True)
@@ -109,7 +117,7 @@ def noise(case: Case) -> Finding:
             )
             also = "" if noise is not None else ", or the data are discrete in part"
             return Finding(False, measured, f"the values are clamped after the noise{also}", "F7")
-    if case.random and case.spacing is not None and (wrong := _wrong_width(case)) is not None:
+    if wrong is not None:
         return wrong
     return Finding(True, f"{who} draws noise for every value" if case.random else "the data are real numbers")
 
@@ -163,7 +171,7 @@ def _wrong_width(case: Case) -> Finding | None:
         return None
     if width < 1:
         return Finding(False, measured, "the data are almost as discrete as before: fill the whole step", "F6")
-    return Finding(False, measured, "levels overlap: the noise is too wide, or is added twice", "F6")
+    return Finding(False, measured, _OVERLAP, "F6")
 
 
 @doctors_test("columns", finds=["F28"])

@@ -28,12 +28,12 @@ from nflows_lib.clinic.state import begin_again, looks_made_by_rule
 STEP = 1e-5  # how far parameters are moved to take a difference
 
 
-@doctors_test("gradient", finds=["F24", "P2", "P15"])
+@doctors_test("gradient", finds=["F24", "P2", "P15", "P30", "P31"])
 def gradient(case: Case) -> Finding:
     """Whether backward works, and gives the gradient that log p(x) has: the slope along one direction is compared."""
     if not any(p.requires_grad for p in all_parameters(case.flow)):
         return Finding(None, "the flow has no trainable parameters")
-    flow, rows = case.woken(), case.rows(slice(0, 16))
+    flow, rows = case.woken(), case.rows(slice(0, None))
     parameters = [p for p in all_parameters(flow) if p.requires_grad]
     done = case.through(flow, *rows, grad=True)
     try:
@@ -49,6 +49,12 @@ def gradient(case: Case) -> Finding:
         culprit = next((record.title for record in done.leaves if _cannot_go_back(record)), "forward")
         measured = f"{culprit} changes in place what backward needs"
         return Finding(False, measured, "no backward pass is possible: write h = h / 2, not h /= 2", "P2")
+    if not all(map(math.isfinite, parts.values())):
+        cause = "a branch that torch.where does not take, or a root of 0, has no gradient: clamp its input"
+        return Finding(False, f"{MOVED}backward gives NaN or infinity, though log p(x) is finite", cause, "P30")
+    if not any(parts.values()) and done.z.shape == rows[0].shape and relative_error(done.z, rows[0]) < 1e-12:
+        cause = "the data lie outside of the interval on which the layers act: standardise them"
+        return Finding(False, "the flow leaves the whole batch as it is, whatever its parameters are", cause, "P31")
     differences = [_difference(case, flow, rows, parameters, step) for step in (STEP, STEP / 4)]
     for part, slope in parts.items():
         truths = [difference[part] for difference in differences]
@@ -182,6 +188,11 @@ def masks(case: Case) -> Finding:
     if not depends.any():
         return Finding(None, "the latent has no derivative with respect to the data")
     alone = (depends.sum(1) <= 1).float().mean().item()
+    count = round(alone * case.data_pass.z[0].numel())
+    if count == 1 and case.dims > 2:
+        return Finding(None, "one number depends on itself alone, as the first of an autoregressive flow does")
+    if alone == 1 and case.context is not None:
+        return Finding(None, "given the context, the numbers of the latent are independent")
     if 0 < alone < 0.5 and any(map(_shuffles, case.data_pass.leaves)):
         why = f"{100 * alone:.0f} % of the latent's numbers depend on a single number of the data: chance or few couplings"
         return Finding(None, why)

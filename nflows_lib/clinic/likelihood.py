@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nflows_lib.clinic.control import seeded
-from nflows_lib.clinic.examination import EXACT, Case, arguments
+from nflows_lib.clinic.examination import EXACT, Case, Independent, arguments, drawn_from, first_of
 from nflows_lib.clinic.registry import Finding, doctors_test
 from nflows_lib.distributions import Base, StandardNormal
 
@@ -84,11 +84,11 @@ def own_samples(case: Case) -> Finding:
         return Finding(None, "the doctor does not know the base density of the samples")
     with torch.no_grad(), seeded(0):
         drawn = flow.sample(n)
-        drawn = drawn[0] if isinstance(drawn, tuple) else drawn
+        drawn = first_of(drawn)
         if not isinstance(drawn, torch.Tensor) or drawn.shape != (n, *case.x.shape[1:]):
             return Finding(None, "sample(n) does not return n examples")
         z = case.through(flow, drawn.to(case.x.dtype)).z.flatten(1)
-        right = base.sample(torch.empty(n, z.shape[1]))
+        right = drawn_from(base, torch.empty(n, z.shape[1]))
         there = case.through(flow, case.back(flow, right.view(n, *case.data_pass.z.shape[1:])).to(case.x.dtype)).z
         if not (there.flatten(1) - right).abs().max() < 1e-3:
             return Finding(None, "the inverse is wrong, or rounding hides what it does")
@@ -127,7 +127,7 @@ def prior(case: Case) -> Finding:
         return Finding(None, "the latent is too large to draw from the prior often", why="too large")
     n, worst = 2000, 0.0
     with seeded(0), torch.no_grad():
-        z = base.sample(torch.empty(n, case.data_pass.z[0].numel()))
+        z = drawn_from(base, torch.empty(n, case.data_pass.z[0].numel()))
     halves = []
     for part in z.split(n // 2):
         gradient = torch.autograd.grad(base.log_prob(part).mean(), parameters, allow_unused=True)
@@ -145,6 +145,8 @@ def prior(case: Case) -> Finding:
 
 def _mass(base: Base) -> float | None:
     """The integral of a base density in one dimension; None if it does not take one dimension."""
+    if isinstance(base, Independent):
+        return None  # PyTorch's own density
     numbers = base.state_dict() if isinstance(base, nn.Module) else vars(base)
     if any(isinstance(value, torch.Tensor) and value.numel() > 1 for value in numbers.values()):
         return None

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from nflows_lib.clinic.examination import Case
+from nflows_lib.clinic.examination import Case, drawn_from
 from nflows_lib.clinic.registry import Finding, doctors_test
 
 
@@ -45,7 +45,7 @@ def samples(case: Case) -> Finding:
         return Finding(None, "the flow's inverse is wrong")
     with torch.no_grad():
         base, like = case.base_of(flow), torch.empty(n, *case.data_pass.z.shape[1:])
-        z = base.sample(like.flatten(1)).view_as(like).to(like)
+        z = drawn_from(base, like.flatten(1)).view_as(like)
         drawn = case.back_to_noise(flow, z)
     lost = 1 - drawn.flatten(1).isfinite().all(1).float().mean().item()
     entered = case.x if case.noise is None else case.noise.z
