@@ -9,17 +9,17 @@ which import neither: ``nflows_lib.clinic`` examines a flow, ``nflows_lib.experi
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nflows_lib.clinic import doctor
+    from nflows_lib.clinic import check_flow, doctor
 
-__all__ = ["doctor"]
+__all__ = ["check_flow", "doctor"]
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """Import ``nflows_lib.doctor`` at its first use, so that programs without torch need not wait for torch."""
-    if name == "doctor":
-        from nflows_lib.clinic import doctor
+    """Import ``check_flow`` or ``doctor`` at its first use, so that programs without torch need not wait for torch."""
+    if name in __all__:
+        from nflows_lib import clinic
 
-        return doctor
+        return getattr(clinic, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -109,7 +109,7 @@ def _layer_back(record: Record, when: str) -> Finding | float | None:
         return Finding(False, measured, _DRAWN, "F18")
     if _unmasked(record):
         return Finding(False, measured, _UNMASKED, "F3")
-    if _rounding_explains(lambda nudged: record.back(nudged)[0], record.z, back, record.x):
+    if rounding_explains(lambda nudged: record.back(nudged)[0], record.z, back, record.x):
         return None
     return Finding(False, measured, _ONE_WAY if _in_one_direction(record) else _NOT_UNDONE, "P1")
 
@@ -124,7 +124,7 @@ def _in_one_direction(record: Record) -> bool:
         return equal(other.again(record.x)[0], record.again(record.x)[0]) != equal(other.back()[0], record.back()[0])
 
 
-def _rounding_explains(inverse: Callable[[Tensor], Tensor], z: Tensor, back: Tensor, x: Tensor) -> bool:
+def rounding_explains(inverse: Callable[[Tensor], Tensor], z: Tensor, back: Tensor, x: Tensor) -> bool:
     """Whether an inverse that does not return x is moved as far by latents that differ in their last digits."""
     with torch.no_grad(), seeded(1):
         nudged = inverse(z * (1 + 1e-14 * torch.randn_like(z)))
@@ -159,7 +159,7 @@ def _whole_back(case: Case, flow: nn.Module, when: str) -> Finding | float | Non
         return Finding(False, f"{when}the whole flow's inverse misses the data by {off:.2g}", _DRAWN, "F18")
     cause = _cause_of_inverse(case, flow, z, first)
     if not cause and first.shape == case.x.shape:
-        if _rounding_explains(lambda nudged: case.back(flow, nudged), z, first, case.x):
+        if rounding_explains(lambda nudged: case.back(flow, nudged), z, first, case.x):
             return None  # the test of precision speaks of it
     cause = cause or "the inverse of the whole flow does not undo its forward"
     return Finding(False, f"{when}the whole flow's inverse misses the data by {off:.2g}", cause, "P1")
@@ -329,13 +329,13 @@ def _layer_log_det(case: Case, record: Record, when: str, count: Compared) -> Fi
         return None  # its contribution is the density of the noise
     if record.z[0].numel() != record.x[0].numel() or not (record.x.is_floating_point() or is_noise):
         return None
-    x = _corner(record)
+    x = corner_of(record)
     if x is None:
         count.too_large += not when
         return None
 
     def asked(v: Tensor, seed: int = 3) -> tuple[Tensor, Tensor]:
-        with seeded(seed):
+        with seeded(seed), HeldNoise(0.5):
             return record.again(v)
 
     claimed = asked(x)[1].item()
@@ -347,10 +347,16 @@ def _layer_log_det(case: Case, record: Record, when: str, count: Compared) -> Fi
         return None  # the layer estimates its log-det at random
     if x.shape == record.x[:1].shape and not is_noise and _differs(claimed, record.log_det[0].item()):
         return _in_company(record, claimed, when)
-    J = jacobian(lambda v: asked(v)[0], x.to(torch.float64))
+    alone = record.alone()
+
+    def latent(v: Tensor) -> Tensor:
+        with seeded(3), HeldNoise(0.5):
+            return alone.again(v)[0]
+
+    J = jacobian(latent, x.to(torch.float64))
     if is_noise and not J.any():
         return None  # the levels are made integers, which have no derivative
-    if _is_steep(J):
+    if is_steep(J):
         count.unable += 1
         return None
     true = torch.linalg.slogdet(J).logabsdet.item()
@@ -423,13 +429,13 @@ def _log_det_of_inverse(record: Record, when: str) -> Finding | None:
 def _whole_log_det(case: Case, done: Pass, when: str, count: Compared) -> list[Finding]:
     """What is wrong with the log-det of the whole flow; ``case.whole_is_right`` says whether it was compared."""
     case.whole_is_right = None
-    x, context = _small(case)
+    x, context = small_rows(case)
     if x is None:
         count.too_large += not when
     if x is None or done.z[0].numel() != case.dims:
         return []
     try:
-        claimed, true = _whole_nats(case, case.woken_flow if when else case.flow, x, context)
+        claimed, true = whole_nats(case, case.woken_flow if when else case.flow, x, context)
     except Exception as error:
         count.unable += 1
         return [] if when else [could_not_run("the whole flow", error)]
@@ -458,7 +464,7 @@ def _whole_log_det(case: Case, done: Pass, when: str, count: Compared) -> list[F
     return [Finding(False, measured, *cause)]
 
 
-def _whole_nats(case: Case, flow: nn.Module, x: Tensor, context: Tensor | None) -> tuple[float | None, float]:
+def whole_nats(case: Case, flow: nn.Module, x: Tensor, context: Tensor | None) -> tuple[float | None, float]:
     """The log-det that the whole flow claims at x, one example, and that of autograd, with the noise held fixed.
 
     If the noise is learned, both are those of the part after the noise layer. None if the flow estimates its log-det.
@@ -473,26 +479,35 @@ def _whole_nats(case: Case, flow: nn.Module, x: Tensor, context: Tensor | None) 
         done = case.through(flow, x, context, grad=True, after_noise=enter)
         its = next(record.log_det for record in done.records if record.name == case.noise.name)
         J = gradients(done.z.flatten(), entered[-1])
-        if _is_steep(J):
+        if is_steep(J):
             return None, 0.0
         return (done.log_det - its).item(), torch.linalg.slogdet(J).logabsdet.item()
     given = x.to(torch.float64)
-    plain = case.through(flow, given, context)
+    with HeldNoise(0.5):
+        plain = case.through(flow, given, context)
     if not case.random and case.through(flow, given, context, seed=1).log_det.item() != plain.log_det.item():
         return None, 0.0
-    J = jacobian(lambda v: case.through(flow, v, context, grad=True).z, given)
-    if _is_steep(J) or (case.random and not J.any()):
+    alone = replace(case.data_pass.whole, layer=chain_of(flow)).alone()
+    if context is not None:
+        alone = replace(alone, further=(context,))
+
+    def latent(v: Tensor) -> Tensor:
+        with seeded(0), HeldNoise(0.5):
+            return alone.again(v)[0]
+
+    J = jacobian(latent, given)
+    if is_steep(J) or (case.random and not J.any()):
         return None, 0.0  # the levels are made integers, which have no derivative
     return plain.log_det.item(), torch.linalg.slogdet(J).logabsdet.item()
 
 
-def _is_steep(J: Tensor) -> bool:
+def is_steep(J: Tensor) -> bool:
     """Whether float64 cannot tell the determinant of a Jacobian, though it is not 0."""
     values = torch.linalg.svdvals(J)
     return not values.isfinite().all() or bool(1e-300 < values[-1] / values[0] < 1e-12)
 
 
-def _small(case: Case) -> tuple[Tensor | None, Tensor | None]:
+def small_rows(case: Case) -> tuple[Tensor | None, Tensor | None]:
     """One example and its context, of a smaller image if the batch's are too large and the flow takes it; else None."""
     x, context = case.rows(slice(0, 1))
     if x.numel() <= LARGEST:
@@ -510,7 +525,7 @@ def _small(case: Case) -> tuple[Tensor | None, Tensor | None]:
     return None, None
 
 
-def _corner(record: Record) -> Tensor | None:
+def corner_of(record: Record) -> Tensor | None:
     """One example, or a corner of it, small enough for a Jacobian; None if the layer takes none that is small enough."""
     x = record.x[:1]
     if x.numel() > SMALL and x.dim() == 4:

@@ -9,7 +9,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,7 @@ FEW = 16  # or at this number if an example has more than LARGEST dimensions
 LARGEST = 1024  # a whole Jacobian is computed for at most this number of dimensions
 ROWS = 128  # as many rows of a Jacobian are computed at once
 BASES = ("base", "prior", "base_dist", "base_distribution", "distribution", "q0")  # where flows keep their base density
+UNUSED = {"allow_unused": True, "materialize_grads": True}  # a number may not depend on another at all
 EXACT = 1e-6  # rounding in float64 leaves an error below this one, relative to the largest value
 
 
@@ -75,6 +76,12 @@ class Record:
         """The layer's output and its log-det, (B,), for other examples x, which get the contexts of the first ones."""
         z, log_det = self.layer(x, *self._rows(self.further, len(x)), **self._rows(self.options, len(x)))
         return z, one_each(log_det, len(x), summed=bool(self.name))
+
+    def alone(self) -> Record:
+        """The record of the first example alone; other examples then get its context."""
+        first = [value[:1] for value in (self.x, self.z, self.log_det)]
+        return replace(self, x=first[0], z=first[1], log_det=first[2], further=self._rows(self.further, 1),
+                       options=self._rows(self.options, 1))  # fmt: skip
 
     def back(self, z: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """What the layer's inverse makes of the layer's output, or of z, and the log-det that it returns, if any.
@@ -617,16 +624,24 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The Jacobian of a function at a batch of one example, of shape (numbers of the output, numbers of x)."""
+    x, rows = x.detach(), []
     with torch.enable_grad():
-        x = x.detach().clone().requires_grad_()
-        return gradients(function(x * 1).flatten(), x)  # x * 1 may be changed in place, a leaf may not
+        value = function(x.clone()).flatten(1)
+        for part in torch.arange(value.numel()).split(ROWS):  # one copy of the example for each row
+            copies = x.expand(len(part), *x.shape[1:]).clone().requires_grad_()
+            z = function(copies * 1).flatten(1)  # copies * 1 may be changed in place, a leaf may not
+            if not z.requires_grad or relative_error(z, value.expand_as(z)) > EXACT / 100:
+                x = x.clone().requires_grad_()  # the copies' noise differs, or they influence one another
+                return gradients(function(x * 1).flatten(), x)
+            rows.append(torch.autograd.grad(z[torch.arange(len(part)), part].sum(), copies, **UNUSED)[0].flatten(1))
+    return torch.cat(rows)
 
 
 def gradients(z: Tensor, x: Tensor) -> Tensor:
     """The gradients d z_i / d x of a flat z, of shape (len(z), numbers of x)."""
     if not z.requires_grad:
         return z.new_zeros(len(z), x.numel())
-    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    options = {"retain_graph": True, **UNUSED}
     units = torch.eye(len(z), dtype=z.dtype)
     try:
         rows = torch.cat(

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nflows_lib.clinic.control import seeded
 from nflows_lib.clinic.examination import Case, all_modules, copied, detached, equal
@@ -143,8 +142,14 @@ def stays_behind(case: Case, place: Place) -> bool:
     module = next(
         (r for r in case.data_pass.leaves if place.owner(case.flow) in [*all_modules(r.layer).values()]), None
     )
-    if module is None or not isinstance(place.get(case.flow), Tensor):
-        return False
+    if (
+        module is None
+        or not isinstance(place.get(case.flow), Tensor)
+        or place.attribute in place.owner(case.flow)._buffers
+    ):
+        return False  # a buffer moves with its module
+    from torch._subclasses.fake_tensor import FakeTensorMode  # imported here, since it takes seconds
+
     x = module.x[:4] if module.x.is_floating_point() else module.x[:4].clone()
 
     def fails(moved: bool) -> bool:

@@ -1,4 +1,4 @@
-"""The command line of the named runs: ``python -m nflows_lib train nice-digits --budget 30s``.
+"""The command line: ``python -m nflows_lib train nice-digits --budget 30s``, and ``doctor`` for a flow of your own.
 
 A command imports what it needs when it runs, so that help, the list of runs and a wrong argument answer at once.
 """
@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,11 @@ def factor(text: str) -> float:
     return value
 
 
-def picture(text: str) -> Path:
-    """The path of a picture to write: its suffix names a format, and its folder exists."""
+def picture(text: str, suffixes: Sequence[str]) -> Path:
+    """The path of a picture to write: its suffix names one of the formats, and its folder exists."""
     path = Path(text)
-    if path.suffix.lower() not in archive.PICTURES:
-        raise argparse.ArgumentTypeError(f"expected a file name in {', '.join(archive.PICTURES)}, got {text!r}")
+    if path.suffix.lower() not in suffixes:
+        raise argparse.ArgumentTypeError(f"expected a file name in {', '.join(suffixes)}, got {text!r}")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
     return path
@@ -156,6 +157,23 @@ def _runs(options: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from nflows_lib import clinic
+    from nflows_lib.clinic import own, registry
+
+    flow, batch, keywords = own.flow_and_batch(options.target)
+    findings = clinic.doctor(flow, batch, **keywords)
+    wrong = any(finding.passed is False or finding.why == registry.COULD_NOT_RUN for finding in findings)
+    if options.picture is not None:
+        sys.stdout.flush()
+        if any(finding.test == "it runs" for finding in findings):
+            raise ValueError("--picture: expected a flow whose forward runs, so there is no picture")
+        given = {name: keywords[name] for name in ("context", "base") if name in keywords}
+        clinic.layer_picture(flow, batch, **given).savefig(options.picture)
+        print(f"picture in {options.picture}")
+    return int(wrong)
+
+
 def _figure(figure: dict[str, float]) -> str:
     return (
         f"test: {figure['bits_per_dim']:.4f} ± {figure['error']:.4f} bits/dim, {figure['nats']:.1f} nats on [0, 1); "
@@ -165,7 +183,8 @@ def _figure(figure: dict[str, float]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m nflows_lib", description="Train, evaluate and sample the named runs."
+        prog="python -m nflows_lib",
+        description="Train, evaluate and sample the named runs, or examine a flow of your own.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -214,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_argument(
         "--to",
-        type=picture,
+        type=partial(picture, suffixes=archive.PICTURES),
         default=Path("samples.png"),
         metavar="FILE",
         help="the PNG to write (default: samples.png)",
@@ -249,6 +268,22 @@ def _parser() -> argparse.ArgumentParser:
     for command in (evaluate, sample):
         command.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: the shipped run's)")
     _command(commands, "runs", "list the runs, with their budgets and results").set_defaults(command=_runs)
+    doctor = _command(
+        commands, "doctor", "examine a flow of your own; the exit status is 1 if a test failed or could not run"
+    )
+    doctor.add_argument(
+        "--picture",
+        type=partial(picture, suffixes=(".png", ".pdf", ".svg")),
+        metavar="FILE",
+        help="also draw each layer's errors and its log-scales into this file",
+    )
+    doctor.add_argument(
+        "target",
+        metavar="MODULE:FUNCTION",
+        help="a function without arguments, as my_flow:example or path/to/my_flow.py:example, that returns "
+        "(flow, batch), (flow, batch, context), or (flow, batch, keywords) with a dict of nflows_lib.doctor's keywords",
+    )
+    doctor.set_defaults(command=_doctor)
     return parser
 
 
