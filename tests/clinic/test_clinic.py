@@ -367,7 +367,11 @@ def f20(fixed: bool) -> Patient:
 
 def f20_constant(fixed: bool) -> Patient:
     """A batch with a fourth channel that is always 1; the fixed flow has no such channel."""
-    x = torch.randn(ROWS, 3, 4, 4) if fixed else torch.cat([torch.randn(ROWS, 3, 4, 4), torch.ones(ROWS, 1, 4, 4)], dim=1)
+    x = (
+        torch.randn(ROWS, 3, 4, 4)
+        if fixed
+        else torch.cat([torch.randn(ROWS, 3, 4, 4), torch.ones(ROWS, 1, 4, 4)], dim=1)
+    )
     norm = chapter("05_glow").ActNormByHand(x.shape[1])
     norm.initialize(x)
     flow = Flow([norm, Invertible1x1Conv(x.shape[1])], StandardNormal(), x.shape[1:])

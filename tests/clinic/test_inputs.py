@@ -15,7 +15,9 @@ from nflows_lib.clinic.registry import TOO_LARGE
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("width", "cause"), [(1.0, ""), (1 / 4, "almost as discrete"), (1 / 256, "as discrete"), (2.0, "overlap")])
+@pytest.mark.parametrize(
+    ("width", "cause"), [(1.0, ""), (1 / 4, "almost as discrete"), (1 / 256, "as discrete"), (2.0, "overlap")]
+)
 def test_noise_fills_one_step(width: float, cause: str) -> None:
     found = only(inputs.noise, moved(Steps(Noise(width=width), Times(1 / 4), *couplings())), grid())
     assert (found.passed, found.entry) == (not cause, "F6" if cause else "")
@@ -197,7 +199,10 @@ def test_a_normalised_weight_of_zeros(zeros: bool) -> None:
     layer.network[-1] = nn.utils.parametrizations.weight_norm(last)
     found = only(inputs.finite, Steps(layer, Coupling(flip=True)).eval(), points())
     assert (found.passed, found.entry) == (not zeros, "P22" if zeros else "")
-    assert not zeros or found.cause == "weight normalisation divides a weight of zeros by its norm: start it at small numbers"
+    assert (
+        not zeros
+        or found.cause == "weight normalisation divides a weight of zeros by its norm: start it at small numbers"
+    )
 
 
 class Exponential:

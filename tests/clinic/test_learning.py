@@ -281,7 +281,12 @@ class FirstBatch(Columns):
 
 @pytest.mark.parametrize(
     ("how", "wrong"),
-    [("right", ""), ("variance", "standard deviations off 1 by up to"), ("no mean", "means up to"), ("shift", "means up")],
+    [
+        ("right", ""),
+        ("variance", "standard deviations off 1 by up to"),
+        ("no mean", "means up to"),
+        ("shift", "means up"),
+    ],
 )
 def test_what_the_first_batch_leaves(how: str, wrong: str) -> None:
     x = 2 + 3 * points()

@@ -92,7 +92,10 @@ LARGE = Finding(None, "", test="d", why=TOO_LARGE)
         ([GOOD, BAD], "1 of 2 tests failed: fix the first failure first"),
         ([GOOD, BAD, BAD], "1 of 2 tests failed: fix the first failure first"),
         ([GOOD, UNABLE], "no test failed, but 1 of 2 tests could not run in full (!)"),
-        ([GOOD, UNABLE, UNABLE, Finding(True, "", test="c")], "no test failed, but 1 of 2 tests could not run in full (!)"),
+        (
+            [GOOD, UNABLE, UNABLE, Finding(True, "", test="c")],
+            "no test failed, but 1 of 2 tests could not run in full (!)",
+        ),
         (
             [GOOD, BAD, UNABLE],
             "1 of 3 tests failed: fix the first failure first; 1 of 3 tests could not run in full (!)",
@@ -318,7 +321,9 @@ def test_log_dets_that_are_not_summed() -> None:
     assert found.cause == "return one log-det per example: sum over its dimensions, not over the batch"
 
 
-@pytest.mark.xfail(strict=True, reason="its message is cut before the kind, and the cause is that of an unsummed log-det")
+@pytest.mark.xfail(
+    strict=True, reason="its message is cut before the kind, and the cause is that of an unsummed log-det"
+)
 def test_a_forward_that_returns_no_pair() -> None:
     class Single(Columns):
         def forward(self, x: Tensor, *context: Tensor) -> Tensor:
