@@ -94,11 +94,11 @@ TABLE = r"""
 - return log_p.logsumexp(0) - math.log(len(log_p))
 + return log_p.logsumexp(0) - math.log(log_p.shape[-1])
 # test_clinic.py: the doctor compares a layer's input with itself
-- inputs[name] = args[0] if args[0].requires_grad else args[0].clone()
-+ inputs[name] = args[0]
+- inputs[name] = args[0], args[0] if args[0].requires_grad else args[0].clone()
++ inputs[name] = args[0], args[0]
 # test_clinic.py: the doctor does not see a log-determinant that is infinite
-- if (record.z.abs() < BEYOND).all() and (record.log_det.abs() < BEYOND).all():
-+ if (record.z.abs() < BEYOND).all():
+- return bool((record.z.abs() < BEYOND).all() and (record.log_det.abs() < BEYOND).all())
++ return bool((record.z.abs() < BEYOND).all())
 # test_clinic.py: the doctor's limit D log n has the wrong sign
 - limit, reached = case.dims * math.log(1 / case.spacing), case.data_pass.log_p.mean().item()
 + limit, reached = case.dims * math.log(case.spacing), case.data_pass.log_p.mean().item()
@@ -126,6 +126,96 @@ TABLE = r"""
 # test_memory.py: a flow that goes back through its inverses forgets the gradient of the log-determinant
 - total = (out * gradient).sum() + (log_det * gradient_of_log_det).sum()
 + total = (out * gradient).sum() + 0 * log_det.sum()
+# test_control.py: the doctor leaves x.float() in float32
+- if function is Tensor.float:
++ if function is Tensor.half:
+# test_control.py: the doctor turns float32 into float64 in the test of precision, too
+- if torch.get_default_dtype() is torch.float64:
++ if torch.get_default_dtype().is_floating_point:
+# test_control.py: the doctor holds noise on another interval at a number of [0, 1)
+- drawn.fill_(low + self.level * (high - low))
++ drawn.fill_(self.level)
+# test_control.py: the doctor does not put NumPy's random state back
+- np.random.set_state(states[1])
++ np.random.get_state()
+# test_report.py: an error's message is cut only after it is too long
+- while words and len(line) + len(words[0]) < 75:
++ while words and len(line) < 75:
+# test_report.py: a test that could not run has the sign of one that does not apply
+- line = f"{SIGNS[self.why or self.passed]} {self.test:15} {self.measured}"
++ line = f"{SIGNS[self.passed]} {self.test:15} {self.measured}"
+# test_whole.py: a layer that gets the log-det so far is asked with that of the batch
+- value = torch.zeros(n)
++ value = value[:n]
+# test_whole.py: a flow that draws noise counts as its own layer
+- if not self.data_pass.records and not self.random:
++ if not self.data_pass.records:
+# test_state.py: whatever turns during a pass is a flag of the first batch
+- if moved and place.truth(flow) is not truths[place]:
++ if place.truth(flow) is not truths[place]:
+# test_state.py in first_batch_flags: flags of a first batch are sought only among those that are False before it
+- for value in (False, True):
++ for value in (False,):
+# test_state.py: buffers that are saved count as lost, and those that are not as saved
+- if key in module._non_persistent_buffers_set and buffer is not None:
++ if key not in module._non_persistent_buffers_set and buffer is not None:
+# test_state.py: a mask that was drawn looks made by a rule
+- return len(runs.unique()) <= 2
++ return len(runs.unique()) <= 3
+# test_whole.py: the log-det of the whole flow is not examined
+- whole = [] if case.alone else _whole_log_det(case, done, when, count)
++ whole = []
+# test_whole.py: a layer whose log-det cannot be asked for is passed over without a word
+- found = None if when else could_not_run(record.title, error)
++ found = None
+# test_whole.py in whole_round_trip: the noise of a round trip is not held
+- with torch.no_grad(), HeldNoise(0.5):
++ with torch.no_grad(), HeldNoise():
+# test_whole.py: an inverse's log-det must have the sign of forward's
+- off = (back + record.log_det).abs().max().item()
++ off = (back - record.log_det).abs().max().item()
+# test_whole.py: an inverse in the right order is taken for one in forward's order
+- if len(forward) > 1 and inverted == forward:
++ if len(forward) > 1 and inverted == forward[::-1]:
+# test_whole.py: a scaling of the wrong sign is sought on the wrong side
+- if abs(each - 2 * math.log(n)) < 1e-6:
++ if abs(each + 2 * math.log(n)) < 1e-6:
+# test_inputs.py: noise that misses the next level by less than 1 is wide enough
+- if miss(1.0) < 1e-5:
++ if miss(1.0) < 1.0:
+# test_inputs.py: only data whose columns are all constant have a constant column
+- if (deviation <= 1e-12 * x.abs().amax(0)).any():
++ if (deviation <= 1e-12 * x.abs().amax(0)).all():
+# test_inputs.py: data that the flow itself changes in place are not noticed
+- for record in [*case.data_pass.inner_first, case.data_pass.whole]:
++ for record in case.data_pass.inner_first:
+# test_learning.py: a gradient may be as wrong as the slope is large
+- if abs(slope - truths[0]) > 0.01 * scale:
++ if abs(slope - truths[0]) > 1.01 * scale:
+# test_learning.py: a first batch must leave both the mean and the variance wrong to be noticed
+- if mean > 0.05 or deviation > 0.05:
++ if mean > 0.05 and deviation > 0.05:
+# test_likelihood.py: a log_prob that subtracts the log-det is sought with the wrong sign
+- if (said - of_latent + done.log_det).abs().max() <= EXACT * scale:
++ if (said - of_latent - done.log_det).abs().max() <= EXACT * scale:
+# test_likelihood.py: samples need only the mean or the spread of the base density
+- if abs(off) <= 6 * error and shift < 6 + math.log(case.dims):
++ if abs(off) <= 6 * error or shift < 6 + math.log(case.dims):
+# test_state.py: a flow that has loaded a state dict is compared by its shape alone
+- same = torch.equal(again.z, case.data_pass.z) and torch.equal(again.log_det, case.data_pass.log_det)
++ same = again.z.shape == case.data_pass.z.shape
+# test_state.py: flags that are saved count as forgotten
+- forgetful += [type(place.owner(case.flow)).__name__ for place in case.flags if not place.saved]
++ forgetful += [type(place.owner(case.flow)).__name__ for place in case.flags if place.saved]
+# test_report.py: the last line says that nothing was found though a test could not run
+- return f"no test failed, but {stopped}" if unable else "nothing found"
++ return "nothing found"
+# test_report.py: check_flow passes a flow of which a test could not run
+- wrong = [f for f in findings if f.test not in allow and (f.passed is False or f.why == COULD_NOT_RUN)]
++ wrong = [f for f in findings if f.test not in allow and f.passed is False]
+# test_report.py: an even number of dimensions is called odd
+- if len(shape) == 2 and shape[1] % 2:
++ if len(shape) == 2 and not shape[1] % 2:
 """
 ENTRY = re.compile(
     r"# (?P<tests>[\w. ]+?\.py)(?: in (?P<within>\w+))?: (?P<what>.+)\n"
