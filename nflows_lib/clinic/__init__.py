@@ -4,9 +4,9 @@
 draws what two of the tests measure in each layer.
 
 Each test looks for one thing. The tests of round trips and log-dets ask each layer, and then the whole flow with what
-its own ``forward`` does outside of its layers; random draws are held fixed meanwhile (``control.py``). The tests are grouped in modules by subject. The decorator ``doctors_test`` in
-``registry.py`` makes a function a test and declares which entries of the book's clinic the test may name. Nothing else
-is needed to add a test.
+its own ``forward`` does outside of its layers; random draws are held fixed meanwhile (``control.py``). The tests are
+grouped in modules by subject. The decorator ``doctors_test`` in ``registry.py`` makes a function a test and declares
+which entries of the book's clinic the test may name. Nothing else is needed to add a test.
 
 Every test except *precision* works on a copy of the flow in float64. There rounding leaves errors of 1e-6 or less, so a
 larger error is a mistake in the flow. Many tests look at a *woken* copy, in which every trainable parameter has been

@@ -563,7 +563,7 @@ def pair(output: object) -> tuple[Tensor, Any]:
         raise ValueError(f"z: expected one tensor, got the latents as a {type(output[0]).__name__} of {len(output[0])}")
     if not isinstance(output, tuple | list) or len(output) != 2 or not isinstance(output[0], Tensor):
         parts = f"a tuple of {len(output)}" if isinstance(output, tuple | list) else type(output).__name__
-        raise ValueError(f"forward: expected it to return the pair (z, log_det), got {parts}")
+        raise ValueError(f"forward: expected the pair (z, log_det), got {parts}")
     return output[0], output[1]
 
 

@@ -50,7 +50,7 @@ def neighbours(case: Case) -> Finding:
         return Finding(True, "log p(x) of an example does not depend on the rest of the batch")
     measured = f"log p(x) moves by {moved:.3g} nats with the other examples of the batch"
     if all(torch.equal(other.z[:4], passes[0].z[:4]) for other in passes[1:]):
-        return Finding(False, measured, "the log-det depends on the other examples, the latent does not", "P15")
+        return Finding(False, measured, "only the log-det depends on the other examples", "P15")
     if flow.training:
         return Finding(False, measured, "batch statistics do not give a density of one example: call eval()", "F15")
     return Finding(False, measured, "the flow uses batch statistics in evaluation mode, too", "F15")

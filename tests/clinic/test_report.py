@@ -321,9 +321,6 @@ def test_log_dets_that_are_not_summed() -> None:
     assert found.cause == "return one log-det per example: sum over its dimensions, not over the batch"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="its message is cut before the kind, and the cause is that of an unsummed log-det"
-)
 def test_a_forward_that_returns_no_pair() -> None:
     class Single(Columns):
         def forward(self, x: Tensor, *context: Tensor) -> Tensor:
