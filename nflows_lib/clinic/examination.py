@@ -77,11 +77,15 @@ class Record:
         z, log_det = self.layer(x, *self._rows(self.further, len(x)), **self._rows(self.options, len(x)))
         return z, one_each(log_det, len(x), summed=bool(self.name))
 
-    def alone(self) -> Record:
-        """The record of the first example alone; other examples then get its context."""
-        first = [value[:1] for value in (self.x, self.z, self.log_det)]
-        return replace(self, x=first[0], z=first[1], log_det=first[2], further=self._rows(self.further, 1),
-                       options=self._rows(self.options, 1))  # fmt: skip
+    def alone(self, i: int = 0) -> Record:
+        """The record of example i alone; other examples then get its context."""
+
+        def own(value: Any) -> Any:
+            each = isinstance(value, Tensor) and value.dim() and len(value) == len(self.x)
+            return value[i : i + 1] if each else value
+
+        further, options = tuple(map(own, self.further)), {key: own(value) for key, value in self.options.items()}
+        return replace(self, x=own(self.x), z=own(self.z), log_det=own(self.log_det), further=further, options=options)
 
     def back(self, z: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """What the layer's inverse makes of the layer's output, or of z, and the log-det that it returns, if any.
