@@ -136,8 +136,8 @@ TABLE = r"""
 - drawn.fill_(low + self.level * (high - low))
 + drawn.fill_(self.level)
 # test_control.py: the doctor does not put NumPy's random state back
-- np.random.set_state(states[1])
-+ np.random.get_state()
+- np.random.set_state(states[1])  # noqa: NPY002
++ np.random.get_state()  # noqa: NPY002
 # test_report.py: an error's message is cut only after it is too long
 - while words and len(line) + len(words[0]) < 75:
 + while words and len(line) < 75:
