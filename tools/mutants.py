@@ -1,6 +1,6 @@
 r"""Break one line of the library at a time and see whether the tests of its module notice.
 
-``python tools/mutants.py`` tries every break (about 20 minutes), ``python tools/mutants.py 3 7`` tries the third and
+``python tools/mutants.py`` tries every break (about an hour), ``python tools/mutants.py 3 7`` tries the third and
 the seventh. The tests run in a copy of the working tree, first without a break. If the tests do not notice a break, it
 has survived, and the exit status is 1.
 """

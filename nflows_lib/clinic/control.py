@@ -114,7 +114,7 @@ def seeded(seed: int) -> Iterator[None]:
     """A context with its own seed for torch, NumPy and Python; their states are put back afterwards."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 - a flow may use the global generator
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would look for other devices, too
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002
         try:

@@ -146,6 +146,11 @@ class Pass:
     whole: Record
 
     @property
+    def is_finite(self) -> bool:
+        """Whether every latent and every log-likelihood is finite."""
+        return bool(self.z.isfinite().all() and self.log_p.isfinite().all())
+
+    @property
     def leaves(self) -> list[Record]:
         """The records of layers that have no other layer inside them."""
         layers = {id(record.layer) for record in self.records}

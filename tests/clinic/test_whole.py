@@ -643,3 +643,37 @@ def test_a_sound_flow_passes_all_three() -> None:
     for test in (bijection.round_trip, bijection.log_det, bijection.sum_of_log_dets):
         assert only(test, sound(), points()).passed
         assert only(test, sound(context=2), points(), points(dims=2, seed=1)).passed
+
+
+def test_a_noise_layer_whose_inverse_does_not_round_is_sound() -> None:
+    class Open(Noise):
+        def inverse(self, z: Tensor) -> Tensor:
+            return z
+
+    class Off(Noise):
+        def inverse(self, z: Tensor) -> Tensor:
+            return z + 2
+
+    for kind, passed in ((Open, True), (Off, False)):
+        flow = moved(Steps(kind(), Times(1 / 4), *couplings()))
+        assert only(bijection.round_trip, flow, grid()).passed is passed
+
+
+def test_each_example_has_a_log_det_of_its_own() -> None:
+    class First(nn.Module):
+        def __init__(self, right: bool) -> None:
+            super().__init__()
+            self.right = right
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            log_det = (3 * x.square()).log().sum(1)
+            return x**3, log_det if self.right else log_det[:1].expand(len(x))
+
+        def inverse(self, z: Tensor) -> Tensor:
+            return z.sign() * z.abs() ** (1 / 3)
+
+    x = points() + 5
+    assert only(bijection.log_det, moved(Steps(First(True), Columns())), x).passed
+    found = only(bijection.log_det, moved(Steps(First(False), Columns())), x)
+    assert (found.passed, found.entry) == (False, "P15")
+    assert found.cause == "every example gets the log-det of the first one"
