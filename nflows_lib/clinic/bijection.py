@@ -172,7 +172,11 @@ def _whole_back(case: Case, flow: nn.Module, when: str) -> Finding | float | Non
         return Finding(False, f"{when}the whole flow's inverse misses the data by {off:.2g}", _DRAWN, "F18")
     cause = _cause_of_inverse(case, flow, z, first)
     if not cause and first.shape == case.x.shape:
-        if rounding_explains(lambda nudged: case.back(flow, nudged), z, first, case.x):
+        with torch.no_grad():
+            back = case.back_to_noise(flow, z)  # without rounding to levels, which would hide how far it moves
+        if when and not back.isfinite().all():
+            return None  # the moved parameters are beyond what training reaches
+        if rounding_explains(lambda nudged: case.back_to_noise(flow, nudged), z, back, case.x):
             return None  # the test of precision speaks of it
     cause = cause or "the inverse of the whole flow does not undo its forward"
     return Finding(False, f"{when}the whole flow's inverse misses the data by {off:.2g}", cause, "P1")
