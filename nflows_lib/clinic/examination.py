@@ -150,7 +150,7 @@ class Pass:
         """Whether every latent and every log-likelihood is finite."""
         return bool(self.z.isfinite().all() and self.log_p.isfinite().all())
 
-    @property
+    @cached_property
     def leaves(self) -> list[Record]:
         """The records of layers that have no other layer inside them."""
         layers = {id(record.layer) for record in self.records}
@@ -160,13 +160,13 @@ class Pass:
             if not any(id(m) in layers for m in all_modules(r.layer).values() if m is not r.layer)
         ]
 
-    @property
+    @cached_property
     def outermost(self) -> list[Record]:
         """The records of layers that are inside no other layer."""
         inside = {id(m) for r in self.records for m in all_modules(r.layer).values() if m is not r.layer}
         return [record for record in self.records if id(record.layer) not in inside]
 
-    @property
+    @cached_property
     def inner_first(self) -> list[Record]:
         """All records, each after those of the layers inside its own: the first with an error is to blame."""
         return sorted(self.records, key=lambda record: len(all_modules(record.layer)))
@@ -400,10 +400,9 @@ class Case:
         """Mean log-likelihood of the batch under a changed copy, in nats per dimension; -inf if the mean is NaN."""
         return (self.through(flow).log_p.mean() / self.dims).nan_to_num(nan=-math.inf).item()
 
-    def back(self, flow: nn.Module, z: Tensor, context: Tensor | None = None, seed: int = 1) -> Tensor:
-        """What a whole copy's inverse makes of latents; these get the contexts of the batch in turn, or other ones."""
-        context = self.context if context is None else context
-        further = () if context is None else (context[torch.arange(len(z)) % len(context)].clone(),)
+    def back(self, flow: nn.Module, z: Tensor, seed: int = 1) -> Tensor:
+        """What a whole copy's inverse makes of latents; these get the contexts of the batch in turn."""
+        further = () if self.context is None else (self.context[torch.arange(len(z)) % len(self.context)].clone(),)
         with seeded(seed):
             return first_of(chain_of(flow).inverse(z.clone(), *further))
 
@@ -416,6 +415,10 @@ class Case:
                 return self.back(flow, z)
             finally:
                 del layer.inverse
+        return self.back_unrounded(flow, z)
+
+    def back_unrounded(self, flow: nn.Module, z: Tensor) -> Tensor:
+        """A whole copy's inverse without any rounding, or with it if the inverse cannot do without."""
         try:
             with Unrounded():
                 return self.back(flow, z)
