@@ -3,6 +3,8 @@
 // content in the page, a picture and its text. The script needs no library, no network and no build step.
 "use strict";
 {
+  const { element, button, choice, followLooks, number, signed, minus, pair, hue, readAddress, writeAddress, clearAddress, followAddress } =
+    PlaygroundPage;
   const SETS = globalThis.playgroundSets;
   const MODELS = { nice: "NICE", realnvp: "RealNVP" };
   const FAILURES = { nothing: "nothing", scaling: "scaling", alternation: "alternation", tanh: "tanh" };
@@ -47,36 +49,8 @@
     "curve realnvp alternation": "On the thin curve the fixed mask costs next to nothing: x₁ has a normal distribution already.",
   };
 
-  const STYLE = `
-    :host { --text: var(--pst-color-text-base, #222832); --muted: var(--pst-color-text-muted, #48566b);
-      --ground: var(--pst-color-background, #fff); --surface: var(--pst-color-surface, #f3f4f5);
-      --border: var(--pst-color-border, #c9c9c9); --accent: var(--pst-color-primary, #0a7d91);
-      --bad: var(--pst-color-danger, #b4233a); --ring: var(--pst-color-link, #0a7d91);
-      color: var(--text); container-type: inline-size; display: block; font-size: 1rem; line-height: 1.4;
-      margin-block: 1.5rem; scroll-margin-top: 4rem; }
-    * { box-sizing: border-box; }
-    fieldset { border: 0; display: flex; flex-wrap: wrap; gap: .25rem; margin: 0; min-width: 0; padding: 0; }
-    legend { float: left; font-weight: 600; padding: 0; }
-    .choices { display: grid; gap: .5rem .75rem; grid-template-columns: max-content 1fr; margin-bottom: .75rem; }
-    .choices fieldset { display: contents; }
-    .choices legend { align-self: center; }
-    .options { display: flex; flex-wrap: wrap; gap: .25rem; }
-    label.pill { cursor: pointer; position: relative; }
-    label.pill input { cursor: pointer; height: 100%; inset: 0; margin: 0; opacity: 0; position: absolute; width: 100%; }
-    label.pill span, button.plain { align-items: center; background: var(--surface); border: 1px solid var(--border);
-      border-radius: 1.25rem; color: var(--text); display: inline-flex; font: inherit; min-height: 2.5rem; padding: .3rem .8rem; }
-    label.pill input:checked + span { background: var(--accent); border-color: var(--accent); color: var(--ground); }
-    label.pill.broken input:checked + span { background: var(--bad); border-color: var(--bad); }
-    label.pill input:focus-visible + span, button:focus-visible, input:focus-visible {
-      outline: 3px solid var(--ring); outline-offset: 2px; }
-    button.plain { cursor: pointer; }
-    button.plain[aria-pressed="true"] { background: var(--accent); border-color: var(--accent); color: var(--ground); }
-    .panes { display: grid; gap: .5rem 1rem; grid-template-columns: minmax(0, 40svh); justify-content: center; }
-    @container (min-width: 34rem) { .panes { grid-template-columns: 1fr 1fr; } }
-    .title { font-weight: 600; margin: 0 0 .25rem; }
-    .pane { aspect-ratio: 1; background: var(--ground); border: 1px solid var(--border); border-radius: .4rem;
-      overflow: hidden; position: relative; }
-    canvas { cursor: crosshair; display: block; height: 100%; touch-action: pan-y; width: 100%; }
+  const STYLE = `${PlaygroundPage.STYLE}
+    .pane canvas { cursor: crosshair; touch-action: pan-y; }
     .drawing canvas { cursor: cell; touch-action: none; }
     .handle { border-radius: 50%; cursor: grab; height: 44px; margin: -22px; position: absolute; touch-action: none; width: 44px; }
     .handle::before { background: var(--bad); border: 3px solid var(--ground); border-radius: 50%;
@@ -100,26 +74,28 @@
     .point input { background: var(--ground); border: 1px solid var(--muted); border-radius: .3rem; color: var(--text); font: inherit;
       flex: 1; max-width: 7rem; min-height: 2.5rem; min-width: 4rem; padding: .1rem .4rem; }
     .sum { font-variant-numeric: tabular-nums; margin: .25rem 0; white-space: pre-line; }
-    .story { border-left: 4px solid var(--accent); margin: .75rem 0; padding: .1rem 0 .1rem .75rem; }
-    .story.broken { border-color: var(--bad); }
-    .tools { display: flex; flex-wrap: wrap; gap: .35rem; margin-top: .5rem; }
-    .hidden { clip-path: inset(50%); height: 1px; overflow: hidden; position: absolute; white-space: nowrap; width: 1px; }
-    .error { color: var(--bad); margin: .35rem 0; }
-    .error:empty { display: none; }
     @media (forced-colors: active) {
-      label.pill input:checked + span, button.plain[aria-pressed="true"] {
-        background: Highlight; color: HighlightText; forced-color-adjust: none; }
       .bars i, .handle::before { background: Highlight; forced-color-adjust: none; }
     }
-    @media print {
-      :host { print-color-adjust: exact; }
-      .tools, .way { display: none; }
-    }
+    @media print { .way { display: none; } }
   `;
 
   class FlowPlayground extends HTMLElement {
     connectedCallback() {
-      if (this.shadowRoot) return;
+      if (!this.shadowRoot) this.begin();
+      this.leaving = new AbortController();
+      const { signal } = this.leaving;
+      followLooks(this.panes.data.canvas, () => this.draw(), signal);
+      followAddress(this, "data", () => this.goToAddress(), signal);
+    }
+
+    disconnectedCallback() {
+      this.leaving.abort();
+      this.stop();
+      this.settle();
+    }
+
+    begin() {
       this.attachShadow({ mode: "open" });
       this.state = {
         data: "moons", model: "realnvp", without: "nothing", layer: Infinity, x: null,
@@ -131,23 +107,15 @@
       this.shown = 0; // the layer that is on the screen: on its way to state.layer
       this.build();
       if (!this.goToAddress()) this.choose();
-      new ResizeObserver(() => this.draw()).observe(this.panes.data.canvas);
-      new MutationObserver(() => this.draw()).observe(document.documentElement, { attributeFilter: ["data-theme"] });
-      addEventListener("hashchange", () => this.goToAddress());
-      // A link to the present address changes nothing in it, but the reader wants to go there all the same.
-      document.addEventListener("click", (event) => {
-        const link = event.target.closest('a[href^="#data="]');
-        if (link && link.hash === location.hash) this.goToAddress();
-      });
     }
 
-    // --- what is chosen ---------------------------------------------------------------------------------------------
+    // --- what is chosen ---
 
     // From an address such as #data=moons&model=nice&without=scaling&layer=3, which a chapter or a friend may link to.
     // It says everything: what the reader had drawn, opened or switched on before is put away. False if it says nothing.
     goToAddress() {
-      const wanted = new URLSearchParams(location.hash.slice(1));
-      if (!Object.hasOwn(SETS, wanted.get("data"))) return false;
+      const wanted = readAddress(this, "data");
+      if (!wanted || !Object.hasOwn(SETS, wanted.get("data"))) return false;
       const { state } = this;
       this.stop();
       state.data = wanted.get("data");
@@ -175,7 +143,8 @@
     // A flow of the reader's own has no address: the address of one of ours would name another flow.
     writeAddress() {
       const { data, model, without, layer, gridOn: grid } = this.state;
-      history.replaceState(null, "", this.opened ? "#" : `#${new URLSearchParams({ data, model, without, layer, grid })}`);
+      if (this.opened) clearAddress(this, "data");
+      else writeAddress(this, { data, model, without, layer, grid });
     }
 
     // Read the flow that is chosen, and let everything that depends on it follow.
@@ -295,7 +264,7 @@
       return drawn.filter((x) => x.every(Number.isFinite));
     }
 
-    // --- the point ---------------------------------------------------------------------------------------------------
+    // --- the point ---
 
     moveTo(path) {
       this.path = path;
@@ -309,7 +278,7 @@
       this.moveTo(this.flow.path(h, pane === "data" ? 0 : this.state.layer));
     }
 
-    // --- the page ----------------------------------------------------------------------------------------------------
+    // --- the page ---
 
     build() {
       this.radios = {};
@@ -338,23 +307,19 @@
     }
 
     radioGroup(title, name, options) {
-      this.radios[name] = {};
-      const labels = Object.entries(options).map(([value, text]) => {
-        const radio = element("input", { type: "radio", name, value });
-        radio.addEventListener("change", () => {
-          this.stop();
-          if (name === "data") this.takeData(value);
-          else this.state[name] = value;
-          if (this.opened) this.opened = this.drawn = this.state.x = null;
-          this.choose();
-          this.writeAddress();
-          this.say(this.story.textContent);
-        });
-        this.radios[name][value] = radio;
-        const broken = name === "without" && value !== "nothing";
-        return element("label", { class: broken ? "pill broken" : "pill" }, radio, element("span", {}, text));
+      const { fieldset, radios } = choice(title, name, options, (value) => {
+        this.stop();
+        if (name === "data") this.takeData(value);
+        else this.state[name] = value;
+        if (this.opened) this.opened = this.drawn = this.state.x = null;
+        this.choose();
+        this.writeAddress();
+        this.say(this.story.textContent);
       });
-      return element("fieldset", {}, element("legend", {}, title), element("div", { class: "options" }, ...labels));
+      this.radios[name] = radios;
+      if (name !== "without") return fieldset;
+      for (const [value, radio] of Object.entries(radios)) radio.parentElement.classList.toggle("broken", value !== "nothing");
+      return fieldset;
     }
 
     pane(name) {
@@ -421,7 +386,7 @@
       return element("div", {}, title, frame);
     }
 
-    // --- the pen -----------------------------------------------------------------------------------------------------
+    // --- the pen ---
 
     startStroke() {
       this.strokes.push([]);
@@ -445,7 +410,7 @@
       this.draw();
     }
 
-    // --- the controls ------------------------------------------------------------------------------------------------
+    // --- the controls ---
 
     way() {
       const step = (change) => () => {
@@ -534,7 +499,7 @@
       return element("label", { class: "pill" }, input, element("span", { "aria-hidden": "true" }, "open a flow…"));
     }
 
-    // --- from layer to layer -----------------------------------------------------------------------------------------
+    // --- from layer to layer ---
 
     goTo(layer) {
       this.state.layer = Math.min(Math.max(layer, 0), this.last);
@@ -590,7 +555,7 @@
       this.player.textContent = "Play";
     }
 
-    // --- words and numbers -------------------------------------------------------------------------------------------
+    // --- words and numbers ---
 
     report() {
       const { state, path, last } = this;
@@ -649,7 +614,7 @@
       });
     }
 
-    // --- the panes ---------------------------------------------------------------------------------------------------
+    // --- the panes ---
 
     extent(name) {
       if (name === "data") return this.extents[0];
@@ -821,42 +786,6 @@
   function effect(added) {
     if (!Number.isFinite(added)) return "What it adds to log p is no finite number.";
     return added < 0 ? `It takes ${number(-added)} nats from log p.` : `It adds ${number(added)} nats to log p.`;
-  }
-
-  function element(tag, attributes, ...children) {
-    const made = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-    made.append(...children);
-    return made;
-  }
-
-  function button(text, act, attributes = {}) {
-    const made = element("button", { type: "button", class: "plain", ...attributes }, text);
-    made.addEventListener("click", act);
-    return made;
-  }
-
-  // A point's colour is where it is in the data: the angle gives the hue, the distance the lightness.
-  function hue([x1, x2]) {
-    return `hsl(${(Math.atan2(x2, x1) * 180) / Math.PI} 75% ${Math.min(35 + 8 * Math.hypot(x1, x2), 58)}%)`;
-  }
-
-  function number(value) {
-    if (!Number.isFinite(value)) return Number.isNaN(value) ? "no number" : value > 0 ? "∞" : "−∞";
-    if (Math.abs(value) >= 1e6) return minus(value.toExponential(2));
-    return minus(value.toLocaleString("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 }));
-  }
-
-  function signed(value) {
-    return value < 0 ? number(value).replace("−", "− ") : `+ ${number(value)}`;
-  }
-
-  function minus(value) {
-    return String(value).replace("-", "−");
-  }
-
-  function pair(h) {
-    return `(${h.map(number).join(", ")})`;
   }
 
   customElements.define("flow-playground", FlowPlayground);

@@ -9,13 +9,10 @@
 //   redraw: pictures, scales         names; a row's first picture is the original, in the others that scale is redrawn
 "use strict";
 {
-  const STYLE = `
-    :host { --text: var(--pst-color-text-base, #222832); --muted: var(--pst-color-text-muted, #48566b);
-      --ground: var(--pst-color-background, #fff); --surface: var(--pst-color-surface, #f3f4f5);
-      --border: var(--pst-color-border, #c9c9c9); --accent: var(--pst-color-primary, #0a7d91);
-      color: var(--text); display: block; font-size: 1rem; line-height: 1.4; margin-block: 1.5rem; }
-    * { box-sizing: border-box; }
-    .tools { align-items: center; display: flex; flex-wrap: wrap; gap: .75rem 1.5rem; justify-content: center; }
+  const { button, choice, element } = PlaygroundPage;
+  const STYLE = `${PlaygroundPage.STYLE}
+    :host { --ring: var(--accent); container-type: normal; print-color-adjust: economy; }
+    .tools { align-items: center; gap: .75rem 1.5rem; justify-content: center; margin: 0; }
     .view { display: block; image-rendering: pixelated; max-width: 100%; }
     .pad { border: 1px solid var(--border); cursor: crosshair; max-width: 100%; position: relative;
       touch-action: none; user-select: none; width: 19rem; }
@@ -27,19 +24,14 @@
     .row label { align-items: center; display: flex; flex: 1; gap: .75rem; min-height: 2.75rem; min-width: 0; }
     input[type="range"] { accent-color: var(--accent); cursor: pointer; flex: 1; height: 2.75rem; margin: 0; min-width: 6rem; }
     input[type="checkbox"] { accent-color: var(--accent); height: 1.5rem; width: 1.5rem; }
-    fieldset { border: 0; display: flex; flex-wrap: wrap; gap: .4rem; justify-content: center; margin: .25rem 0;
-      min-width: 0; padding: 0; }
-    legend { float: left; line-height: 2.75rem; padding: 0 .5rem 0 0; }
-    label.pill { cursor: pointer; position: relative; }
-    label.pill input { cursor: pointer; height: 100%; inset: 0; margin: 0; opacity: 0; position: absolute; width: 100%; }
-    label.pill span, button { align-items: center; background: var(--surface); border: 1px solid var(--border);
-      border-radius: 1.4rem; color: var(--text); display: flex; font: inherit; justify-content: center; min-height: 2.75rem;
+    fieldset { gap: .4rem; justify-content: center; margin: .25rem 0; }
+    legend { font-weight: inherit; line-height: 2.75rem; padding: 0 .5rem 0 0; }
+    .options { display: contents; }
+    label.pill span, button.plain { border-radius: 1.4rem; display: flex; justify-content: center; min-height: 2.75rem;
       min-width: 2.75rem; padding: .35rem .9rem; }
-    label.pill input:checked + span { background: var(--accent); border-color: var(--accent); color: var(--ground); }
-    button { cursor: pointer; }
     button.main { background: var(--accent); border-color: var(--accent); color: var(--ground); }
     label.pill input:focus-visible + span, button:focus-visible, input:focus-visible, .pad:focus-visible {
-      outline: 3px solid var(--accent); outline-offset: 3px; }
+      outline: 3px solid var(--ring); outline-offset: 3px; }
     output { color: var(--text); display: block; font-variant-numeric: tabular-nums; min-height: 1.4em; text-align: center; }
     @media (max-width: 40rem) { /* both on one screen: the eye is on the picture, the finger on the pad */
       .pad { width: 14rem; }
@@ -47,21 +39,11 @@
       legend { float: none; line-height: 1.5; padding: 0; text-align: center; width: 100%; }
       output { min-height: 2.8em; }
     }
-    @media (forced-colors: active) {
-      label.pill input:checked + span { background: Highlight; color: HighlightText; forced-color-adjust: none; }
-    }
-    @media print { .tools { display: none; } }
   `;
   // The caption stays; the sheet, which the figure shows without scripts, comes back on paper.
   const OUTSIDE = "@media screen { latent-sheet.ready figure > :not(figcaption) { display: none; } }";
   const BETWEEN = 4; // screen pixels between pictures that stand side by side
 
-  const element = (tag, attributes = {}, ...children) => {
-    const made = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-    made.append(...children);
-    return made;
-  };
   const clamp = (value, last) => Math.min(Math.max(value, 0), last);
 
   class LatentSheet extends HTMLElement {
@@ -128,23 +110,13 @@
       return { input, whole: element("label", {}, element("span", {}, label), input) };
     }
 
-    button(text, pressed, attributes = {}) {
-      const made = element("button", { type: "button", ...attributes }, text);
-      made.addEventListener("click", pressed);
-      return made;
-    }
-
     radios(title, names, chosen, changed) {
-      const pills = names.map((name, i) => {
-        const radio = element("input", { type: "radio", name: title, value: i });
-        radio.checked = i === chosen;
-        radio.addEventListener("change", () => changed(i));
-        return element("label", { class: "pill" }, radio, element("span", {}, name));
-      });
-      return element("fieldset", {}, element("legend", {}, title), ...pills);
+      const { fieldset, radios } = choice(title, title, names, (i) => changed(Number(i)));
+      radios[chosen].checked = true;
+      return fieldset;
     }
 
-    // --- the three modes, each gives its part of the page -----------------------------------------------------------
+    // --- the three modes, each gives its part of the page ---
 
     pad() {
       const last = [this.columns - 1, this.rows - 1];
@@ -227,7 +199,7 @@
           "div", { class: "controls" }, this.status,
           element(
             "div", { class: "row" },
-            this.button("◀", by(-1), { "aria-label": `lower ${label}` }), whole, this.button("▶", by(1), { "aria-label": `higher ${label}` }),
+            button("◀", by(-1), { "aria-label": `lower ${label}` }), whole, button("▶", by(1), { "aria-label": `higher ${label}` }),
           ),
         ),
       );
@@ -250,7 +222,7 @@
           "div", { class: "controls" }, this.status,
           this.radios("picture", pictures, now.picture, (picture) => move({ picture })),
           this.radios("scale", scales, now.scale, (scale) => move({ scale })),
-          element("div", { class: "row" }, this.button("next draw", () => move({ draw: (now.draw % (this.columns - 1)) + 1 }), { class: "main" })),
+          element("div", { class: "row" }, button("next draw", () => move({ draw: (now.draw % (this.columns - 1)) + 1 }), { class: "plain main" })),
         ),
       );
     }

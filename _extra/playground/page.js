@@ -1,0 +1,141 @@
+// What the elements of the playground share: the style, the parts of a page, numbers as text, and addresses.
+"use strict";
+{
+  const STYLE = `
+    :host { --text: var(--pst-color-text-base, #222832); --muted: var(--pst-color-text-muted, #48566b);
+      --ground: var(--pst-color-background, #fff); --surface: var(--pst-color-surface, #f3f4f5);
+      --border: var(--pst-color-border, #c9c9c9); --accent: var(--pst-color-primary, #0a7d91);
+      --bad: var(--pst-color-danger, #b4233a); --ring: var(--pst-color-link, #0a7d91);
+      color: var(--text); container-type: inline-size; display: block; font-size: 1rem; line-height: 1.4;
+      margin-block: 1.5rem; scroll-margin-top: 4rem; }
+    * { box-sizing: border-box; }
+    fieldset { border: 0; display: flex; flex-wrap: wrap; gap: .25rem; margin: 0; min-width: 0; padding: 0; }
+    legend { float: left; font-weight: 600; padding: 0; }
+    .choices { display: grid; gap: .5rem .75rem; grid-template-columns: max-content 1fr; margin-bottom: .75rem; }
+    .choices fieldset { display: contents; }
+    .choices legend { align-self: center; }
+    .options { display: flex; flex-wrap: wrap; gap: .25rem; }
+    label.pill { cursor: pointer; position: relative; }
+    label.pill input { cursor: pointer; height: 100%; inset: 0; margin: 0; opacity: 0; position: absolute; width: 100%; }
+    label.pill span, button.plain { align-items: center; background: var(--surface); border: 1px solid var(--border);
+      border-radius: 1.25rem; color: var(--text); display: inline-flex; font: inherit; min-height: 2.5rem; padding: .3rem .8rem; }
+    label.pill input:checked + span, button.plain[aria-pressed="true"] {
+      background: var(--accent); border-color: var(--accent); color: var(--ground); }
+    label.pill.broken input:checked + span { background: var(--bad); border-color: var(--bad); }
+    label.pill input:focus-visible + span, button:focus-visible, input:focus-visible {
+      outline: 3px solid var(--ring); outline-offset: 2px; }
+    button.plain { cursor: pointer; }
+    .panes { display: grid; gap: .5rem 1rem; grid-template-columns: minmax(0, 40svh); justify-content: center; }
+    @container (min-width: 34rem) { .panes { grid-template-columns: 1fr 1fr; } }
+    .title { font-weight: 600; margin: 0 0 .25rem; }
+    .pane { aspect-ratio: 1; background: var(--ground); border: 1px solid var(--border); border-radius: .4rem;
+      overflow: hidden; position: relative; }
+    .pane canvas { display: block; height: 100%; width: 100%; }
+    .story { border-left: 4px solid var(--accent); margin: .75rem 0; padding: .1rem 0 .1rem .75rem; }
+    .story.broken { border-color: var(--bad); }
+    .tools { display: flex; flex-wrap: wrap; gap: .35rem; margin-top: .5rem; }
+    .hidden { clip-path: inset(50%); height: 1px; overflow: hidden; position: absolute; white-space: nowrap; width: 1px; }
+    .error { color: var(--bad); margin: .35rem 0; }
+    .error:empty { display: none; }
+    @media (forced-colors: active) {
+      label.pill input:checked + span, button.plain[aria-pressed="true"] {
+        background: Highlight; color: HighlightText; forced-color-adjust: none; }
+    }
+    @media print {
+      :host { print-color-adjust: exact; }
+      .tools { display: none; }
+    }
+  `;
+
+  // --- parts of a page ---
+
+  function element(tag, attributes = {}, ...children) {
+    const made = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    made.append(...children);
+    return made;
+  }
+
+  function button(text, act, attributes = {}) {
+    const made = element("button", { type: "button", class: "plain", ...attributes }, text);
+    made.addEventListener("click", act);
+    return made;
+  }
+
+  // One of several options, which are texts by value: the fieldset, and the radio button of each value.
+  function choice(title, name, options, onChange) {
+    const radios = {};
+    const labels = Object.entries(options).map(([value, text]) => {
+      radios[value] = element("input", { type: "radio", name, value });
+      radios[value].addEventListener("change", () => onChange(value));
+      return element("label", { class: "pill" }, radios[value], element("span", {}, text));
+    });
+    return { fieldset: element("fieldset", {}, element("legend", {}, title), element("div", { class: "options" }, ...labels)), radios };
+  }
+
+  // Call draw when the size of an element or the theme of the page changes, and once at the beginning.
+  function followLooks(target, draw, signal) {
+    const [size, theme] = [new ResizeObserver(() => draw()), new MutationObserver(() => draw())];
+    size.observe(target);
+    theme.observe(document.documentElement, { attributeFilter: ["data-theme"] });
+    signal.addEventListener("abort", () => [size, theme].forEach((one) => one.disconnect()));
+  }
+
+  // --- numbers and colours ---
+
+  function number(value) {
+    if (!Number.isFinite(value)) return Number.isNaN(value) ? "no number" : value > 0 ? "∞" : "−∞";
+    if (Math.abs(value) >= 1e6) return minus(value.toExponential(2));
+    return minus(value.toLocaleString("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 }));
+  }
+
+  function signed(value) {
+    return value < 0 ? number(value).replace("−", "− ") : `+ ${number(value)}`;
+  }
+
+  function minus(value) {
+    return String(value).replace("-", "−");
+  }
+
+  function pair(h) {
+    return `(${h.map(number).join(", ")})`;
+  }
+
+  // A point's colour is where it is in the data: the angle gives the hue, the distance the lightness.
+  function hue([x1, x2]) {
+    return `hsl(${(Math.atan2(x2, x1) * 180) / Math.PI} 75% ${Math.min(35 + 8 * Math.hypot(x1, x2), 58)}%)`;
+  }
+
+  // --- addresses ---
+
+  // An address such as #data=moons&layer=3&in=second says the state of one element of the page: of the kind that has this
+  // key (data), and with this id. Without "in" it is the element without an id. Null if the address is not the host's.
+  function readAddress(host, key) {
+    const params = new URLSearchParams(location.hash.slice(1));
+    return params.has(key) && (params.get("in") ?? "") === host.id ? params : null;
+  }
+
+  function writeAddress(host, params) {
+    const all = new URLSearchParams(params);
+    if (host.id) all.set("in", host.id);
+    history.replaceState(null, "", `#${all}`);
+  }
+
+  // The address of another element stays.
+  function clearAddress(host, key) {
+    if (readAddress(host, key)) history.replaceState(null, "", "#");
+  }
+
+  // Call go when the reader goes to an address of the host, until the signal aborts.
+  function followAddress(host, key, go, signal) {
+    const follow = () => readAddress(host, key) && go();
+    addEventListener("hashchange", follow, { signal });
+    // A link to the present address changes nothing in it, but the reader wants to go there all the same.
+    document.addEventListener("click", (event) => event.target.closest("a")?.href === location.href && follow(), { signal });
+  }
+
+  // The one name that this file adds to the page.
+  globalThis.PlaygroundPage = {
+    STYLE, element, button, choice, followLooks, number, signed, minus, pair, hue, readAddress, writeAddress, clearAddress, followAddress,
+  };
+}
