@@ -1,23 +1,55 @@
-// The playground's mathematics: a flow on vectors that nflows_lib.experiments.export.to_json wrote, run in both directions
-// and layer by layer. It needs no page: tests/book/test_playground.py runs it in Node and compares it with PyTorch.
+// A flow on vectors that nflows_lib.experiments.export.to_json wrote: read, checked, run in both directions and layer by layer
+// (by train.js), and written. It needs no page: tests/book/test_playground.py runs it in Node and compares it with PyTorch.
 "use strict";
 {
+  const { TrainableFlow, Random, BASES, ACTIVATIONS } = PlaygroundTraining;
+  const KINDS = { scaling: checkScaling, additive: checkCoupling, affine: checkCoupling };
+
   // The one name that this file adds to the page.
-  globalThis.PlaygroundFlow = class {
+  globalThis.PlaygroundFlow = class PlaygroundFlow {
     static decodeHalves = decodeHalves;
 
     constructor(json) {
+      const description = PlaygroundFlow.decode(json);
+      this.dims = description.dims;
+      this.flow = new TrainableFlow(description);
+      this.layers = this.flow.layers;
+      this.random = new Random(Math.floor(2 ** 32 * Math.random()));
+    }
+
+    // The flow's description as train.js takes it: with plain numbers as weights. Complains of what is no flow.
+    static decode(json) {
       const { dims, base, layers } = json ?? {};
       check(Number.isInteger(dims) && dims > 0, "dims is no positive integer");
       check(Array.isArray(layers) && layers.length > 0, "it has no layers");
-      this.dims = dims;
-      this.base = one("base", BASES, base);
-      this.layers = layers.map((layer) => one("kind", KINDS, layer?.kind)(layer, dims));
+      checkOne("base", BASES, base);
+      return {
+        dims,
+        base,
+        layers: layers.map((layer) => {
+          checkOne("kind", KINDS, layer?.kind);
+          const plain = layer.weights === undefined ? layer : { ...layer, weights: Array.from(decodeHalves(layer.weights)) };
+          KINDS[layer.kind](plain, dims);
+          return plain;
+        }),
+      };
+    }
+
+    // The description of a flow as JSON, with weights rounded to float16. Complains of what the library cannot read.
+    static encode({ dims, base, layers }) {
+      const rounded = (v) => Number(v.toFixed(5));
+      const written = layers.map((layer) => {
+        checkOne("kind", KINDS, layer.kind);
+        KINDS[layer.kind](layer, dims);
+        if (layer.kind === "scaling") return { ...layer, log_scale: layer.log_scale.map(rounded) };
+        return { ...layer, ...(layer.gain !== undefined && { gain: rounded(layer.gain) }), weights: encodeHalves(layer.weights) };
+      });
+      return { dims, base, layers: written };
     }
 
     // A draw of the latent.
     drawLatent() {
-      return Array.from({ length: this.dims }, this.base.draw);
+      return Array.from({ length: this.dims }, () => BASES[this.flow.base].draw(this.random));
     }
 
     // Run the flow from position k, at which the vector is h, to both ends. states[i] is the vector after i layers: states[0] is
@@ -25,115 +57,55 @@
     path(h, k = 0) {
       const states = Array(this.layers.length + 1);
       const logDets = Array(this.layers.length);
-      states[k] = h;
-      for (let i = k; i < this.layers.length; i++) [states[i + 1], logDets[i]] = this.layers[i].forward(states[i]);
-      for (let i = k - 1; i >= 0; i--) [states[i], logDets[i]] = this.layers[i].inverse(states[i + 1]);
-      const logDet = sum(logDets);
-      const logBase = this.base.logProb(states.at(-1));
+      states[k] = [...h];
+      for (let i = k - 1; i >= 0; i--) states[i] = this.inverse(i, states[i + 1]);
+      for (let i = 0; i < this.layers.length; i++) {
+        const [next, logDet] = this.forward(i, states[i]);
+        states[i + 1] ??= next;
+        logDets[i] = logDet;
+      }
+      const logDet = logDets.reduce((total, v) => total + v, 0);
+      const logBase = this.flow.logBase(states.at(-1), 0, 1);
       return { states, logDets, logDet, logBase, logProb: logBase + logDet };
     }
 
-    // log p of the vector h after k layers, as the remaining layers give it.
-    logProb(h, k = 0) {
-      let logDet = 0;
-      for (const layer of this.layers.slice(k)) {
-        let contribution;
-        [h, contribution] = layer.forward(h);
-        logDet += contribution;
-      }
-      return this.base.logProb(h) + logDet;
+    // One layer on one vector: the next state, and its log-det.
+    forward(i, h) {
+      const [next, logDet] = [new Float64Array(this.dims), [0]];
+      this.layers[i].forward(Float64Array.from(h), next, logDet, 1);
+      return [Array.from(next), logDet[0]];
+    }
+
+    inverse(i, h) {
+      const x = Float64Array.from(h);
+      this.layers[i].inverse(x, 1);
+      return Array.from(x);
+    }
+
+    // log p of the vectors h after k layers, as the remaining layers give it.
+    logProbs(vectors, k = 0) {
+      const B = vectors.length;
+      const x = Float64Array.from({ length: this.dims * B }, (_, at) => vectors[at % B][Math.floor(at / B)]);
+      return this.flow.logProb(x, B, k).logProb;
     }
   };
 
-  // Densities, and draws of one coordinate.
-  const BASES = {
-    normal: {
-      logProb: (z) => sum(z.map((v) => -0.5 * (v * v + Math.log(2 * Math.PI)))),
-      draw: () => Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random()),
-    },
-    logistic: {
-      logProb: (z) => sum(z.map((v) => -Math.abs(v) - 2 * Math.log1p(Math.exp(-Math.abs(v))))),
-      draw: () => {
-        const u = Math.random(); // can be 0
-        return Math.log((u + 2 ** -54) / (1 - u));
-      },
-    },
-  };
-
-  const ACTIVATIONS = {
-    relu: (v) => Math.max(v, 0),
-    silu: (v) => v / (1 + Math.exp(-v)),
-    tanh: Math.tanh,
-  };
-
-  const KINDS = { scaling: readScaling, additive: readCoupling, affine: readCoupling };
-
-  // Every layer: forward(x) gives [z, log-det]; inverse(z) gives [x, the same log-det, that of forward].
-  function readScaling({ log_scale: logScale }, dims) {
+  // Each check complains unless a layer's description is whole.
+  function checkScaling({ log_scale: logScale }, dims) {
     check(isNumbers(logScale, dims), `log_scale is not ${dims} numbers`);
-    const logDet = sum(logScale);
-    return {
-      kind: "scaling",
-      forward: (x) => [x.map((v, i) => v * Math.exp(logScale[i])), logDet],
-      inverse: (z) => [z.map((v, i) => v * Math.exp(-logScale[i])), logDet],
-    };
   }
 
-  function readCoupling({ kind, passes, gain, widths, activation, weights }, dims) {
+  function checkCoupling({ kind, passes, gain, widths, activation, weights }, dims) {
     check(isNumbers(passes, dims) && passes.some((p) => p) && !passes.every((p) => p), `passes is no mask of ${dims}`);
     check(gain === undefined || Number.isFinite(gain), "gain is no number");
     check(Array.isArray(widths) && widths.every((width) => Number.isInteger(width) && width > 0), "widths are no sizes");
-    const kept = passes.flatMap((p, i) => (p ? [i] : []));
-    const changed = passes.flatMap((p, i) => (p ? [] : [i]));
-    const affine = kind === "affine";
-    const network = readNetwork(kept.length, widths, changed.length * (affine ? 2 : 1), activation, weights);
-    // The failure "no tanh" is a coupling without a gain: its log-scale is the network's output.
-    const tame = gain === undefined ? (raw) => raw : (raw) => gain * Math.tanh(raw);
-    const parts = (h) => {
-      const output = network(kept.map((i) => h[i]));
-      const shift = affine ? output.slice(changed.length) : output;
-      return { logScale: changed.map((_, j) => (affine ? tame(output[j]) : 0)), shift };
-    };
-    return {
-      kind,
-      changed,
-      forward(x) {
-        const { logScale, shift } = parts(x);
-        const z = [...x];
-        changed.forEach((i, j) => (z[i] = x[i] * Math.exp(logScale[j]) + shift[j]));
-        return [z, sum(logScale)];
-      },
-      inverse(z) {
-        const { logScale, shift } = parts(z);
-        const x = [...z];
-        changed.forEach((i, j) => (x[i] = (z[i] - shift[j]) * Math.exp(-logScale[j])));
-        return [x, sum(logScale)];
-      },
-    };
-  }
-
-  function readNetwork(inputs, widths, outputs, activation, weights) {
-    const bend = one("activation", ACTIVATIONS, activation);
-    const values = decodeHalves(weights);
-    let start = 0;
-    const take = (n) => values.subarray(start, (start += n));
-    const layers = [...widths, outputs].map((width, i) => {
-      const columns = i ? widths[i - 1] : inputs;
-      return { columns, matrix: take(width * columns), bias: take(width) };
-    });
-    check(start === values.length, `weights are ${values.length} numbers, not ${start}`);
-    return (h) => {
-      layers.forEach(({ columns, matrix, bias }, i) => {
-        const next = Array(bias.length);
-        for (let row = 0; row < bias.length; row++) {
-          let total = bias[row];
-          for (let column = 0; column < columns; column++) total += matrix[row * columns + column] * h[column];
-          next[row] = i < layers.length - 1 ? bend(total) : total;
-        }
-        h = next;
-      });
-      return h;
-    };
+    checkOne("activation", ACTIVATIONS, activation);
+    const kept = passes.filter((p) => p).length;
+    const sizes = [kept, ...widths, (dims - kept) * (kind === "affine" ? 2 : 1)];
+    const needed = sizes.slice(1).reduce((total, outputs, k) => total + (sizes[k] + 1) * outputs, 0);
+    check(Array.isArray(weights), "it has no weights");
+    check(weights.length === needed, `weights are ${weights.length} numbers, not ${needed}`);
+    check(weights.every(Number.isFinite), "a weight is no finite number");
   }
 
   // Base64 of little-endian float16 numbers: 1 bit sign, 5 bits exponent, 10 bits fraction.
@@ -149,17 +121,26 @@
     });
   }
 
-  function one(name, table, key) {
+  function encodeHalves(values) {
+    const even = (v) => (v % 1 === 0.5 ? 2 * Math.round(v / 2) : Math.round(v));
+    const bytes = values.flatMap((v) => {
+      const size = Math.abs(v);
+      check(size < 65520, `a weight of ${v} is too large for float16`);
+      let exponent = Math.max(Math.floor(Math.log2(size)), -14);
+      while (exponent > -14 && 2 ** exponent > size) exponent -= 1; // where the logarithm was rounded up
+      const steps = even((size / 2 ** exponent) * 1024); // 1024 to 2048 steps of 2^(exponent - 10); fewer if subnormal
+      const bits = ((exponent + 14) << 10) + steps + (v < 0 ? 0x8000 : 0);
+      return [bits & 255, bits >> 8];
+    });
+    return btoa(String.fromCharCode(...bytes));
+  }
+
+  function checkOne(name, table, key) {
     check(typeof key === "string" && Object.hasOwn(table, key), `${name} is none of ${Object.keys(table).join(", ")}`);
-    return table[key];
   }
 
   function isNumbers(values, n) {
     return Array.isArray(values) && values.length === n && values.every(Number.isFinite);
-  }
-
-  function sum(values) {
-    return values.reduce((total, v) => total + v, 0);
   }
 
   function check(holds, complaint) {

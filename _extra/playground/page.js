@@ -106,6 +106,62 @@
     return `hsl(${(Math.atan2(x2, x1) * 180) / Math.PI} 75% ${Math.min(35 + 8 * Math.hypot(x1, x2), 58)}%)`;
   }
 
+  // --- pictures ---
+
+  // A pen on a canvas that is made as sharp as the screen, with the canvas's size; nothing where it has no width.
+  function startDrawing(canvas) {
+    const [width, height] = [canvas.clientWidth, canvas.clientHeight];
+    if (!width) return null;
+    const ratio = devicePixelRatio || 1;
+    canvas.width = Math.round(width * ratio);
+    canvas.height = Math.round(height * ratio);
+    const pen = canvas.getContext("2d");
+    pen.scale(ratio, ratio);
+    return { pen, width, height };
+  }
+
+  // The axes of a square pane, from -extent to extent.
+  function drawAxes(pen, size, extent, ink, letter) {
+    const every = extent > 6 ? 4 : extent > 4 ? 2 : 1;
+    pen.fillStyle = ink;
+    pen.font = "11px sans-serif";
+    for (let tick = -every * Math.floor(extent / every); tick <= extent; tick += every) {
+      const where = (size / 2) * (1 + tick / extent);
+      if (where < 24 || where > size - 24) continue; // the corners are for the axes' names
+      pen.fillRect(where, size - 4, 1, 4);
+      pen.fillRect(0, size - where, 4, 1);
+      pen.textAlign = "center";
+      pen.fillText(minus(tick), where, size - 7);
+      pen.textAlign = "left";
+      pen.fillText(minus(tick), 7, size - where + 4);
+    }
+    pen.font = "italic 600 13px sans-serif";
+    pen.fillText(`${letter}₂`, 7, 16);
+    pen.textAlign = "right";
+    pen.fillText(`${letter}₁`, size - 6, size - 8);
+  }
+
+  // A density on a square of side times side cells, row by row from the top, as a small picture: the more of the colour, the
+  // denser; hatched with the other colour where it is no finite number.
+  function densityPicture(density, side, colour, bad) {
+    const picture = element("canvas", { width: side, height: side });
+    const pen = picture.getContext("2d");
+    const lost = (i) => !Number.isFinite(density[i]) && ((i % side) + Math.floor(i / side)) % 6 < 2;
+    pen.fillStyle = colour;
+    pen.fillRect(0, 0, side, side);
+    pen.fillStyle = bad;
+    for (let i = 0; i < density.length; i++) if (lost(i)) pen.fillRect(i % side, Math.floor(i / side), 1, 1);
+    const pixels = pen.getImageData(0, 0, side, side);
+    // Thin ridges are far denser than the rest: the top of the scale is what 1 in 100 pixels exceeds.
+    const sorted = density.filter(Number.isFinite).sort((a, b) => a - b);
+    const top = sorted[Math.floor(0.99 * sorted.length)] || 1;
+    density.forEach((p, i) => {
+      pixels.data[4 * i + 3] = Number.isFinite(p) ? 190 * Math.sqrt(Math.min(p / top, 1)) : lost(i) ? 130 : 0;
+    });
+    pen.putImageData(pixels, 0, 0);
+    return picture;
+  }
+
   // --- addresses ---
 
   // An address such as #data=moons&layer=3&in=second says the state of one element of the page: of the kind that has this
@@ -136,6 +192,7 @@
 
   // The one name that this file adds to the page.
   globalThis.PlaygroundPage = {
-    STYLE, element, button, choice, followLooks, number, signed, minus, pair, hue, readAddress, writeAddress, clearAddress, followAddress,
+    STYLE, element, button, choice, followLooks, number, signed, minus, pair, hue, startDrawing, drawAxes, densityPicture,
+    readAddress, writeAddress, clearAddress, followAddress,
   };
 }

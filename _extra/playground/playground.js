@@ -3,8 +3,10 @@
 // content in the page, a picture and its text. The script needs no library, no network and no build step.
 "use strict";
 {
-  const { element, button, choice, followLooks, number, signed, minus, pair, hue, readAddress, writeAddress, clearAddress, followAddress } =
-    PlaygroundPage;
+  const {
+    element, button, choice, followLooks, number, signed, pair, hue, startDrawing, drawAxes, densityPicture,
+    readAddress, writeAddress, clearAddress, followAddress,
+  } = PlaygroundPage;
   const SETS = globalThis.playgroundSets;
   const MODELS = { nice: "NICE", realnvp: "RealNVP" };
   const FAILURES = { nothing: "nothing", scaling: "scaling", alternation: "alternation", tanh: "tanh" };
@@ -632,12 +634,9 @@
     // One pane at a position between 0 and the number of layers. Between two layers everything is on a straight line.
     drawPane(name, position) {
       const { canvas, handle } = this.panes[name];
-      const size = canvas.clientWidth;
-      if (!size) return;
-      const ratio = devicePixelRatio || 1;
-      canvas.width = canvas.height = Math.round(size * ratio);
-      const pen = canvas.getContext("2d");
-      pen.scale(ratio, ratio);
+      const start = startDrawing(canvas);
+      if (!start) return;
+      const { pen, width: size } = start;
       const css = getComputedStyle(this);
       const colour = (property) => css.getPropertyValue(property).trim();
       const extent = this.extent(name);
@@ -689,7 +688,7 @@
       pen.lineWidth = 3;
       pen.lineJoin = pen.lineCap = "round";
       for (const line of this.lines) trace(line.map(at));
-      this.drawAxes(pen, size, extent, colour("--text"), name === "data" || !position ? "x" : position === this.last ? "z" : "h");
+      drawAxes(pen, size, extent, colour("--text"), name === "data" || !position ? "x" : position === this.last ? "z" : "h");
       if (name === "latent") this.drawPath(pen, toPixels, trace, position, colour("--bad"), colour("--ground"));
 
       // A point that left the pane, or is no number any more, waits at its edge, as a diamond.
@@ -700,26 +699,6 @@
       handle.classList.toggle("outside", outside);
       handle.style.left = `${50 * (1 + (outside ? left : h[0] / extent))}%`;
       handle.style.top = `${50 * (1 - (outside ? top : h[1] / extent))}%`;
-    }
-
-    drawAxes(pen, size, extent, ink, letter) {
-      const every = extent > 6 ? 4 : extent > 4 ? 2 : 1;
-      pen.fillStyle = ink;
-      pen.font = "11px sans-serif";
-      for (let tick = -every * Math.floor(extent / every); tick <= extent; tick += every) {
-        const where = (size / 2) * (1 + tick / extent);
-        if (where < 24 || where > size - 24) continue; // the corners are for the axes' names
-        pen.fillRect(where, size - 4, 1, 4);
-        pen.fillRect(0, size - where, 4, 1);
-        pen.textAlign = "center";
-        pen.fillText(minus(tick), where, size - 7);
-        pen.textAlign = "left";
-        pen.fillText(minus(tick), 7, size - where + 4);
-      }
-      pen.font = "italic 600 13px sans-serif";
-      pen.fillText(`${letter}₂`, 7, 16);
-      pen.textAlign = "right";
-      pen.fillText(`${letter}₁`, size - 6, size - 8);
     }
 
     // Where the point was after each layer; what it has still to go is fainter.
@@ -742,34 +721,16 @@
       pen.globalAlpha = 1;
     }
 
-    // The flow's density after k layers, as a small picture: the more of the accent's colour, the denser; hatched where
-    // it is no finite number.
+    // The flow's density after k layers.
     heat(k, colour, bad) {
       const cached = this.heats[k];
       const extent = this.extents[k];
       if (cached?.colour === colour && cached.extent === extent) return cached.picture;
-      const picture = element("canvas", { width: HEAT, height: HEAT });
-      const pen = picture.getContext("2d");
-      const place = (i) => [i % HEAT, Math.floor(i / HEAT)];
-      const density = Array.from({ length: HEAT * HEAT }, (_, i) => {
-        const [column, row] = place(i);
-        const h = [column, HEAT - 1 - row].map((v) => extent * ((2 * (v + 0.5)) / HEAT - 1));
-        const logProb = this.flow.logProb(h, k);
-        return Number.isFinite(logProb) ? Math.exp(logProb) : NaN;
-      });
-      const lost = (i) => Number.isNaN(density[i]) && (place(i)[0] + place(i)[1]) % 6 < 2;
-      pen.fillStyle = colour;
-      pen.fillRect(0, 0, HEAT, HEAT);
-      pen.fillStyle = bad;
-      for (let i = 0; i < density.length; i++) if (lost(i)) pen.fillRect(...place(i), 1, 1);
-      const pixels = pen.getImageData(0, 0, HEAT, HEAT);
-      // Thin ridges are far denser than the rest: the top of the scale is what 1 in 100 pixels exceeds.
-      const sorted = density.filter(Number.isFinite).sort((a, b) => a - b);
-      const top = sorted[Math.floor(0.99 * sorted.length)] || 1;
-      density.forEach((p, i) => {
-        pixels.data[4 * i + 3] = Number.isNaN(p) ? (lost(i) ? 130 : 0) : 190 * Math.sqrt(Math.min(p / top, 1));
-      });
-      pen.putImageData(pixels, 0, 0);
+      const place = (column) => extent * ((2 * (column + 0.5)) / HEAT - 1);
+      const lines = Array.from({ length: HEAT }, (_, row) =>
+        this.flow.logProbs(Array.from({ length: HEAT }, (_, column) => [place(column), -place(row)]), k),
+      );
+      const picture = densityPicture(lines.flatMap((line) => Array.from(line, Math.exp)), HEAT, colour, bad);
       this.heats[k] = { colour, extent, picture };
       return picture;
     }

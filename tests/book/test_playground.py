@@ -38,7 +38,7 @@ CASES = [
 # This script reads flows and points, and prints the paths forward from the points and backward from them.
 RUN = """
 const vm = require("vm"), fs = require("fs");
-vm.runInThisContext(fs.readFileSync(process.argv[1], "utf8"));
+for (const file of ["train.js", "flow.js"]) vm.runInThisContext(fs.readFileSync(`${process.argv[1]}/${file}`, "utf8"));
 const { flow, points } = JSON.parse(fs.readFileSync(0, "utf8"));
 const it = new PlaygroundFlow(flow);
 const last = it.layers.length;
@@ -47,7 +47,7 @@ console.log(JSON.stringify({
   forward: points.map((x) => it.path(x)),
   backward: points.map((z) => it.path(z, last)),
   between: points.map((h) => it.path(h, middle)),
-  rest: points.map((h) => it.logProb(h, middle)),
+  rest: [...it.logProbs(points, middle)],
 }));
 """
 
@@ -55,7 +55,7 @@ console.log(JSON.stringify({
 def in_node(flow: dict[str, Any], points: torch.Tensor) -> dict[str, Any]:
     """What flow.js computes from the points, taken as data, as latents, and as vectors in the middle of the flow."""
     told = json.dumps({"flow": flow, "points": points.tolist()})
-    ran = subprocess.run([NODE, "-e", RUN, str(SCRIPTS / "flow.js")], input=told, capture_output=True, text=True)
+    ran = subprocess.run([NODE, "-e", RUN, str(SCRIPTS)], input=told, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout)
 

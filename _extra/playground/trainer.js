@@ -1,0 +1,803 @@
+// <flow-trainer>: a flow that learns before the reader's eyes, sound or broken on purpose, alone or beside a sound one. train.js
+// holds the mathematics and the worker that trains; page.js what the playground's elements share. A reader without scripts
+// sees the element's content in the page, a picture and its text.
+//
+//   at        the first state, written like the address: train=moons&model=nice&broken=scaling&beside=1
+//   compact   only the buttons and the pictures, for a chapter that has chosen the rest
+"use strict";
+{
+  const {
+    STYLE, element, button, choice, followLooks, number, minus, hue, startDrawing, drawAxes, densityPicture,
+    readAddress, writeAddress, clearAddress, followAddress,
+  } = PlaygroundPage;
+  const { makeData, entropyOf, volumePreservingOptimum, startWorker } = PlaygroundTraining;
+
+  const DATA = {
+    gaussians: "two Gaussians", moons: "two moons", circles: "two circles", spiral: "a spiral",
+    numbers: "whole numbers", own: "your own points",
+  };
+  const MODELS = { nice: "NICE", realnvp: "RealNVP" };
+  const SETTINGS = {
+    base: { title: "Base", options: ["normal", "logistic"] },
+    couplings: { title: "Couplings", options: [2, 4, 8, 12] },
+    width: { title: "Hidden units", options: [8, 16, 24, 48] },
+    rate: { title: "Learning rate", options: [0.001, 0.003, 0.01, 0.03, 0.1] },
+  };
+  const FIRST = { data: "gaussians", model: "nice", base: "normal", couplings: 8, width: 24, rate: 0.01, seed: 1, broken: [], beside: true, own: "" };
+
+  // Each failure: its name, its entry in the clinic, when it can be switched on, and what the reader will see.
+  const FAILURES = {
+    scaling: {
+      name: "no scaling layer", entry: "F1", fits: ({ model }) => model === "nice",
+      story: "Shears keep every area, so the density of no point can exceed the base's peak. The loss stops above the volume-preserving optimum, and the latents fill less room than the base.",
+    },
+    alternation: {
+      name: "masks do not alternate", entry: "F2", fits: () => true,
+      story: "Only the second coordinate ever moves. In the latent's pane each point stays above the place where it began, but for the scaling; the flow learns x₂ given x₁, and nothing about x₁.",
+    },
+    mask: {
+      name: "output not masked", entry: "F3", fits: ({ model }) => model === "nice",
+      story: "The network also shifts the half that it reads. The layer still claims a log-det of 0, so the flow may pull all points together for nothing: the loss falls below the entropy, the claimed density adds up to more than 1, and the inverse misses the points.",
+    },
+    logdet: {
+      name: "log-det left out of the loss", entry: "F27", fits: () => true, excludes: "sign",
+      story: "The loss is lowest where every latent is 0. All latents go there, the loss falls to its limit, and the samples fly apart.",
+    },
+    sign: {
+      name: "log-det subtracted", entry: "F27", fits: () => true, excludes: "logdet",
+      story: "Shrinking is now rewarded: the loss falls without end, and the density at the data goes to 0.",
+    },
+    tanh: {
+      name: "no tanh", entry: "F12", fits: ({ model }) => model === "realnvp",
+      story: "The log-scale is the network's output, without a bound. Far from the data the density is no finite number (hatched). Together with no clipping, one batch can end the run.",
+    },
+    clipping: {
+      name: "no clipping", entry: "F11", fits: () => true,
+      story: "A long gradient goes into Adam as it is. On these data a flow with tanh often survives that: watch the gradient's norm, and add no tanh or a higher rate.",
+    },
+    rate: {
+      name: "rate 30 times too high", entry: "P24", fits: () => true,
+      story: "Each step moves every weight by up to 30 times as much. The loss leaps, and what it comes back to is a worse flow.",
+    },
+    column: {
+      name: "a repeated column", entry: "F28", fits: ({ data }) => data !== "numbers",
+      story: "The second coordinate repeats the first, so the data lie on a line and their entropy is −∞. The loss has no lowest value: it falls as long as you train.",
+    },
+    noise: {
+      name: "no noise", entry: "F6", fits: ({ data }) => data === "numbers",
+      story: "All points of a cell are one point, so the density there can rise without end. No honest model of whole numbers has a loss below 0 (P(k) ≤ 1); this flow's falls below it.",
+    },
+  };
+
+  const EXTENT = { numbers: 2 }; // half the width of the data's pane; of the others, and of the latent's pane:
+  const WIDE = 3.6;
+  const SIDE = 72; // cells across a picture of the density
+  const EVERY = 100; // milliseconds between pictures
+  const CALM = 1000; // for readers who want less motion
+  const SPEAK = 5000; // milliseconds between two announcements
+  const LONGEST = 20_000; // steps
+  const DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_"; // of an address: places of drawn points
+  const PLACE = 0.1; // between two places
+  const MOST = 150; // points that a reader can draw
+
+  const OWN_STYLE = `
+    .way { align-items: center; display: flex; flex-wrap: wrap; gap: .35rem; margin: .75rem 0 .25rem; }
+    .title { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+    @container (max-width: 34rem) {
+      .choices { grid-template-columns: 1fr; }
+      .pill, button.plain { font-size: .9rem; }
+    }
+    .settings { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; margin-bottom: .75rem; }
+    .settings label { align-items: center; display: flex; font-weight: 600; gap: .5rem; }
+    select { background: var(--ground); border: 1px solid var(--muted); border-radius: .3rem; color: var(--text); font: inherit; min-height: 2.5rem; padding: .1rem .4rem; }
+    button.main { background: var(--accent); border-color: var(--accent); color: var(--ground); min-width: 5.5rem; justify-content: center; }
+    [hidden] { display: none !important; }
+    .panes { gap: .35rem .75rem; grid-template-columns: 1fr 1fr; }
+    .now { margin: .5rem 0; min-height: 1.4em; }
+    .view { display: grid; gap: .5rem 1rem; }
+    .charts { display: flex; flex-direction: column; min-height: 19rem; }
+    @container (min-width: 44rem) { .view { grid-template-columns: 4fr 3fr; } }
+    .pane:focus-visible { outline: 3px solid var(--ring); outline-offset: 2px; }
+    .drawing canvas { cursor: cell; }
+    .chart { flex: 3 1 0; height: 0; min-height: 0; width: 100%; }
+    .chart.small { flex: 1 1 0; }
+    .facts { overflow-x: auto; }
+    table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0; }
+    th, td { border-bottom: 1px solid var(--border); padding: .2rem 1.25rem .2rem 0; text-align: left; vertical-align: top; }
+    th { font-weight: 600; }
+    tbody th { font-weight: 400; }
+    td { white-space: nowrap; }
+    .story a { color: var(--ring); }
+    .story p { margin: .25rem 0; }
+    .story:empty { display: none; }
+    :host([compact]) .choices, :host([compact]) .settings, :host([compact]) .tools { display: none; }
+  `;
+
+  class FlowTrainer extends HTMLElement {
+    connectedCallback() {
+      this.leaves = new AbortController();
+      const { signal } = this.leaves;
+      if (!this.shadowRoot) {
+        this.attachShadow({ mode: "open" });
+        this.state = { ...FIRST };
+        this.view = { samples: false, pen: false, slow: false };
+        this.opened = null; // a flow of the reader's own to go on with: its name and description
+        this.running = false;
+        this.session = 0; // number of the session whose pictures are wanted
+        this.build();
+      }
+      this.worker = startWorker();
+      this.worker.onmessage = ({ data }) => this.receive(data);
+      this.worker.onerror = (event) => (this.error.textContent = `The training stopped: ${event.message}`);
+      if (!this.goToAddress(false)) this.take(new URLSearchParams(this.getAttribute("at") ?? ""));
+      followAddress(this, "train", () => this.goToAddress(true), signal);
+      followLooks(this.frame, () => this.draw(), signal);
+      // Nobody watches a page that is hidden, and training it would empty a battery.
+      document.addEventListener("visibilitychange", () => this.running && this.setPace(!document.hidden), { signal });
+      signal.addEventListener("abort", () => this.worker.terminate());
+    }
+
+    disconnectedCallback() {
+      this.leaves.abort();
+      this.running = false;
+    }
+
+    // --- what is chosen -----------------------------------------------------------------------------------------------
+
+    goToAddress(scroll) {
+      const wanted = readAddress(this, "train");
+      if (!wanted) return false;
+      this.running = false;
+      this.take(wanted);
+      if (scroll || location.hash) this.scrollIntoView();
+      return true;
+    }
+
+    // A whole state from an address. What is not in it, or is no option, is as at first.
+    take(wanted) {
+      const one = (options, value, otherwise) => (Object.hasOwn(options, value) ? value : otherwise);
+      const state = { ...FIRST };
+      state.data = one(DATA, wanted.get("train"), FIRST.data);
+      state.model = one(MODELS, wanted.get("model"), FIRST.model);
+      for (const [name, { options }] of Object.entries(SETTINGS)) {
+        state[name] = options.find((option) => String(option) === wanted.get(name)) ?? FIRST[name];
+      }
+      state.seed = Math.min(Math.max(Math.round(Number(wanted.get("seed") ?? FIRST.seed)) || 0, 0), 9999);
+      state.broken = (wanted.get("broken") ?? "").split(",").filter((name) => Object.hasOwn(FAILURES, name));
+      state.beside = wanted.get("beside") !== "0";
+      state.own = (wanted.get("own") ?? "").replaceAll(/[^\w-]/g, "").slice(0, 2 * MOST);
+      state.own = state.own.slice(0, 2 * Math.floor(state.own.length / 2));
+      this.state = state;
+      this.opened = null;
+      this.view.pen = state.data === "own" && !state.own;
+      this.begin();
+    }
+
+    // An opened flow has no address: the address of another flow would name that one.
+    writeAddress() {
+      const { data, broken, beside, own, ...rest } = this.state;
+      const params = new URLSearchParams({ train: data, ...rest, broken: broken.join(","), beside: beside ? 1 : 0 });
+      if (own) params.set("own", own);
+      if (this.opened) clearAddress(this, "train");
+      else writeAddress(this, params);
+    }
+
+    // The reader changed something: train again from the start, and go on if it was running.
+    change(changes) {
+      Object.assign(this.state, changes);
+      this.begin();
+      this.writeAddress();
+      if (this.running) this.setPace(true);
+    }
+
+    get points() {
+      const place = (digit) => PLACE * (DIGITS.indexOf(digit) - 31.5);
+      return Array.from({ length: this.state.own.length / 2 }, (_, i) => [place(this.state.own[2 * i]), place(this.state.own[2 * i + 1])]);
+    }
+
+    // The failures that are switched on and can be: of those of one flow, and of one that was opened.
+    get broken() {
+      const built = ["scaling", "alternation", "mask", "tanh"]; // what an opened flow has or has not, as it is
+      return this.state.broken.filter((name) => FAILURES[name].fits(this.state) && !(this.opened && built.includes(name)));
+    }
+
+    // A new session in the worker, with everything that depends on the choices.
+    begin() {
+      const { state } = this;
+      const { broken } = this;
+      this.variants = broken.length && state.beside ? [[], broken] : [broken];
+      this.names = this.variants.map((failures) => (failures.length ? failures.map((name) => FAILURES[name].name).join(", ") : "sound"));
+      this.flows = this.variants.map(() => ({ losses: [], norms: [], stopped: null }));
+      this.steps = 0;
+      this.over = false;
+      this.session += 1;
+      this.extent = EXTENT[state.data] ?? WIDE;
+      const empty = state.data === "own" && !state.own;
+      if (empty) this.running = false;
+      this.showChoices(empty);
+      this.layPanes();
+      this.findLimits(empty);
+      this.tellStory(empty);
+      if (empty) return this.draw();
+      const choices = { ...state, own: this.points, base: this.opened?.description.base ?? state.base };
+      const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+      this.worker.postMessage({
+        begin: [choices, this.variants, this.opened?.description ?? null],
+        id: this.session, extent: this.extent, side: SIDE, every: calm ? CALM : EVERY,
+      });
+    }
+
+    // The lines of the loss's chart: each a value in nats, and its name.
+    findLimits(empty) {
+      const { state, broken } = this;
+      this.limits = [];
+      if (empty) return;
+      const base = this.opened?.description.base ?? state.base;
+      const set = makeData(state.data, this.points);
+      const sound = this.variants.some((failures) => !failures.includes("column") && !failures.includes("noise"));
+      this.entropy = sound ? entropyOf(set) : null;
+      if (sound) this.limits.push({ at: this.entropy, name: "entropy of the data" });
+      const peak = base === "normal" ? Math.log(2 * Math.PI) : 2 * Math.log(4);
+      const formula = base === "normal" ? "(D/2) log 2π" : "D log 4";
+      if (broken.includes("scaling") && !broken.includes("mask")) {
+        if (!broken.includes("column") && !broken.includes("noise")) {
+          this.limits.push({ at: volumePreservingOptimum(set, base), name: "best that keeps volume" });
+        }
+        this.limits.push({ at: peak, name: `F1's limit, ${formula}` });
+      } else if (broken.includes("logdet")) {
+        this.limits.push({ at: peak, name: `lowest without log-det, ${formula}` });
+      }
+      if (broken.includes("noise")) this.limits.push({ at: 0, name: "P(k) = 1: no honest loss is lower" });
+    }
+
+    // --- training -----------------------------------------------------------------------------------------------------
+
+    setPace(on) {
+      this.worker.postMessage({ pace: on ? (this.view.slow ? "slow" : "full") : "stop" });
+    }
+
+    train(on) {
+      this.running = on && !this.over && !(this.state.data === "own" && !this.state.own);
+      this.setPace(this.running);
+      this.showChoices();
+      this.say(this.running ? "Training." : `Paused. ${this.summary()}`);
+    }
+
+    receive({ id, picture, over, written }) {
+      if (written) return this.written(written);
+      this.worker.postMessage({ seen: true });
+      if (id !== this.session) return;
+      picture.flows.forEach((flow, i) => {
+        const mine = this.flows[i];
+        const { losses, norms } = mine;
+        losses.push(...flow.losses);
+        norms.push(...flow.norms);
+        Object.assign(mine, flow, { losses, norms });
+      });
+      this.steps = picture.steps;
+      this.over = over || this.steps >= LONGEST;
+      if (this.over && this.running) this.train(false);
+      this.draw();
+      this.report();
+    }
+
+    // --- the page -----------------------------------------------------------------------------------------------------
+
+    build() {
+      const root = this.shadowRoot;
+      Object.assign(this, { chosen: {}, selects: {}, toggles: {} }); // what shows the state
+      root.append(
+        element("style", {}, STYLE + OWN_STYLE),
+        element("div", { class: "choices" },
+          this.radios("Data", "data", DATA), this.radios("Model", "model", MODELS), this.failures()),
+        element("div", { class: "settings" }, ...Object.entries(SETTINGS).map(([name, { title, options }]) => this.select(name, title, options))),
+        this.buttons(),
+        (this.now = element("p", { class: "now" })),
+        element("div", { class: "view" },
+          (this.frame = element("div", { class: "panes" })),
+          element("div", { class: "charts" },
+            (this.chart = element("canvas", { class: "chart", role: "img" })),
+            (this.normChart = element("canvas", { class: "chart small", role: "img" })))),
+        (this.story = element("div", { class: "story" })),
+        (this.facts = element("div", { class: "facts" })),
+        this.tools(),
+        (this.error = element("p", { class: "error", role: "alert" })),
+        (this.spoken = element("p", { class: "hidden", role: "status" })));
+    }
+
+    radios(title, name, options) {
+      const { fieldset, radios } = choice(title, name, options, (value) => {
+        if (name !== "data") this.opened = null;
+        if (value === "own" && !this.state.own) this.view.pen = true;
+        this.change({ [name]: value });
+      });
+      this.chosen[name] = radios;
+      return fieldset;
+    }
+
+    failures() {
+      this.switches = {};
+      const pills = Object.entries(FAILURES).map(([name, { name: text, excludes }]) => {
+        const input = (this.switches[name] = element("input", { type: "checkbox" }));
+        input.addEventListener("change", () => {
+          const others = this.state.broken.filter((other) => other !== name && !(input.checked && other === excludes));
+          this.change({ broken: input.checked ? [...others, name] : others });
+          this.say(this.story.textContent);
+        });
+        return element("label", { class: "pill broken" }, input, element("span", {}, text));
+      });
+      return element("fieldset", {}, element("legend", {}, "Broken"), element("div", { class: "options" }, ...pills));
+    }
+
+    select(name, title, options) {
+      const input = element("select", {}, ...options.map((value) => element("option", { value }, String(value))));
+      input.addEventListener("change", () => {
+        if (name !== "rate") this.opened = null;
+        this.change({ [name]: options[input.selectedIndex] });
+      });
+      this.selects[name] = input;
+      return element("label", {}, title, input);
+    }
+
+    buttons() {
+      this.player = button("Train", () => this.train(!this.running), { class: "plain main" });
+      this.stepper = button("Step", () => {
+        this.train(false);
+        this.worker.postMessage({ steps: 1 });
+      }, { title: "one step on one batch of 256 points" });
+      return element("div", { class: "way" },
+        this.player,
+        this.stepper,
+        button("Start again", () => this.change({})),
+        button("Another seed", () => this.change({ seed: (this.state.seed + 1) % 10_000 }), { title: "start again from other weights, with other batches" }),
+        this.toggle("slow", "slow", () => this.running && this.setPace(true)),
+        (this.besides = button("beside a sound flow", () => this.change({ beside: !this.state.beside }))));
+    }
+
+    toggle(text, name, act) {
+      const one = button(text, () => {
+        this.view[name] = !this.view[name];
+        this.showChoices();
+        act();
+      }, { "aria-pressed": "false" });
+      this.toggles[name] = one;
+      return one;
+    }
+
+    tools() {
+      const input = element("input", { type: "file", accept: ".json,application/json", "aria-label": "open a flow" });
+      input.addEventListener("change", () => {
+        if (input.files.length) this.open(input.files[0]);
+        input.value = ""; // so that the same file can be opened again
+      });
+      this.penTools = element("span", { class: "tools own" },
+        this.toggle("pen", "pen", () => this.draw()),
+        button("wipe", () => {
+          this.view.pen = true;
+          this.change({ own: "" });
+        }));
+      return element("div", { class: "tools" },
+        this.toggle("samples instead of data", "samples", () => this.draw()),
+        this.penTools,
+        button("save as JSON", () => this.write((description) => this.save(description))),
+        (this.inside = button("look inside", () => this.write((description) => this.lookInside(description)), { title: "hand the flow to the playground on this page" })),
+        element("label", { class: "pill" }, input, element("span", { "aria-hidden": "true" }, "open a flow…")));
+    }
+
+    showChoices() {
+      const { state, view } = this;
+      const empty = state.data === "own" && !state.own;
+      const { broken } = this;
+      for (const [name, radios] of Object.entries(this.chosen)) {
+        for (const [value, radio] of Object.entries(radios)) radio.checked = state[name] === value && !(this.opened && name !== "data");
+      }
+      for (const [name, input] of Object.entries(this.selects)) input.value = state[name];
+      for (const [name, one] of Object.entries(this.toggles)) one.setAttribute("aria-pressed", view[name]);
+      for (const [name, input] of Object.entries(this.switches)) {
+        input.checked = broken.includes(name);
+        input.parentElement.hidden = !FAILURES[name].fits(state);
+      }
+      this.besides.setAttribute("aria-pressed", state.beside);
+      this.besides.hidden = !broken.length;
+      this.penTools.hidden = state.data !== "own";
+      this.inside.hidden = !document.querySelector("flow-playground");
+      this.player.textContent = this.running ? "Pause" : "Train";
+      this.player.disabled = this.stepper.disabled = empty || this.over;
+      for (const { canvas } of this.panes?.flat() ?? []) canvas.parentElement.classList.toggle("drawing", this.drawing);
+    }
+
+    get drawing() {
+      return this.state.data === "own" && this.view.pen;
+    }
+
+    // Two panes for each flow. Alone, data and latent stand side by side; two flows stand side by side, latent under data.
+    layPanes() {
+      const wanted = this.variants.length;
+      if (this.panes?.length !== wanted) {
+        this.panes = this.variants.map(() => [this.pane(true), this.pane(false)]);
+        const inOrder = wanted === 1 ? this.panes[0] : [0, 1].flatMap((k) => this.panes.map((pair) => pair[k]));
+        this.frame.replaceChildren(...inOrder.map(({ whole }) => whole));
+      }
+      this.panes.forEach((pair, i) => {
+        const name = this.opened && !this.variants[i].length ? this.opened.name : this.names[i];
+        pair[0].title.textContent = `${name}: data`;
+        pair[1].title.textContent = wanted === 1 ? "latent" : `${name}: latent`;
+      });
+      this.showChoices();
+    }
+
+    pane(isData) {
+      const canvas = element("canvas", { role: "img" });
+      const title = element("p", { class: "title" });
+      const frame = element("div", { class: "pane" }, canvas);
+      if (isData) this.letDraw(frame, canvas);
+      return { canvas, title, whole: element("div", {}, title, frame) };
+    }
+
+    // --- the pen ------------------------------------------------------------------------------------------------------
+
+    // Points of the reader's own, by mouse, finger or pen; by keyboard the arrow keys move a place, and the space bar puts a point there.
+    letDraw(frame, canvas) {
+      frame.addEventListener("pointerdown", (event) => {
+        if (!this.drawing || event.button !== 0 || !event.isPrimary) return;
+        event.preventDefault();
+        frame.setPointerCapture(event.pointerId);
+        this.put(this.where(event, canvas));
+      });
+      frame.addEventListener("pointermove", (event) => {
+        if (this.drawing && frame.hasPointerCapture(event.pointerId)) this.put(this.where(event, canvas));
+      });
+      frame.addEventListener("lostpointercapture", () => this.change({}));
+      frame.addEventListener("keydown", (event) => {
+        if (!this.drawing) return;
+        const [across, up] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key] ?? [0, 0];
+        if (event.key !== " " && !across && !up) return;
+        event.preventDefault();
+        this.cursor ??= [0, 0];
+        if (event.key === " ") {
+          this.put(this.cursor);
+          return this.change({});
+        }
+        this.cursor = [this.cursor[0] + 2 * PLACE * across, this.cursor[1] + 2 * PLACE * up].map((v) => Math.min(Math.max(v, -3), 3));
+        this.draw();
+        this.say(`Place ${this.cursor.map((v) => minus(v.toFixed(1))).join(", ")}.`);
+      });
+    }
+
+    where(event, canvas) {
+      const box = canvas.getBoundingClientRect();
+      return [
+        this.extent * ((2 * (event.clientX - box.left)) / box.width - 1),
+        this.extent * (1 - (2 * (event.clientY - box.top)) / box.height),
+      ];
+    }
+
+    // A point at the nearest place, unless the last one is there or the drawing is full.
+    put(at) {
+      const digits = at.map((v) => DIGITS[Math.min(Math.max(Math.round(v / PLACE + 31.5), 0), 63)]).join("");
+      if (this.state.own.length >= 2 * MOST || this.state.own.endsWith(digits)) return;
+      this.state.own += digits;
+      this.draw();
+    }
+
+    // --- files --------------------------------------------------------------------------------------------------------
+
+    // Ask the worker for the last flow's description: the broken one of two.
+    write(then) {
+      this.afterWriting = then;
+      this.error.textContent = "";
+      this.worker.postMessage({ write: this.variants.length - 1 });
+    }
+
+    written(description) {
+      try {
+        this.afterWriting(PlaygroundFlow.encode(description));
+      } catch (error) {
+        this.error.textContent = `This flow cannot be written: ${error.message}.`;
+      }
+    }
+
+    save(json) {
+      const address = URL.createObjectURL(new Blob([JSON.stringify(json)], { type: "application/json" }));
+      element("a", { href: address, download: "flow.json" }).click();
+      setTimeout(() => URL.revokeObjectURL(address), 1000);
+    }
+
+    lookInside(json) {
+      const playground = document.querySelector("flow-playground");
+      playground.open(new File([JSON.stringify(json)], `The flow that was trained for ${this.steps} steps`));
+      playground.scrollIntoView();
+    }
+
+    // Go on with a flow from a file. A file that cannot be read changes nothing.
+    async open(file) {
+      try {
+        const json = JSON.parse(await file.text());
+        if (new PlaygroundFlow(json).dims !== 2) throw new Error(`expected points in the plane, got ${json.dims} dimensions`);
+        this.opened = { name: file.name, description: PlaygroundFlow.decode(json) };
+      } catch (error) {
+        this.error.textContent = `${file.name} holds no flow that can be trained: ${error.message}.`;
+        return;
+      }
+      this.error.textContent = "";
+      this.running = false;
+      this.change({});
+    }
+
+    // --- words and numbers --------------------------------------------------------------------------------------------
+
+    tellStory(empty) {
+      const told = empty
+        ? [element("p", {}, "Draw points in the data's pane, with the pen or with the arrow keys and the space bar. The data are draws around them, of standard deviation 0.15.")]
+        : this.broken.map((name) => {
+            const { entry, story, name: title } = FAILURES[name];
+            return element("p", {}, element("b", {}, `${title[0].toUpperCase()}${title.slice(1)}. `), `${story} `,
+              element("a", { href: `clinic.html#clinic-${entry.toLowerCase()}` }, `Clinic ${entry}`), ".");
+          });
+      this.story.className = this.broken.length && !empty ? "story broken" : "story";
+      this.story.replaceChildren(...told);
+    }
+
+    summary() {
+      const told = this.flows.map(({ nll, stopped }, i) => {
+        const name = this.flows.length > 1 ? `${this.names[i]} ` : "";
+        if (stopped) return `${name}stopped at step ${stopped.step.toLocaleString("en")}: the ${stopped.what === "loss" ? "loss" : "gradient's norm"} was no finite number`;
+        return `${name}${number(nll ?? NaN)} nats`;
+      });
+      const entropy = this.entropy === null ? "" : `; entropy of the data ${number(this.entropy)}`;
+      return `Step ${this.steps.toLocaleString("en")}. −log p of new points: ${told.join(", ")}${entropy}.`;
+    }
+
+    report() {
+      this.now.textContent = this.steps ? this.summary() : "Press Train. Every step takes 256 new points and moves the weights once.";
+      const rows = [
+        ["−log p of 2,000 new points, nats", ({ nll }) => number(nll)],
+        ["loss, mean of the last 100 steps", ({ losses }) => (losses.length ? number(recent(losses)) : "–")],
+        ["log-det, mean", ({ logDet }) => number(logDet)],
+        ["latents' mean", ({ latentMean }) => latentMean.map(number).join(", ")],
+        ["latents' standard deviation", ({ latentStd }) => latentStd.map(number).join(", ")],
+        ["gradient's norm, last step", ({ norms }) => (norms.length ? number(norms.at(-1)) : "–")],
+        ["round trip: largest error", ({ missed }) => tiny(missed)],
+        ["density adds up to, in the pane", ({ mass }) => number(mass)],
+      ];
+      const head = element("tr", {}, element("th", {}, "after this step"), ...this.names.map((name) => element("th", { scope: "col" }, name)));
+      const body = rows.map(([name, read]) => element("tr", {}, element("th", { scope: "row" }, name), ...this.flows.map((flow) => element("td", {}, read(flow)))));
+      this.facts.replaceChildren(element("table", {}, element("thead", {}, head), element("tbody", {}, ...body)));
+      if (this.running && performance.now() - (this.spokenAt ?? 0) > SPEAK) {
+        this.say(this.summary());
+      }
+    }
+
+    say(text) {
+      this.spokenAt = performance.now();
+      this.spoken.textContent = text;
+    }
+
+    // --- pictures -----------------------------------------------------------------------------------------------------
+
+    draw() {
+      if (!this.panes) return;
+      const css = getComputedStyle(this);
+      const colour = (name) => css.getPropertyValue(`--${name}`).trim();
+      this.panes.forEach(([data, latent], i) => {
+        this.drawPane(data.canvas, this.flows[i], true, colour);
+        this.drawPane(latent.canvas, this.flows[i], false, colour);
+        const what = this.view.samples ? "samples from the flow" : "points of the data";
+        data.canvas.setAttribute("aria-label", `The density of the flow (${this.names[i]}) after ${this.steps} steps, and ${what}.`);
+        latent.canvas.setAttribute("aria-label", `The latents of the data after ${this.steps} steps (${this.names[i]}), on circles of the base.`);
+      });
+      this.drawChart(this.chart, "losses", this.limits, colour);
+      this.drawChart(this.normChart, "norms", [{ at: 5, name: "clipped here, at" }], colour);
+    }
+
+    drawPane(canvas, flow, isData, colour) {
+      const extent = isData ? this.extent : WIDE;
+      const start = startDrawing(canvas);
+      if (!start) return;
+      const { pen, width: size } = start;
+      const toPixels = ([a, b]) => [(size / 2) * (1 + a / extent), (size / 2) * (1 - b / extent)];
+      if (isData && flow.density) {
+        pen.imageSmoothingEnabled = true;
+        pen.drawImage(densityPicture(flow.density, SIDE, colour("accent"), colour("bad")), 0, 0, size, size);
+      }
+      if (!isData) {
+        pen.strokeStyle = colour("muted");
+        for (const radius of [1, 2, 3]) { // of a normal base; of a logistic one nearly so
+          pen.globalAlpha = 0.5;
+          pen.beginPath();
+          pen.arc(size / 2, size / 2, (radius * size) / 2 / extent, 0, 2 * Math.PI);
+          pen.stroke();
+        }
+        pen.globalAlpha = 1;
+      }
+      const shown = !isData ? flow.latents : this.view.samples ? flow.samples : flow.points;
+      const n = (shown?.length ?? 0) / 2;
+      for (let b = 0; b < n; b++) {
+        const [left, top] = toPixels([shown[b], shown[n + b]]);
+        pen.fillStyle = isData && this.view.samples ? colour("text") : hue([flow.points[b], flow.points[n + b]]);
+        pen.beginPath();
+        pen.arc(left, top, size < 250 ? 1.7 : 2.4, 0, 2 * Math.PI);
+        pen.fill();
+      }
+      if (isData && this.drawing) {
+        pen.fillStyle = colour("text");
+        for (const point of this.points) pen.fillRect(...toPixels(point).map((v) => v - 1.5), 3, 3);
+        if (this.cursor) {
+          const [left, top] = toPixels(this.cursor);
+          pen.fillRect(left - 8, top - 0.75, 16, 1.5);
+          pen.fillRect(left - 0.75, top - 8, 1.5, 16);
+        }
+      }
+      drawAxes(pen, size, extent, colour("text"), isData ? "x" : "z");
+    }
+
+    // The loss or the gradient's norm against the step, of each flow: in each column of pixels the mean, and from lowest to highest
+    // a band. The losses' axis shows what matters: values far above the first are drawn at the top.
+    drawChart(canvas, what, limits, colour) {
+      const start = startDrawing(canvas);
+      if (!start) return;
+      const { pen, width, height } = start;
+      const isLoss = what === "losses";
+      const [left, right, top, bottom] = [44, width - 8, 20, height - 20];
+      const steps = Math.max(200, this.steps);
+      const columns = this.flows.map((flow) => binned(flow[what], steps, Math.max(1, Math.floor(right - left))));
+      const means = columns.flat().map(({ mean }) => mean).filter(Number.isFinite);
+      let low, high;
+      if (isLoss) {
+        const first = Math.max(...this.flows.map((flow) => flow.losses[0] ?? 4));
+        const lines = limits.map(({ at }) => at);
+        // The first steps, and single leaps, may leave the chart at the top.
+        const usual = means.sort((a, b) => a - b)[Math.floor(0.9 * means.length)] ?? first;
+        low = Math.min(...lines, means[0] ?? first);
+        high = Math.max(...lines, Math.min(usual, first), low + 0.5);
+        [low, high] = [low - 0.1 * (high - low), high + 0.25 * (high - low)];
+      } else {
+        [low, high] = [-1, 2];
+        for (const { most, least } of columns.flat()) {
+          if (Number.isFinite(most)) [low, high] = [Math.min(low, Math.log10(least)), Math.max(high, Math.min(Math.log10(most), 12))];
+        }
+        [low, high] = [Math.max(low, -3) - 0.1, high + 0.1];
+      }
+      const scale = (value) => {
+        const v = isLoss ? value : Math.log10(value);
+        return Math.min(Math.max(bottom - ((v - low) / (high - low)) * (bottom - top), top), bottom);
+      };
+      // Axes.
+      pen.font = "12px sans-serif";
+      pen.fillStyle = colour("text");
+      pen.strokeStyle = colour("border");
+      pen.lineWidth = 1;
+      for (const tick of ticks(low, high, isLoss ? 5 : 3, !isLoss)) {
+        const y = bottom - ((tick - low) / (high - low)) * (bottom - top);
+        pen.beginPath();
+        pen.moveTo(left, y);
+        pen.lineTo(right, y);
+        pen.stroke();
+        pen.textAlign = "right";
+        pen.fillText(isLoss ? minus(Number(tick.toFixed(2))) : power(tick), left - 5, y + 4);
+      }
+      for (const tick of ticks(0, steps, 4)) {
+        pen.textAlign = tick > 0.9 * steps ? "right" : "center";
+        pen.fillText(tick.toLocaleString("en"), left + (tick / steps) * (right - left), height - 5);
+      }
+      pen.textAlign = "left";
+      pen.font = "600 12px sans-serif";
+      pen.fillText(isLoss ? "loss (nats) against steps" : "gradient's norm (before clipping)", left, 12);
+      // Curves, each with a name: colour alone would not tell them apart.
+      columns.forEach((bins, i) => {
+        const broken = this.variants[i].length > 0;
+        pen.fillStyle = pen.strokeStyle = colour(broken ? "bad" : "accent");
+        pen.globalAlpha = 0.2;
+        for (const { x, least, most } of bins) {
+          if (most === undefined || Number.isNaN(least + most)) continue;
+          const [from, to] = [scale(most), scale(Math.max(least, isLoss ? -Infinity : 1e-12))];
+          pen.fillRect(left + x, from, 1, Math.max(to - from, 1));
+        }
+        pen.globalAlpha = 1;
+        pen.lineWidth = 1.8;
+        pen.setLineDash(broken ? [7, 3] : []);
+        pen.beginPath();
+        for (const { x, mean } of bins) if (Number.isFinite(mean)) pen.lineTo(left + x, scale(mean));
+        pen.stroke();
+        pen.setLineDash([]);
+        const { stopped } = this.flows[i];
+        if (stopped) {
+          pen.font = "700 15px sans-serif";
+          pen.fillText("✕", left + (stopped.step / steps) * (right - left) - 6, top + 12);
+        }
+      });
+      if (isLoss && this.flows.length > 1) this.drawKey(pen, right, colour);
+      this.drawLimits(pen, limits, { left, right, scale }, colour);
+    }
+
+    drawKey(pen, right, colour) {
+      pen.font = "12px sans-serif";
+      pen.textAlign = "right";
+      this.names.forEach((name, i) => {
+        const broken = this.variants[i].length > 0;
+        const y = 34 + 16 * i;
+        const wide = pen.measureText(name).width;
+        pen.strokeStyle = colour(broken ? "bad" : "accent");
+        pen.setLineDash(broken ? [7, 3] : []);
+        pen.lineWidth = 2;
+        pen.beginPath();
+        pen.moveTo(right - wide - 34, y - 4);
+        pen.lineTo(right - wide - 8, y - 4);
+        pen.stroke();
+        pen.setLineDash([]);
+        pen.fillStyle = colour("text");
+        pen.fillText(name, right, y);
+      });
+    }
+
+    // Horizontal lines, each with its name below it, or further down where another name stands.
+    drawLimits(pen, limits, { left, right, scale }, colour) {
+      pen.font = "12px sans-serif";
+      pen.textAlign = "right";
+      pen.lineJoin = "round";
+      let free = 0;
+      for (const { at, name } of [...limits].sort((a, b) => b.at - a.at)) {
+        const y = scale(at);
+        pen.strokeStyle = pen.fillStyle = colour("text");
+        pen.setLineDash([2, 3]);
+        pen.lineWidth = 1;
+        pen.beginPath();
+        pen.moveTo(left, y);
+        pen.lineTo(right, y);
+        pen.stroke();
+        pen.setLineDash([]);
+        const under = Math.max(y + 12, free);
+        free = under + 13;
+        const text = `${name}: ${minus(at.toFixed(2))}`;
+        pen.strokeStyle = colour("ground");
+        pen.lineWidth = 4;
+        pen.strokeText(text, right, under);
+        pen.fillText(text, right, under);
+      }
+    }
+  }
+
+  // Per column of pixels: the mean, the least and the most of its values; "x" is the column.
+  function binned(values, steps, columns) {
+    const bins = [];
+    for (let k = 0; k < values.length; k++) {
+      const x = Math.floor((k / steps) * columns);
+      let bin = bins.at(-1);
+      if (bin?.x !== x) bins.push((bin = { x, total: 0, count: 0, least: Infinity, most: -Infinity }));
+      bin.total += values[k];
+      bin.count += 1;
+      bin.least = Math.min(bin.least, values[k]);
+      bin.most = Math.max(bin.most, values[k]);
+    }
+    for (const bin of bins) bin.mean = bin.total / bin.count;
+    return bins;
+  }
+
+  // About n round numbers from low to high; whole ones if they are exponents.
+  function ticks(low, high, n, whole = false) {
+    const rough = (high - low) / n;
+    const unit = 10 ** Math.floor(Math.log10(rough));
+    let step = [1, 2, 5, 10].find((factor) => factor * unit >= rough) * unit;
+    if (whole) step = Math.max(1, Math.round(step));
+    const found = [];
+    for (let tick = Math.ceil(low / step) * step; tick <= high; tick += step) found.push(Number(tick.toPrecision(12)));
+    return found;
+  }
+
+  function recent(losses) {
+    const last = losses.slice(-100);
+    return last.reduce((total, loss) => total + loss, 0) / last.length;
+  }
+
+  function tiny(value) {
+    if (!Number.isFinite(value)) return number(value);
+    return value >= 0.01 || value === 0 ? number(value) : minus(value.toExponential(0));
+  }
+
+  // A power of ten.
+  function power(exponent) {
+    return Math.abs(exponent) <= 3 ? String(Number((10 ** exponent).toPrecision(1))) : `1e${minus(exponent)}`;
+  }
+
+  customElements.define("flow-trainer", FlowTrainer);
+}
