@@ -5,6 +5,7 @@ The fixtures import what only they need, because a lent machine with a GPU has n
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 PRETENDED = None if torch.cuda.is_available() else pretended_gpu.install()
 
 ROOT = Path(__file__).parents[1]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+NO_CHROMIUM = "no Chromium on this machine (on Debian: apt-get install chromium)"
 
 # The longest test files come first, after the chapters. The first file builds the book. Other files that need the book
 # come later, since another worker would wait for the build.
@@ -47,6 +48,26 @@ LONGEST = [
     "test_models.py",
     "test_house.py",
 ]
+
+
+def chromium() -> str | None:
+    """The path of the browser: the one that the environment names, or else the first usual name that is found."""
+    if wanted := os.environ.get("CHROMIUM"):
+        if found := shutil.which(wanted):
+            return found
+        raise pytest.UsageError(f"the environment variable CHROMIUM is {wanted!r}, which is no program")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def pytest_configure() -> None:
+    chromium()  # a wrong name is an error before the first test
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = sum(NO_CHROMIUM in str(report.longrepr) for report in terminalreporter.stats.get("skipped", []))
+    if skipped:
+        terminalreporter.write_line(f"Skipped browser tests: {skipped}, because there is {NO_CHROMIUM}", yellow=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -149,11 +170,12 @@ def pretended() -> pretended_gpu.PretendedGPU:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """The system's Chromium, since Playwright's own is never downloaded."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine (on Debian: apt-get install chromium)")
+    path = chromium()
+    if path is None:
+        pytest.skip(NO_CHROMIUM)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()

@@ -93,6 +93,7 @@
 
     disconnectedCallback() {
       this.leaving.abort();
+      this.drag = null;
       this.stop();
       this.settle();
     }
@@ -104,6 +105,9 @@
         points: true, grid: true, density: true, gridOn: "data", pen: false,
       };
       this.strokes = []; // what the reader drew, each stroke as points of the data
+      // What the pointer does until it is lifted: the pane, the stroke (null: it moves the point), whether it waits, and
+      // where the point was before, should a finger turn out to scroll.
+      this.drag = null;
       this.drawn = null; // samples instead of the data
       this.opened = null; // a flow of the reader's own instead of ours: its name and its JSON
       this.shown = 0; // the layer that is on the screen: on its way to state.layer
@@ -152,6 +156,7 @@
     // Read the flow that is chosen, and let everything that depends on it follow.
     choose() {
       const { state } = this;
+      this.drag = null; // a stroke that is being drawn ends
       const set = SETS[state.data];
       const flows = set.flows[state.model];
       if (!Object.hasOwn(flows, state.without)) state.without = "nothing";
@@ -331,8 +336,6 @@
       const title = element("p", { class: "title" });
       const frame = element("div", { class: "pane" }, canvas, handle);
       this.panes = { ...this.panes, [name]: { canvas, handle, title, frame } };
-      let stroke = null;
-
       const where = (event) => {
         const box = canvas.getBoundingClientRect();
         const extent = this.extent(name);
@@ -343,39 +346,36 @@
       };
       const layer = () => (name === "data" ? 0 : this.state.layer);
       const move = (event) => {
-        if (!this.state.pen) return this.place(name, where(event));
-        this.extend(stroke, where(event), layer());
+        if (this.drag.stroke === null) return this.place(name, where(event));
+        this.extend(this.drag.stroke, where(event), layer());
         this.draw();
       };
-      let before = null; // where the point was, should a finger turn out to scroll
-      let waits = false;
+      const ours = (event) => this.drag?.frame === frame && frame.hasPointerCapture(event.pointerId);
       frame.addEventListener("pointerdown", (event) => {
         if (event.button !== 0 || !event.isPrimary) return;
         this.settle();
-        before = this.state.x;
-        if (this.state.pen) stroke = this.startStroke();
-        frame.setPointerCapture(event.pointerId);
+        const { pen, x } = this.state;
         // A finger next to the handle may want to scroll up or down: until it moves sideways, or is lifted, nothing happens.
-        waits = event.pointerType === "touch" && event.target === canvas && !this.state.pen;
+        const waits = event.pointerType === "touch" && event.target === canvas && !pen;
+        this.drag = { frame, stroke: pen ? this.startStroke() : null, waits, before: x };
+        frame.setPointerCapture(event.pointerId);
         if (waits) return;
         event.preventDefault();
-        if (!this.state.pen) handle.focus({ preventScroll: true, focusVisible: false });
+        if (!pen) handle.focus({ preventScroll: true, focusVisible: false });
         move(event);
       });
-      frame.addEventListener("pointermove", (event) => frame.hasPointerCapture(event.pointerId) && move(event));
+      frame.addEventListener("pointermove", (event) => ours(event) && move(event));
       frame.addEventListener("pointercancel", (event) => {
-        if (!event.isPrimary) return; // a second finger had no part in it
-        if (!this.state.pen) this.moveTo(this.flow.path(before));
-        waits = false;
-        stroke = null;
+        if (!ours(event)) return; // a second finger had no part in it
+        if (this.drag.stroke === null) this.moveTo(this.flow.path(this.drag.before));
+        this.drag = null;
       });
       frame.addEventListener("pointerup", (event) => {
-        if (!event.isPrimary) return;
+        if (!ours(event)) return;
+        const { stroke, waits } = this.drag;
         if (waits) move(event);
-        waits = false;
-        if (stroke === null) return;
-        this.close(stroke, layer(), (CLOSE / canvas.clientWidth) * 2 * this.extent(name));
-        stroke = null;
+        if (stroke !== null) this.close(stroke, layer(), (CLOSE / canvas.clientWidth) * 2 * this.extent(name));
+        this.drag = null;
       });
       handle.addEventListener("keydown", (event) => {
         const [across, up] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key] ?? [0, 0];
@@ -480,6 +480,7 @@
         }),
         toggle("pen", () => state.pen, (on) => (state.pen = on)),
         button("wipe", () => {
+          this.drag = null;
           this.strokes = [];
           this.follow();
           this.draw();

@@ -431,6 +431,47 @@ def test_what_is_drawn_stays_until_it_is_wiped(fresh: Page) -> None:
     assert fresh.locator("flow-playground canvas").nth(1).screenshot() == clean
 
 
+@pytest.mark.parametrize(
+    ("control", "key", "kept"),
+    [
+        ("button:text-is('wipe')", "Enter", 0),
+        ("input[value=circles]", "Space", 1),
+        ('a[href^="#data=circles"]', "Enter", 0),
+        ("button:text-is('pen')", "Enter", 1),
+    ],
+    ids=["wipe", "another set", "a link", "no pen"],
+)
+def test_a_key_in_the_middle_of_a_stroke_does_no_harm(fresh: Page, control: str, key: str, kept: int) -> None:
+    """A stroke ends when it is wiped or when another flow is chosen, and the next stroke is drawn as before."""
+    trouble: list[str] = []
+    fresh.on("pageerror", lambda error: trouble.append(str(error)))
+
+    def move(x: float) -> None:
+        box = fresh.locator("flow-playground canvas").first.bounding_box()
+        fresh.mouse.move(box["x"] + x, box["y"] + 40)
+
+    fresh.get_by_role("button", name="pen", exact=True).click()
+    fresh.locator("flow-playground .title").first.scroll_into_view_if_needed()
+    move(40)
+    fresh.mouse.down()
+    move(80)
+    fresh.locator(control).first.evaluate("control => control.focus({ preventScroll: true })")
+    fresh.keyboard.press(key)
+    before = fresh.evaluate(f"{IT}.strokes")
+    move(120)
+    fresh.mouse.up()
+    after = fresh.evaluate(f"{IT}.strokes")
+    assert len(before) == len(after) == kept
+    assert (before == after) == (control != "button:text-is('pen')")  # without the pen, this stroke is still drawn
+    fresh.evaluate(f"() => {{ {IT}.state.pen = true; }}")
+    move(60)
+    fresh.mouse.down()
+    move(100)
+    fresh.mouse.up()
+    assert fresh.evaluate(f"{IT}.lines.map((line) => line.length > 1)") == [True] * (kept + 1)
+    assert not trouble
+
+
 def coarse(page: Page, lines: list[list[list[list[float]]]]) -> float:
     """The share of line pieces, in any layer's pane, that are longer than a few pixels."""
     extents = torch.tensor(page.evaluate("document.querySelector('flow-playground').extents"))
@@ -445,6 +486,7 @@ def coarse(page: Page, lines: list[list[list[list[float]]]]) -> float:
 def test_what_is_drawn_is_smooth_in_every_layer_and_closes(fresh: Page) -> None:
     """A few points of a stroke become a line that is fine enough for every layer, with its ends joined."""
     fresh.get_by_role("button", name="pen", exact=True).click()
+    fresh.locator("flow-playground .title").first.scroll_into_view_if_needed()
     box = fresh.locator("flow-playground canvas").first.bounding_box()
     x, y, r = box["x"] + 0.7 * box["width"], box["y"] + 0.6 * box["height"], 0.2 * box["width"]
     corners = [(x + r * math.cos(t / 12 * math.tau), y + 0.7 * r * math.sin(t / 12 * math.tau)) for t in range(12)]
@@ -857,6 +899,81 @@ def test_a_line_that_leaves_the_numbers_has_a_gap(page: Page) -> None:
         }}"""
     )
     assert found == ["move", "line"] * 2
+
+
+def test_an_element_that_leaves_takes_its_listeners_along(fresh: Page) -> None:
+    """An element that is put back works again, and nothing happens twice."""
+    circles = "#data=circles&model=realnvp&without=nothing&layer=5"
+    fresh.evaluate(
+        f"""() => {{
+          const it = window.away = {IT};
+          window.place = [it.parentNode, it.nextSibling];
+          window.calls = {{ goToAddress: 0, draw: 0 }};
+          for (const name of Object.keys(window.calls)) {{
+            const method = it[name];
+            it[name] = function () {{ window.calls[name]++; return method.call(this); }};
+          }}
+          it.play(1);
+          it.remove();
+          window.calls.draw = 0;
+        }}"""
+    )
+    away = "({ ...window.calls, data: away.state.data, playing: away.playing })"
+    theme = fresh.evaluate("document.documentElement.dataset.theme")
+    other = "light" if theme == "dark" else "dark"
+    go(fresh, circles)
+    fresh.locator('a[href^="#data=moons"]').first.evaluate("link => { link.hash = location.hash; link.click(); }")
+    fresh.evaluate("theme => document.documentElement.dataset.theme = theme", other)
+    fresh.wait_for_timeout(200)
+    assert fresh.evaluate(away) == {"goToAddress": 0, "draw": 0, "data": "moons", "playing": None}
+    fresh.evaluate("window.place[0].insertBefore(window.away, window.place[1])")
+    fresh.wait_for_function("window.calls.draw === 1")  # its size is a new one
+    fresh.evaluate("theme => document.documentElement.dataset.theme = theme", theme)
+    fresh.wait_for_function("window.calls.draw === 2")
+    go(fresh, circles)
+    assert fresh.evaluate("[window.calls.goToAddress, away.state.data, away.state.layer]") == [1, "circles", 5]
+    before = values(fresh)["x"]
+    fresh.locator("flow-playground canvas").first.scroll_into_view_if_needed()
+    drag(fresh, 0, (0.2, 0.3))
+    assert values(fresh)["x"] != before
+
+
+@pytest.fixture
+def second(fresh: Page) -> Iterator[Page]:
+    """The page with another playground, whose id is "second"."""
+    fresh.evaluate(
+        f"() => {{ const it = document.createElement('flow-playground'); it.id = 'second'; {IT}.after(it); }}"
+    )
+    yield fresh
+    fresh.evaluate("document.getElementById('second').remove()")
+
+
+def test_two_playgrounds_have_their_own_addresses(second: Page) -> None:
+    chosen = """() => [...document.querySelectorAll("flow-playground")].map((it) => [it.state.data, it.state.layer])"""
+    assert second.evaluate(chosen) == [["moons", 0], ["moons", 8]]  # the address of the page is that of the first
+    second.locator("#second").get_by_label("two circles", exact=True).check()
+    assert second.url.endswith("#data=circles&model=realnvp&without=nothing&layer=8&grid=data&in=second")
+    assert second.evaluate(chosen) == [["moons", 0], ["circles", 8]]
+    go(second, "data=curve&model=realnvp&without=nothing&layer=2&in=second")
+    assert second.evaluate(chosen) == [["moons", 0], ["curve", 2]]
+    go(second, "data=spiral&model=realnvp&without=nothing&layer=3")
+    assert second.evaluate(chosen) == [["spiral", 3], ["curve", 2]]
+    go(second, "data=moons&model=realnvp&without=nothing&layer=4&in=nowhere")
+    assert second.evaluate(chosen) == [["spiral", 3], ["curve", 2]]
+    # A link to the present address, after both have been changed, moves the one that it names.
+    go(second, "data=moons&model=nice&without=nothing&layer=1&in=second")
+    second.evaluate("for (const it of document.querySelectorAll('flow-playground')) it.state.layer = 7")
+    second.locator('a[href^="#data=moons"]').first.evaluate("link => { link.hash = location.hash; link.click(); }")
+    assert second.evaluate(chosen) == [["spiral", 7], ["moons", 1]]
+    # A flow of the reader's own in the first one leaves the address of the second, and the other way round.
+    address = second.url
+    content = export.to_json(models.realnvp_points(2, couplings=4, hidden=16))
+    hand_over(second, content)
+    assert second.url == address
+    second.evaluate(
+        "content => document.getElementById('second').open(new File([JSON.stringify(content)], 'own.json'))", content
+    )
+    assert second.url.endswith("#")
 
 
 def test_without_scripts_there_is_a_picture(book: Path, browser: Browser) -> None:
