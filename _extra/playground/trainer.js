@@ -92,13 +92,13 @@
     select { background: var(--ground); border: 1px solid var(--muted); border-radius: .3rem; color: var(--text); font: inherit; min-height: 2.5rem; padding: .1rem .4rem; }
     button.main { background: var(--accent); border-color: var(--accent); color: var(--ground); min-width: 5.5rem; justify-content: center; }
     [hidden] { display: none !important; }
-    .panes { gap: .35rem .75rem; grid-template-columns: 1fr 1fr; }
+    .panes { gap: .35rem .75rem; grid-template-columns: repeat(2, minmax(0, 1fr)); }
     .now { margin: .5rem 0; min-height: 1.4em; }
     .view { display: grid; gap: .5rem 1rem; }
     .charts { display: flex; flex-direction: column; min-height: 19rem; }
-    @container (min-width: 44rem) { .view { grid-template-columns: 4fr 3fr; } }
+    @container (min-width: 44rem) { .view { grid-template-columns: minmax(0, 4fr) minmax(0, 3fr); } }
     .pane:focus-visible { outline: 3px solid var(--ring); outline-offset: 2px; }
-    .drawing canvas { cursor: cell; }
+    .drawing { cursor: cell; touch-action: none; }
     .chart { flex: 3 1 0; height: 0; min-height: 0; width: 100%; }
     .chart.small { flex: 1 1 0; }
     .facts { overflow-x: auto; }
@@ -125,31 +125,41 @@
         this.running = false;
         this.session = 0; // number of the session whose pictures are wanted
         this.build();
+        if (!this.goToAddress()) this.take(new URLSearchParams(this.getAttribute("at") ?? ""));
       }
-      this.worker = startWorker();
-      this.worker.onmessage = ({ data }) => this.receive(data);
-      this.worker.onerror = (event) => (this.error.textContent = `The training stopped: ${event.message}`);
-      if (!this.goToAddress(false)) this.take(new URLSearchParams(this.getAttribute("at") ?? ""));
-      followAddress(this, "train", () => this.goToAddress(true), signal);
+      followAddress(this, "train", () => this.goToAddress(), signal);
+      // A page may hold several: each starts its worker when the reader comes near.
+      const near = new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && this.wake(), { rootMargin: "300px" });
+      near.observe(this);
+      signal.addEventListener("abort", () => near.disconnect());
       followLooks(this.frame, () => this.draw(), signal);
       // Nobody watches a page that is hidden, and training it would empty a battery.
       document.addEventListener("visibilitychange", () => this.running && this.setPace(!document.hidden), { signal });
-      signal.addEventListener("abort", () => this.worker.terminate());
     }
 
     disconnectedCallback() {
       this.leaves.abort();
       this.running = false;
+      this.worker?.terminate();
+      this.worker = null;
+    }
+
+    wake() {
+      if (this.worker) return;
+      this.worker = startWorker();
+      this.worker.onmessage = ({ data }) => this.receive(data);
+      this.worker.onerror = (event) => (this.error.textContent = `The training stopped: ${event.message}`);
+      this.begin();
     }
 
     // --- what is chosen -----------------------------------------------------------------------------------------------
 
-    goToAddress(scroll) {
+    goToAddress() {
       const wanted = readAddress(this, "train");
       if (!wanted) return false;
       this.running = false;
       this.take(wanted);
-      if (scroll || location.hash) this.scrollIntoView();
+      this.scrollIntoView();
       return true;
     }
 
@@ -218,7 +228,7 @@
       this.layPanes();
       this.findLimits(empty);
       this.tellStory(empty);
-      if (empty) return this.draw();
+      if (empty || !this.worker) return this.draw();
       const choices = { ...state, own: this.points, base: this.opened?.description.base ?? state.base };
       const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
       this.worker.postMessage({
@@ -403,7 +413,15 @@
       this.inside.hidden = !document.querySelector("flow-playground");
       this.player.textContent = this.running ? "Pause" : "Train";
       this.player.disabled = this.stepper.disabled = empty || this.over;
-      for (const { canvas } of this.panes?.flat() ?? []) canvas.parentElement.classList.toggle("drawing", this.drawing);
+      for (const [{ canvas }] of this.panes ?? []) {
+        const frame = canvas.parentElement;
+        frame.classList.toggle("drawing", this.drawing);
+        // An application, since a screen reader would keep the arrow keys to itself.
+        for (const [name, value] of [["tabindex", 0], ["role", "application"], ["aria-label", "draw points: arrow keys move, space puts a point"]]) {
+          if (this.drawing) frame.setAttribute(name, value);
+          else frame.removeAttribute(name);
+        }
+      }
     }
 
     get drawing() {
