@@ -160,7 +160,9 @@ def draw_training() -> None:
         file = Path(folder) / "page.html"
         element = '<flow-trainer at="train=gaussians&amp;base=logistic&amp;broken=scaling"></flow-trainer>'
         file.write_text(f'<!doctype html><meta charset="utf-8"><body>{element}{scripts}</body>', encoding="utf-8")
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+        )
         page = browser.new_page(viewport={"width": 820, "height": 1000})
         page.goto(file.as_uri())
         page.wait_for_function("document.querySelector('flow-trainer').worker")

@@ -7,18 +7,20 @@
 "use strict";
 {
   const {
-    STYLE, element, button, choice, followLooks, number, minus, hue, startDrawing, drawAxes, densityPicture,
+    STYLE, element, button, followLooks, number, minus, hue, startDrawing, drawAxes, densityPicture,
     readAddress, writeAddress, clearAddress, followAddress,
   } = PlaygroundPage;
   const { makeData, entropyOf, volumePreservingOptimum, startWorker } = PlaygroundTraining;
 
-  const DATA = {
-    gaussians: "two Gaussians", moons: "two moons", circles: "two circles", spiral: "a spiral",
-    numbers: "whole numbers", own: "your own points",
-  };
-  const MODELS = { nice: "NICE", realnvp: "RealNVP" };
   const SETTINGS = {
-    base: { title: "Base", options: ["normal", "logistic"] },
+    data: {
+      title: "Data",
+      options: {
+        gaussians: "two Gaussians", moons: "two moons", circles: "two circles", spiral: "a spiral", numbers: "whole numbers", own: "your own points",
+      },
+    },
+    model: { title: "Model", options: { nice: "NICE", realnvp: "RealNVP" } },
+    base: { title: "Base", options: { normal: "normal", logistic: "logistic" } },
     couplings: { title: "Couplings", options: [2, 4, 8, 12] },
     width: { title: "Hidden units", options: [8, 16, 24, 48] },
     rate: { title: "Learning rate", options: [0.001, 0.003, 0.01, 0.03, 0.1] },
@@ -77,27 +79,28 @@
   const CALM = 1000; // for readers who want less motion
   const SPEAK = 5000; // milliseconds between two announcements
   const LONGEST = 20_000; // steps
+  const FIRST_WORDS = "Press Train. Each step draws 256 new points and changes the weights once.";
   const DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_"; // of an address: places of drawn points
   const PLACE = 0.1; // between two places
   const MOST = 150; // points that a reader can draw
 
   const OWN_STYLE = `
-    .way { align-items: center; display: flex; flex-wrap: wrap; gap: .35rem; margin: .75rem 0 .25rem; }
+    .way { align-items: center; display: flex; flex-wrap: wrap; gap: .35rem; margin: .5rem 0 .25rem; }
     .title { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-    @container (max-width: 34rem) {
-      .choices { grid-template-columns: 1fr; }
-      .pill, button.plain { font-size: .9rem; }
-    }
-    .settings { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; margin-bottom: .75rem; }
-    .settings label { align-items: center; display: flex; font-weight: 600; gap: .5rem; }
-    select { background: var(--ground); border: 1px solid var(--muted); border-radius: .3rem; color: var(--text); font: inherit; min-height: 2.5rem; padding: .1rem .4rem; }
+    .pill, button.plain, select { font-size: .9rem; }
+    label.pill span, button.plain, select { min-height: 2.25rem; }
+    .settings { display: flex; flex-wrap: wrap; gap: .35rem 1rem; margin-bottom: .5rem; }
+    .settings label { align-items: center; display: flex; font-weight: 600; gap: .35rem; }
+    legend { align-self: center; padding-right: .35rem; }
+    select { background: var(--ground); border: 1px solid var(--muted); border-radius: .3rem; color: var(--text); font-family: inherit; padding: .1rem .3rem; }
+    button:disabled { cursor: default; opacity: .5; }
     button.main { background: var(--accent); border-color: var(--accent); color: var(--ground); min-width: 5.5rem; justify-content: center; }
     [hidden] { display: none !important; }
     .panes { gap: .35rem .75rem; grid-template-columns: repeat(2, minmax(0, 1fr)); }
     .now { margin: .5rem 0; min-height: 1.4em; }
     .view { display: grid; gap: .5rem 1rem; }
     .charts { display: flex; flex-direction: column; min-height: 19rem; }
-    @container (min-width: 44rem) { .view { grid-template-columns: minmax(0, 4fr) minmax(0, 3fr); } }
+    @container (min-width: 38rem) { .view { grid-template-columns: minmax(0, 4fr) minmax(0, 3fr); } }
     .pane:focus-visible { outline: 3px solid var(--ring); outline-offset: 2px; }
     .drawing { cursor: cell; touch-action: none; }
     .chart { flex: 3 1 0; height: 0; min-height: 0; width: 100%; }
@@ -111,7 +114,7 @@
     .story a { color: var(--ring); }
     .story p { margin: .25rem 0; }
     .story:empty { display: none; }
-    :host([compact]) .choices, :host([compact]) .settings, :host([compact]) .tools { display: none; }
+    :host([compact]) fieldset, :host([compact]) .settings, :host([compact]) .tools { display: none; }
   `;
 
   class FlowTrainer extends HTMLElement {
@@ -166,12 +169,9 @@
 
     // A whole state from an address. What is not in it, or is no option, is as at first.
     take(wanted) {
-      const one = (options, value, otherwise) => (Object.hasOwn(options, value) ? value : otherwise);
       const state = { ...FIRST };
-      state.data = one(DATA, wanted.get("train"), FIRST.data);
-      state.model = one(MODELS, wanted.get("model"), FIRST.model);
-      for (const [name, { options }] of Object.entries(SETTINGS)) {
-        state[name] = options.find((option) => String(option) === wanted.get(name)) ?? FIRST[name];
+      for (const name of Object.keys(SETTINGS)) {
+        state[name] = values(name).find((value) => String(value) === wanted.get(name === "data" ? "train" : name)) ?? FIRST[name];
       }
       state.seed = Math.min(Math.max(Math.round(Number(wanted.get("seed") ?? FIRST.seed)) || 0, 0), 9999);
       state.broken = (wanted.get("broken") ?? "").split(",").filter((name) => Object.hasOwn(FAILURES, name));
@@ -221,7 +221,8 @@
       const { state } = this;
       const { broken } = this;
       this.variants = broken.length && state.beside ? [[], broken] : [broken];
-      this.names = this.variants.map((failures) => (failures.length ? failures.map((name) => FAILURES[name].name).join(", ") : "sound"));
+      const sound = this.opened?.name ?? "sound";
+      this.names = this.variants.map((failures) => failures.map((name) => FAILURES[name].name).join(", ") || sound);
       this.flows = this.variants.map(() => ({ losses: [], norms: [], stopped: null }));
       this.steps = 0;
       this.over = false;
@@ -231,7 +232,8 @@
       if (empty) this.running = false;
       this.layPanes();
       this.findLimits(empty);
-      this.tellStory(empty);
+      this.tellStory();
+      this.now.textContent = empty ? "Draw points in the data's pane: with the pen, or with the arrow keys and the space bar." : FIRST_WORDS;
       if (empty || !this.worker) return this.draw();
       const choices = { ...state, own: this.points, base: this.base };
       const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -294,12 +296,11 @@
 
     build() {
       const root = this.shadowRoot;
-      Object.assign(this, { chosen: {}, selects: {}, toggles: {} }); // what shows the state
+      Object.assign(this, { selects: {}, toggles: {} }); // what shows the state
       root.append(
         element("style", {}, STYLE + OWN_STYLE),
-        element("div", { class: "choices" },
-          this.radios("Data", "data", DATA), this.radios("Model", "model", MODELS), this.failures()),
-        element("div", { class: "settings" }, ...Object.entries(SETTINGS).map(([name, { title, options }]) => this.select(name, title, options))),
+        element("div", { class: "settings" }, ...Object.keys(SETTINGS).map((name) => this.select(name))),
+        this.failures(),
         this.buttons(),
         (this.now = element("p", { class: "now" })),
         element("div", { class: "view" },
@@ -307,21 +308,11 @@
           element("div", { class: "charts" },
             (this.chart = element("canvas", { class: "chart", role: "img" })),
             (this.normChart = element("canvas", { class: "chart small", role: "img" })))),
-        (this.story = element("div", { class: "story" })),
+        (this.story = element("div", { class: "story broken" })),
         (this.facts = element("div", { class: "facts" })),
         this.tools(),
         (this.error = element("p", { class: "error", role: "alert" })),
         (this.spoken = element("p", { class: "hidden", role: "status" })));
-    }
-
-    radios(title, name, options) {
-      const { fieldset, radios } = choice(title, name, options, (value) => {
-        if (name !== "data") this.opened = null;
-        if (value === "own" && !this.state.own) this.view.pen = true;
-        this.change({ [name]: value });
-      });
-      this.chosen[name] = radios;
-      return fieldset;
     }
 
     failures() {
@@ -335,14 +326,18 @@
         });
         return element("label", { class: "pill broken" }, input, element("span", {}, text));
       });
-      return element("fieldset", {}, element("legend", {}, "Broken"), element("div", { class: "options" }, ...pills));
+      return element("fieldset", {}, element("legend", {}, "Broken"), ...pills);
     }
 
-    select(name, title, options) {
-      const input = element("select", {}, ...options.map((value) => element("option", { value }, String(value))));
+    select(name) {
+      const { title, options } = SETTINGS[name];
+      const texts = Array.isArray(options) ? options.map(String) : Object.values(options);
+      const input = element("select", {}, ...values(name).map((value, i) => element("option", { value }, texts[i])));
       input.addEventListener("change", () => {
-        if (name !== "rate") this.opened = null;
-        this.change({ [name]: options[input.selectedIndex] });
+        const value = values(name)[input.selectedIndex];
+        if (name !== "data" && name !== "rate") this.opened = null;
+        if (value === "own" && !this.state.own) this.view.pen = true;
+        this.change({ [name]: value });
       });
       this.selects[name] = input;
       return element("label", {}, title, input);
@@ -397,10 +392,7 @@
       const { state, view } = this;
       const empty = state.data === "own" && !state.own;
       const { broken } = this;
-      for (const [name, radios] of Object.entries(this.chosen)) {
-        for (const [value, radio] of Object.entries(radios)) radio.checked = state[name] === value && !(this.opened && name !== "data");
-      }
-      for (const [name, input] of Object.entries(this.selects)) input.value = state[name];
+      for (const [name, input] of Object.entries(this.selects)) input.value = this.opened && name !== "data" && name !== "rate" ? "" : state[name];
       for (const [name, one] of Object.entries(this.toggles)) one.setAttribute("aria-pressed", view[name]);
       for (const [name, input] of Object.entries(this.switches)) {
         input.checked = broken.includes(name);
@@ -435,10 +427,9 @@
         const inOrder = wanted === 1 ? this.panes[0] : [0, 1].flatMap((k) => this.panes.map((pair) => pair[k]));
         this.frame.replaceChildren(...inOrder.map(({ whole }) => whole));
       }
-      this.panes.forEach((pair, i) => {
-        const name = this.opened && !this.variants[i].length ? this.opened.name : this.names[i];
-        pair[0].title.textContent = `${name}: data`;
-        pair[1].title.textContent = wanted === 1 ? "latent" : `${name}: latent`;
+      this.panes.forEach(([data, latent], i) => {
+        data.title.textContent = `${this.names[i]}: data`;
+        latent.title.textContent = "latent";
       });
       this.showChoices();
     }
@@ -515,6 +506,9 @@
     }
 
     save(json) {
+      if (json.layers.some(({ kind, gain }) => kind === "affine" && gain === undefined)) {
+        throw new Error("the library has no such thing as an affine coupling without a gain");
+      }
       const address = URL.createObjectURL(new Blob([JSON.stringify(json)], { type: "application/json" }));
       element("a", { href: address, download: "flow.json" }).click();
       setTimeout(() => URL.revokeObjectURL(address), 1000);
@@ -543,15 +537,12 @@
 
     // --- words and numbers --------------------------------------------------------------------------------------------
 
-    tellStory(empty) {
-      const told = empty
-        ? [element("p", {}, "Draw points in the data's pane, with the pen or with the arrow keys and the space bar. The data are draws around them, of standard deviation 0.15.")]
-        : this.broken.map((name) => {
-            const { entry, story, name: title } = FAILURES[name];
-            return element("p", {}, element("b", {}, `${title[0].toUpperCase()}${title.slice(1)}. `), `${story} `,
-              element("a", { href: `clinic.html#clinic-${entry.toLowerCase()}` }, `Clinic ${entry}`), ".");
-          });
-      this.story.className = this.broken.length && !empty ? "story broken" : "story";
+    tellStory() {
+      const told = this.broken.map((name) => {
+        const { entry, story, name: title } = FAILURES[name];
+        return element("p", {}, element("b", {}, `${title[0].toUpperCase()}${title.slice(1)}. `), `${story} `,
+          element("a", { href: `clinic.html#clinic-${entry.toLowerCase()}` }, `Clinic ${entry}`), ".");
+      });
       this.story.replaceChildren(...told);
     }
 
@@ -566,7 +557,7 @@
     }
 
     report() {
-      this.now.textContent = this.steps ? this.summary() : "Press Train. Every step takes 256 new points and moves the weights once.";
+      this.now.textContent = this.steps ? this.summary() : FIRST_WORDS;
       const rows = [
         ["−log p of 2,000 new points, nats", ({ nll }) => number(nll)],
         ["loss, mean of the last 100 steps", ({ losses }) => (losses.length ? number(recent(losses)) : "–")],
@@ -700,7 +691,7 @@
       }
       pen.textAlign = "left";
       pen.font = "600 12px sans-serif";
-      pen.fillText(isLoss ? "loss (nats) against steps" : "gradient's norm (before clipping)", left, 12);
+      pen.fillText(isLoss ? "loss (nats) against steps" : "gradient's norm", left, 12);
       // Curves, each with a name: colour alone would not tell them apart.
       columns.forEach((bins, i) => {
         const broken = this.variants[i].length > 0;
@@ -772,6 +763,12 @@
         pen.fillText(text, right, under);
       }
     }
+  }
+
+  // The values of a setting, as the state holds them.
+  function values(name) {
+    const { options } = SETTINGS[name];
+    return Array.isArray(options) ? options : Object.keys(options);
   }
 
   // Per column of pixels: the mean, the least and the most of its values; "x" is the column.

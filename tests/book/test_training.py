@@ -5,19 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from playwright._impl._driver import compute_driver_executable
+from playwright.sync_api import Browser, Page
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from nflows_lib import data
+from nflows_lib import data, models
 from nflows_lib.bijection import Bijection
 from nflows_lib.coupling import AdditiveCoupling, AffineCoupling
 from nflows_lib.distributions import StandardLogistic
@@ -66,7 +67,7 @@ class Unmasked(Bijection):
 
 
 def described(dims: int, base: str, *kinds: str, depth: int = 1, activation: str = "silu") -> dict[str, Any]:
-    """A description of a flow with these kinds of layers and random weights; "tanh" is an affine coupling without it."""
+    """A description of a flow of these layers, with random weights; "tanh" is an affine coupling without a tanh."""
     layers: list[dict[str, Any]] = []
     for k, kind in enumerate(kinds):
         if kind == "scaling":
@@ -77,7 +78,9 @@ def described(dims: int, base: str, *kinds: str, depth: int = 1, activation: str
         sizes = [sum(passes), *[5] * depth, out]
         weights = (0.5 * torch.randn(sum((a + 1) * b for a, b in itertools.pairwise(sizes)))).tolist()
         layer = {"kind": "affine" if kind == "tanh" else kind, "passes": passes, "weights": weights}
-        layers.append(layer | {"widths": [5] * depth, "activation": activation} | ({"gain": 0.8} if kind == "affine" else {}))
+        layers.append(
+            layer | {"widths": [5] * depth, "activation": activation} | ({"gain": 0.8} if kind == "affine" else {})
+        )
     return {"dims": dims, "base": base, "layers": layers}
 
 
@@ -93,7 +96,9 @@ def in_torch(description: dict[str, Any]) -> Flow:
         mask, widths = torch.tensor(layer["passes"]).bool(), layer["widths"]
         affine = layer["kind"] == "affine"
         outputs = dims if layer["kind"] == "unmasked" else (2 if affine else 1) * int((~mask).sum())
-        network = MLP(int(mask.sum()), outputs, widths[0], len(widths), export.ACTIVATIONS[layer["activation"]]).double()
+        network = MLP(
+            int(mask.sum()), outputs, widths[0], len(widths), export.ACTIVATIONS[layer["activation"]]
+        ).double()
         vector_to_parameters(torch.tensor(layer["weights"], dtype=torch.float64), network.parameters())
         kind = {"additive": AdditiveCoupling, "unmasked": Unmasked}.get(layer["kind"])
         layers.append((kind or (AffineCoupling if "gain" in layer else playground.Untamed))(mask, network).double())
@@ -122,6 +127,10 @@ def loss_of(flow: Flow, x: Tensor, share: float) -> Tensor:
     return -(flow.base.log_prob(x) + share * log_det).mean()
 
 
+def gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
 WHOLE = {
     "NICE": ("additive",) * 4 + ("scaling",),
     "RealNVP": ("affine",) * 4,
@@ -138,7 +147,11 @@ def test_the_loss_and_every_gradient_are_pytorchs(kinds: tuple[str, ...], share:
     """For two sizes, both bases, and every activation, within 1e-6 of float64."""
     torch.manual_seed(0)
     cases = []
-    for dims, base, depth, activation in ((2, "normal", 1, "silu"), (3, "logistic", 2, "tanh"), (4, "logistic", 1, "relu")):
+    for dims, base, depth, activation in (
+        (2, "normal", 1, "silu"),
+        (3, "logistic", 2, "tanh"),
+        (4, "logistic", 1, "relu"),
+    ):
         description = described(dims, base, *kinds, depth=depth, activation=activation)
         cases.append((description, torch.randn(7, dims, dtype=torch.float64)))
     script = """
@@ -153,11 +166,14 @@ print(told.cases.map(([description, x]) => {
         flow = in_torch(description)
         loss = loss_of(flow, x, share)
         loss.backward()
-        zero = torch.zeros_like
-        expected = numbers_of(flow, lambda parameter: zero(parameter) if parameter.grad is None else parameter.grad)
+        expected = numbers_of(flow, gradient)
         assert answer["loss"] == pytest.approx(loss.item(), rel=1e-6, abs=1e-6)
-        torch.testing.assert_close(torch.tensor(answer["gradient"], dtype=torch.float64), expected, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(torch.tensor(answer["logProb"]).double(), flow.log_prob(x).detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(answer["gradient"], dtype=torch.float64), expected, rtol=1e-6, atol=1e-6
+        )
+        torch.testing.assert_close(
+            torch.tensor(answer["logProb"]).double(), flow.log_prob(x).detach(), rtol=1e-5, atol=1e-5
+        )
         assert expected.abs().max() > 1e-3
 
 
@@ -271,7 +287,13 @@ def test_the_volume_preserving_optimum_is_right(facts: dict[str, Any]) -> None:
     truth = data.two_gaussians()
     grid = torch.cartesian_prod(line[line.abs() < 4.5], line[line.abs() < 2.5])
     log_p = truth.log_prob(grid).sort(descending=True).values.double()
-    base = StandardLogistic().log_prob(torch.cartesian_prod(line, line)).sort(descending=True).values[: len(log_p)].double()
+    base = (
+        StandardLogistic()
+        .log_prob(torch.cartesian_prod(line, line))
+        .sort(descending=True)
+        .values[: len(log_p)]
+        .double()
+    )
     volume = torch.arange(len(log_p)).double() * side**2
     mass = log_p.exp() * side**2
     by_normal = (mass * (math.log(2 * math.pi) + volume / (2 * math.pi))).sum().item()
@@ -287,14 +309,358 @@ def test_the_volume_preserving_optimum_is_right(facts: dict[str, Any]) -> None:
 CHOICES = {"data": "gaussians", "model": "nice", "base": "normal", "couplings": 8, "width": 24, "rate": 0.01, "seed": 1}
 
 
-def trained(steps: int, *variants: list[str], **choices: Any) -> list[dict[str, Any]]:
-    """What the page shows of these flows after some steps; "loss" is the mean of the last 100."""
+def test_what_the_page_says_of_the_failures() -> None:
+    """Every claim of the page's table that a number can decide is true."""
     script = """
-const session = new T.Session({ ...told.choices, own: [] }, told.variants);
+const session = new T.Session({ ...told.choices, own: [] }, [[], told.failures]);
 for (let i = 0; i < told.steps && !session.over; i++) session.step();
-print(session.picture(3.6, 72).flows.map(({ losses, nll, logDet, latentStd, mass, missed, stopped, samples, points, latents }) => ({
-  nll, logDet, latentStd, mass, missed, stopped, first: losses[0], points: [...points], latents: [...latents],
-  loss: losses.slice(-100).reduce((a, b) => a + b, 0) / Math.min(100, losses.length),
-  width: Math.sqrt(samples.reduce((a, v) => a + v * v, 0) / samples.length),
-})));"""
-    return in_node(script, choices=CHOICES | choices, variants=variants, steps=steps)
+const set = T.makeData(told.choices.data);
+const mean = (losses) => losses.reduce((a, b) => a + b, 0) / losses.length;
+print({
+  flows: session.picture(3.6, 72).flows.map((flow) => ({
+    ...flow, points: [...flow.points], latents: [...flow.latents], far: Math.max(...flow.samples.map(Math.abs)),
+    loss: mean(flow.losses.slice(-100)), most: Math.max(...flow.losses),
+    least: Math.min(...flow.losses.map((_, i, all) => mean(all.slice(i, i + 50)))),
+  })),
+  entropy: T.entropyOf(set), optimum: T.volumePreservingOptimum(set, told.choices.base),
+});"""
+
+    def trained(steps: int, *failures: str, **choices: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """The page's facts of the set, and of a sound and a broken flow after some steps."""
+        found = in_node(script, choices=CHOICES | choices, failures=failures, steps=steps)
+        return found, *found["flows"]
+
+    facts, sound, broken = trained(400, "scaling", base="logistic")
+    assert facts["optimum"] == pytest.approx(3.01, abs=0.005)
+    assert facts["optimum"] < broken["nll"] < facts["optimum"] + 0.1
+    assert broken["logDet"] == 0
+    assert facts["entropy"] < sound["nll"] < facts["entropy"] + 0.3
+    assert broken["nll"] - sound["nll"] == pytest.approx(0.75, abs=0.15)
+    facts, sound, broken = trained(400, "scaling")
+    assert facts["optimum"] < broken["nll"] < facts["optimum"] + 0.15
+    assert broken["nll"] - sound["nll"] == pytest.approx(0.15, abs=0.12)
+
+    _, sound, broken = trained(300, "logdet")
+    assert math.log(2 * math.pi) < broken["loss"] < math.log(2 * math.pi) + 0.15 < sound["loss"]
+    assert max(broken["latentStd"]) < 0.3
+    assert broken["far"] > 2 * sound["far"]
+    _, _, broken = trained(200, "sign")
+    assert broken["loss"] < facts["entropy"] - 2
+
+    facts, _, broken = trained(300, "alternation", data="moons")
+    first, latent = (torch.tensor(broken[key][:300]) for key in ("points", "latents"))
+    assert torch.equal(first.argsort(), latent.argsort())
+    assert broken["nll"] == pytest.approx(facts["entropy"] + 1.4, abs=0.12)
+
+    facts, _, broken = trained(300, "mask", data="moons")
+    assert broken["loss"] < facts["entropy"] - 1
+    assert broken["mass"] > 500
+    assert broken["missed"] > 1
+
+    moons = {"data": "moons", "model": "realnvp"}
+    _, sound, broken = trained(60, "tanh", "clipping", **moons)
+    assert broken["stopped"] == {"step": 49, "what": "loss"}
+    assert sound["stopped"] is None
+    _, sound, broken = trained(200, "clipping", **moons)
+    assert broken["nll"] == pytest.approx(sound["nll"], abs=0.4)
+    _, sound, broken = trained(450, "rate", **moons)
+    assert broken["most"] > 1e6
+    assert broken["nll"] > sound["nll"] + 0.8
+
+    _, _, broken = trained(400, "column", data="moons")
+    assert broken["least"] < 0
+    facts, sound, broken = trained(500, "noise", data="numbers")
+    assert broken["least"] < 0 < facts["entropy"] < sound["nll"]
+    latent = torch.tensor(broken["latents"]).view(2, -1).T
+    assert len(latent.unique(dim=0)) == 4
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+IT = "document.querySelector('flow-trainer')"
+LOCAL = ("file:", "blob:", "data:")
+
+
+@pytest.fixture(scope="module")
+def page(book: Path, browser: Browser) -> Iterator[Page]:
+    """The playground's page, opened from its file; an error on it, or a request to another machine, fails the test."""
+    context = browser.new_context(viewport={"width": 1200, "height": 1000})
+    page = context.new_page()
+    trouble: list[str] = []
+    page.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.on("request", lambda request: None if request.url.startswith(LOCAL) else trouble.append(request.url))
+    page.goto((book / "chapters" / "playground.html").as_uri())
+    yield page
+    context.close()
+    assert not trouble
+
+
+def go(page: Page, address: str) -> None:
+    """Follow a link to a state of the element, and wait for its first picture."""
+    page.evaluate("address => { history.replaceState(null, '', '#'); location.hash = address; }", address)
+    page.wait_for_function(
+        f"{IT}.worker && {IT}.flows[0].density && location.hash.includes({json.dumps(address[:12])})"
+    )
+
+
+def press(page: Page, name: str) -> None:
+    page.locator("flow-trainer").get_by_role("button", name=name, exact=True).click()
+
+
+def steps(page: Page, n: int) -> None:
+    """Take steps without a clock, and wait for the picture after them."""
+    before = page.evaluate(f"{IT}.steps")
+    page.evaluate(f"{IT}.worker.postMessage({{ steps: {n} }})")
+    page.wait_for_function(f"{IT}.steps === {before + n}")
+
+
+def shown(page: Page) -> list[dict[str, Any]]:
+    """The numbers of each flow that the page shows."""
+    return page.evaluate(
+        f"{IT}.flows.map(({{ nll, mass, stopped, latentStd }}) => ({{ nll, mass, stopped, latentStd }}))"
+    )
+
+
+def test_two_flows_learn_in_time_and_a_click_is_answered(page: Page) -> None:
+    """In 20 s NICE comes within 0.3 nats of the entropy, and without its scaling within 0.15 of its optimum."""
+    go(page, "train=gaussians&broken=scaling")
+    entropy, optimum = page.evaluate(f"[{IT}.entropy, {IT}.limits.find(({{ text }}) => text.startsWith('best')).at]")
+    press(page, "Train")
+    page.wait_for_function(
+        f"{IT}.flows[0].nll < {entropy} + 0.3 && {IT}.flows[1].nll < {optimum} + 0.15", timeout=20_000, polling=100
+    )
+    assert shown(page)[1]["nll"] > optimum
+    # While it trains: the time from a click to the next picture of the page, and to the worker's answer, in ms.
+    waited = page.evaluate(
+        f"""async () => {{
+          const it = {IT};
+          const frame = () => new Promise(requestAnimationFrame);
+          const found = {{ click: [], worker: [], pictures: 0 }};
+          const receive = it.receive.bind(it);
+          it.receive = (data) => {{ found.pictures += data.picture ? 1 : 0; receive(data); }};
+          const began = performance.now();
+          for (let i = 0; i < 10; i++) {{
+            let start = performance.now();
+            it.toggles.samples.click();
+            await frame();
+            found.click.push(performance.now() - start);
+            start = performance.now();
+            await new Promise((done) => {{ it.afterWriting = done; it.worker.postMessage({{ write: 0 }}); }});
+            found.worker.push(performance.now() - start);
+            await new Promise((done) => setTimeout(done, 150));
+          }}
+          found.pictures /= (performance.now() - began) / 1000;
+          delete it.receive;
+          return found;
+        }}"""
+    )
+    assert sorted(waited["click"])[5] < 100
+    assert sorted(waited["worker"])[5] < 100
+    assert waited["pictures"] > 4  # per second; about 10 where no other test runs beside this one
+    press(page, "Pause")
+    page.wait_for_timeout(200)
+    paused = page.evaluate(f"{IT}.steps")
+    page.wait_for_timeout(200)
+    assert page.evaluate(f"{IT}.steps") == paused > 100
+
+
+def test_every_failure_is_a_switch_with_its_entry(page: Page) -> None:
+    """A failure is offered where it can be switched on; its story links to an entry of the clinic."""
+    clinic = (ROOT / "chapters" / "clinic.md").read_text(encoding="utf-8")
+    offered = {}
+    for model, data_set in itertools.product(("nice", "realnvp"), ("moons", "numbers")):
+        go(page, f"train={data_set}&model={model}")
+        pills = page.locator("flow-trainer label.pill.broken")
+        offered[model, data_set] = {pill.inner_text() for pill in pills.all() if pill.is_visible()}
+        for name in sorted(offered[model, data_set]):
+            page.locator("flow-trainer").get_by_label(name, exact=True).check()
+            entry = page.locator("flow-trainer .story a").last.get_attribute("href").removeprefix("clinic.html#")
+            assert f"({entry})=" in clinic
+            assert page.evaluate(f"{IT}.variants.length") == 2
+            page.locator("flow-trainer").get_by_label(name, exact=True).uncheck()
+    everywhere = set.intersection(*offered.values())
+    assert offered["nice", "moons"] - everywhere == {"no scaling layer", "output not masked", "a repeated column"}
+    assert offered["realnvp", "numbers"] - everywhere == {"no tanh", "no noise"}
+    left_out, subtracted = (
+        page.locator("flow-trainer").get_by_label(name, exact=True)
+        for name in ("log-det left out of the loss", "log-det subtracted")
+    )
+    subtracted.check()
+    left_out.check()
+    assert not subtracted.is_checked()
+
+
+def test_an_address_holds_the_whole_state(page: Page) -> None:
+    go(page, "train=gaussians")
+    for label, value in {
+        "Data": "your own points",
+        "Model": "RealNVP",
+        "Base": "logistic",
+        "Couplings": "4",
+        "Hidden units": "16",
+        "Learning rate": "0.003",
+    }.items():
+        page.locator("flow-trainer").get_by_role("combobox", name=label, exact=True).select_option(label=value)
+    page.locator("flow-trainer").get_by_label("no clipping", exact=True).check()
+    press(page, "beside a sound flow")
+    press(page, "Another seed")
+    frame = page.locator("flow-trainer .pane").first
+    frame.scroll_into_view_if_needed()
+    box = frame.bounding_box()
+    page.mouse.move(box["x"] + 40, box["y"] + 40)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 90, box["y"] + 60, steps=5)
+    page.mouse.up()
+    frame.focus()
+    for key in ("ArrowRight", "ArrowUp", " "):
+        frame.press(key)
+    state, points = page.evaluate(f"[{IT}.state, {IT}.points]")
+    assert state == {
+        "data": "own",
+        "model": "realnvp",
+        "base": "logistic",
+        "couplings": 4,
+        "width": 16,
+        "rate": 0.003,
+        "seed": 2,
+        "broken": ["clipping"],
+        "beside": False,
+        "own": state["own"],
+    }
+    assert 4 <= len(points) <= 7
+    assert points[-1] == pytest.approx([0.2, 0.2], abs=0.06)
+    extent = 3.6 * (2 * 40 / box["width"] - 1)
+    assert points[0] == pytest.approx([extent, -extent], abs=0.06)
+    address = page.url.split("#")[1]
+    go(page, "train=moons")
+    go(page, address)
+    assert page.evaluate(f"[{IT}.state, {IT}.points]") == [state, points]
+    steps(page, 100)
+    assert shown(page)[0]["nll"] < 3
+    press(page, "wipe")
+    assert "Draw points" in page.locator("flow-trainer .now").inner_text()
+    assert page.locator("flow-trainer").get_by_role("button", name="Train", exact=True).is_disabled()
+
+
+def test_nonsense_in_an_address_is_ignored(page: Page) -> None:
+    go(page, "train=constructor&model=__proto__&couplings=3&rate=x&seed=-7&broken=nothing,tanh,&own=!&beside=0")
+    state = page.evaluate(f"{IT}.state")
+    assert (state["data"], state["model"], state["couplings"], state["rate"], state["seed"]) == (
+        "gaussians",
+        "nice",
+        8,
+        0.01,
+        0,
+    )
+    assert page.evaluate(f"{IT}.broken") == []
+
+
+def test_a_trained_flow_is_saved_read_by_the_library_and_opened_again(page: Page, tmp_path: Path) -> None:
+    for model in ("nice", "realnvp"):
+        go(page, f"train=moons&model={model}&base=logistic")
+        steps(page, 60)
+        with page.expect_download() as download:
+            press(page, "save as JSON")
+        file = tmp_path / f"{model}.json"
+        download.value.save_as(file)
+        flow = export.from_json(json.loads(file.read_text()))
+        assert len(flow.chain) == (9 if model == "nice" else 8)
+        points = torch.tensor(page.evaluate(f"[...{IT}.flows[0].points]")).view(2, -1).T
+        latents = torch.tensor(page.evaluate(f"[...{IT}.flows[0].latents]")).view(2, -1).T
+        assert (flow.encode(points) - points).abs().max() > 0.1
+        torch.testing.assert_close(flow.encode(points), latents, rtol=0.02, atol=0.02)  # float16
+        before = shown(page)[0]["nll"]
+        go(page, "train=moons")
+        page.locator("flow-trainer input[type=file]").set_input_files(file)
+        page.wait_for_function(f"{IT}.opened && {IT}.flows[0].nll !== undefined")
+        assert shown(page)[0]["nll"] == pytest.approx(before, abs=0.15)  # other points
+        steps(page, 150)
+        assert shown(page)[0]["nll"] < before + 0.1  # the first steps of a new optimizer are large
+        assert "train=" not in page.url
+    # The other way round: a flow of the library's, with two hidden layers.
+    theirs = tmp_path / "theirs.json"
+    theirs.write_text(json.dumps(export.to_json(models.realnvp_points(2, couplings=4, hidden=10, depth=2))))
+    page.locator("flow-trainer input[type=file]").set_input_files(theirs)
+    page.wait_for_function(f"{IT}.opened?.name === 'theirs.json' && {IT}.flows[0].nll !== undefined")
+    before = shown(page)[0]["nll"]
+    steps(page, 50)
+    assert shown(page)[0]["nll"] < before - 0.2
+    press(page, "look inside")
+    page.wait_for_function("document.querySelector('flow-playground').opened")
+    assert page.evaluate("document.querySelector('flow-playground').flow.layers.length") == 4
+
+
+def test_what_the_library_cannot_read_is_not_saved(page: Page, tmp_path: Path) -> None:
+    alert = page.locator("flow-trainer [role=alert]")
+    for address, complaint in {
+        "train=moons&broken=mask": "kind is none of scaling, additive, affine",
+        "train=moons&model=realnvp&broken=tanh": "an affine coupling without a gain",
+    }.items():
+        go(page, address)
+        press(page, "save as JSON")
+        alert.get_by_text(complaint).wait_for()
+    (tmp_path / "none.json").write_text("{}")
+    page.locator("flow-trainer input[type=file]").set_input_files(tmp_path / "none.json")
+    alert.get_by_text("none.json holds no flow that can be trained: dims is no positive integer").wait_for()
+
+
+def test_a_run_that_ends_is_told(page: Page) -> None:
+    go(page, "train=moons&model=realnvp&broken=tanh,clipping")
+    steps(page, 60)
+    assert "stopped at step 49: the loss was no finite number" in page.locator("flow-trainer .now").inner_text()
+    assert "no number" in page.locator("flow-trainer table").inner_text()
+    press(page, "beside a sound flow")
+    page.wait_for_function(f"{IT}.flows.length === 1 && {IT}.flows[0].density")
+    press(page, "Train")
+    page.locator("flow-trainer").get_by_role("button", name="Train", exact=True, disabled=True).wait_for()
+    assert "stopped at step 49" in page.locator("flow-trainer [role=status]").inner_text()
+
+
+def test_less_motion_means_fewer_pictures(book: Path, browser: Browser) -> None:
+    context = browser.new_context(reduced_motion="reduce")
+    page = context.new_page()
+    page.goto((book / "chapters" / "playground.html").as_uri() + "#train=gaussians&broken=")
+    page.wait_for_function(f"{IT}.worker && {IT}.flows[0].density")
+    press(page, "Train")
+    pictures = page.evaluate(
+        f"""() => new Promise((done) => {{
+          const it = {IT};
+          let pictures = 0;
+          const receive = it.receive.bind(it);
+          it.receive = (data) => {{ pictures += 1; receive(data); }};
+          setTimeout(() => done(pictures), 1500);
+        }})"""
+    )
+    assert 1 <= pictures <= 2
+    context.close()
+
+
+def test_an_element_that_leaves_stops_its_worker_and_can_come_back(page: Page) -> None:
+    go(page, "train=moons")
+    press(page, "Train")
+    page.wait_for_function(f"{IT}.steps > 10")
+    page.evaluate(
+        f"window.gone = {IT}; window.parent_ = gone.parentNode; window.next_ = gone.nextSibling; gone.remove()"
+    )
+    assert page.evaluate("[gone.worker, gone.running]") == [None, False]
+    page.evaluate("parent_.insertBefore(gone, next_)")
+    page.locator("flow-trainer").scroll_into_view_if_needed()
+    page.wait_for_function(f"{IT}.worker && {IT}.flows[0].density")
+    assert page.evaluate(f"[{IT}.state.data, {IT}.steps]") == ["moons", 0]
+    steps(page, 3)
+
+
+def test_without_scripts_there_is_a_picture_of_training(book: Path, browser: Browser) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto((book / "chapters" / "playground.html").as_uri())
+    picture = page.locator("flow-trainer img")
+    assert picture.is_visible()
+    assert len(picture.get_attribute("alt")) > 40
+    context.close()
+
+
+def test_the_scripts_are_light() -> None:
+    """All of them together, without the shipped flows."""
+    assert sum(file.stat().st_size for file in SCRIPTS.glob("*.js") if file.name != "flows.js") <= 120_000
