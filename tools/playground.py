@@ -1,5 +1,8 @@
 """Train the playground's flows and write them for the page: ``python tools/playground.py``, 15 minutes on one core.
 
+``python tools/playground.py pictures`` only draws the two pictures for readers without scripts; the second is a picture
+of the page's own element in Chromium.
+
 The flows are small and smooth, so that a reader can follow them: 8 couplings with one hidden layer of 20 units.
 `_extra/playground/flows.js` holds all flows, rounded by `nflows_lib.experiments.export`, and the points of each set.
 """
@@ -7,12 +10,17 @@ The flows are small and smooth, so that a reader can follow them: 8 couplings wi
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from nflows_lib import data, plotting
@@ -29,6 +37,7 @@ ROOT = Path(__file__).parents[1]
 FILE = ROOT / "_extra" / "playground" / "flows.js"
 STILL = ROOT / "chapters" / "assets" / "playground" / "still.png"
 PREFIX = "globalThis.playgroundSets = "
+TRAINER = ("page.js", "train.js", "flow.js", "trainer.js")  # the scripts of <flow-trainer>, in this order
 SHOWN = 184  # points of a set in the page
 SIZES = {"couplings": 8, "hidden": 20, "depth": 1, "activation": nn.SiLU}
 
@@ -142,8 +151,28 @@ def draw_still() -> None:
     figure.savefig(STILL, dpi=75)
 
 
+def draw_training() -> None:
+    """Draw the picture of the element that trains: two flows, one without its scaling layer, after 1,500 steps."""
+    from playwright.sync_api import sync_playwright
+
+    scripts = "".join(f'<script src="{(FILE.parent / name).as_uri()}"></script>' for name in TRAINER)
+    with sync_playwright() as playwright, TemporaryDirectory() as folder:
+        file = Path(folder) / "page.html"
+        element = '<flow-trainer at="train=gaussians&amp;base=logistic&amp;broken=scaling"></flow-trainer>'
+        file.write_text(f'<!doctype html><meta charset="utf-8"><body>{element}{scripts}</body>', encoding="utf-8")
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 820, "height": 1000})
+        page.goto(file.as_uri())
+        page.wait_for_function("document.querySelector('flow-trainer').worker")
+        page.evaluate("document.querySelector('flow-trainer').worker.postMessage({ steps: 1500 })")
+        page.wait_for_function("document.querySelector('flow-trainer').steps === 1500")
+        picture = page.locator("flow-trainer .view").screenshot()
+        browser.close()
+    Image.open(BytesIO(picture)).save(STILL.with_name("training.webp"), quality=75, method=6)
+
+
 def main() -> None:
-    """Train all flows, write the file and draw the picture."""
+    """Train all flows, write the file and draw the pictures."""
     sets: dict[str, Any] = {}
     for name, (title, draw) in SETS.items():
         torch.manual_seed(3)
@@ -153,8 +182,14 @@ def main() -> None:
             sets[name]["flows"][model] = flows
             print(name, model, {without: flow["log_prob"] for without, flow in flows.items()}, flush=True)
     FILE.write_text(f"{PREFIX}{json.dumps(sets, separators=(',', ':'))};\n", encoding="utf-8")
+    draw_pictures()
+
+
+def draw_pictures() -> None:
+    """Draw the pictures for readers without scripts."""
     draw_still()
+    draw_training()
 
 
 if __name__ == "__main__":
-    main()
+    draw_pictures() if sys.argv[1:] == ["pictures"] else main()

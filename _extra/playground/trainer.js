@@ -69,8 +69,9 @@
     },
   };
 
-  const EXTENT = { numbers: 2 }; // half the width of the data's pane; of the others, and of the latent's pane:
-  const WIDE = 3.6;
+  const EXTENT = { numbers: 2 }; // half the width of the data's pane; with other data it is
+  const WIDE = 3.6; // as it is in the latent's pane, there in standard deviations of the base
+  const STD = { normal: 1, logistic: Math.PI / Math.sqrt(3) };
   const SIDE = 72; // cells across a picture of the density
   const EVERY = 100; // milliseconds between pictures
   const CALM = 1000; // for readers who want less motion
@@ -205,6 +206,10 @@
       return Array.from({ length: this.state.own.length / 2 }, (_, i) => [place(this.state.own[2 * i]), place(this.state.own[2 * i + 1])]);
     }
 
+    get base() {
+      return this.opened?.description.base ?? this.state.base;
+    }
+
     // The failures that are switched on and can be: of those of one flow, and of one that was opened.
     get broken() {
       const built = ["scaling", "alternation", "mask", "tanh"]; // what an opened flow has or has not, as it is
@@ -224,12 +229,11 @@
       this.extent = EXTENT[state.data] ?? WIDE;
       const empty = state.data === "own" && !state.own;
       if (empty) this.running = false;
-      this.showChoices(empty);
       this.layPanes();
       this.findLimits(empty);
       this.tellStory(empty);
       if (empty || !this.worker) return this.draw();
-      const choices = { ...state, own: this.points, base: this.opened?.description.base ?? state.base };
+      const choices = { ...state, own: this.points, base: this.base };
       const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
       this.worker.postMessage({
         begin: [choices, this.variants, this.opened?.description ?? null],
@@ -237,27 +241,22 @@
       });
     }
 
-    // The lines of the loss's chart: each a value in nats, and its name.
+    // The lines of the loss's chart, in nats.
     findLimits(empty) {
-      const { state, broken } = this;
+      const { broken, base } = this;
       this.limits = [];
+      this.entropy = null;
       if (empty) return;
-      const base = this.opened?.description.base ?? state.base;
-      const set = makeData(state.data, this.points);
-      const sound = this.variants.some((failures) => !failures.includes("column") && !failures.includes("noise"));
-      this.entropy = sound ? entropyOf(set) : null;
-      if (sound) this.limits.push({ at: this.entropy, name: "entropy of the data" });
-      const peak = base === "normal" ? Math.log(2 * Math.PI) : 2 * Math.log(4);
-      const formula = base === "normal" ? "(D/2) log 2π" : "D log 4";
+      const draw = (at, name) => this.limits.push({ at, text: `${name}: ${number(at)}` });
+      const set = makeData(this.state.data, this.points);
+      const changed = broken.some((name) => name === "column" || name === "noise"); // the broken flow's data are others
+      if (!changed || this.variants.length > 1) draw((this.entropy = entropyOf(set)), "entropy of the data");
+      const [peak, formula] = base === "normal" ? [Math.log(2 * Math.PI), "(D/2) log 2π"] : [2 * Math.log(4), "D log 4"];
       if (broken.includes("scaling") && !broken.includes("mask")) {
-        if (!broken.includes("column") && !broken.includes("noise")) {
-          this.limits.push({ at: volumePreservingOptimum(set, base), name: "best that keeps volume" });
-        }
-        this.limits.push({ at: peak, name: `F1's limit, ${formula}` });
-      } else if (broken.includes("logdet")) {
-        this.limits.push({ at: peak, name: `lowest without log-det, ${formula}` });
-      }
-      if (broken.includes("noise")) this.limits.push({ at: 0, name: "P(k) = 1: no honest loss is lower" });
+        if (!changed) draw(volumePreservingOptimum(set, base), "best that keeps volume");
+        draw(peak, `F1's limit, ${formula}`);
+      } else if (broken.includes("logdet")) draw(peak, `lowest without log-det, ${formula}`);
+      if (broken.includes("noise")) draw(0, "P(k) = 1: no honest loss is lower");
     }
 
     // --- training -----------------------------------------------------------------------------------------------------
@@ -605,11 +604,12 @@
         latent.canvas.setAttribute("aria-label", `The latents of the data after ${this.steps} steps (${this.names[i]}), on circles of the base.`);
       });
       this.drawChart(this.chart, "losses", this.limits, colour);
-      this.drawChart(this.normChart, "norms", [{ at: 5, name: "clipped here, at" }], colour);
+      this.drawChart(this.normChart, "norms", [{ at: 5, text: "clipped at 5" }], colour);
     }
 
     drawPane(canvas, flow, isData, colour) {
-      const extent = isData ? this.extent : WIDE;
+      const std = STD[this.base];
+      const extent = isData ? this.extent : WIDE * std;
       const start = startDrawing(canvas);
       if (!start) return;
       const { pen, width: size } = start;
@@ -620,10 +620,10 @@
       }
       if (!isData) {
         pen.strokeStyle = colour("muted");
-        for (const radius of [1, 2, 3]) { // of a normal base; of a logistic one nearly so
-          pen.globalAlpha = 0.5;
+        pen.globalAlpha = 0.5;
+        for (const radius of [1, 2, 3]) {
           pen.beginPath();
-          pen.arc(size / 2, size / 2, (radius * size) / 2 / extent, 0, 2 * Math.PI);
+          pen.arc(size / 2, size / 2, (radius * std * size) / 2 / extent, 0, 2 * Math.PI);
           pen.stroke();
         }
         pen.globalAlpha = 1;
@@ -754,7 +754,7 @@
       pen.textAlign = "right";
       pen.lineJoin = "round";
       let free = 0;
-      for (const { at, name } of [...limits].sort((a, b) => b.at - a.at)) {
+      for (const { at, text } of [...limits].sort((a, b) => b.at - a.at)) {
         const y = scale(at);
         pen.strokeStyle = pen.fillStyle = colour("text");
         pen.setLineDash([2, 3]);
@@ -766,7 +766,6 @@
         pen.setLineDash([]);
         const under = Math.max(y + 12, free);
         free = under + 13;
-        const text = `${name}: ${minus(at.toFixed(2))}`;
         pen.strokeStyle = colour("ground");
         pen.lineWidth = 4;
         pen.strokeText(text, right, under);

@@ -927,9 +927,9 @@ def test_an_element_that_leaves_takes_its_listeners_along(fresh: Page) -> None:
     fresh.wait_for_timeout(200)
     assert fresh.evaluate(away) == {"goToAddress": 0, "draw": 0, "data": "moons", "playing": None}
     fresh.evaluate("window.place[0].insertBefore(window.away, window.place[1])")
-    fresh.wait_for_function("window.calls.draw === 1")  # its size is a new one
-    fresh.evaluate("theme => document.documentElement.dataset.theme = theme", theme)
-    fresh.wait_for_function("window.calls.draw === 2")
+    fresh.wait_for_function("window.calls.draw > 0")  # its size is a new one
+    fresh.evaluate("theme => { window.calls.draw = 0; document.documentElement.dataset.theme = theme; }", theme)
+    fresh.wait_for_function("window.calls.draw > 0")
     go(fresh, circles)
     assert fresh.evaluate("[window.calls.goToAddress, away.state.data, away.state.layer]") == [1, "circles", 5]
     before = values(fresh)["x"]

@@ -153,3 +153,30 @@ def test_no_file_is_tied_to_a_machine_or_a_registry(tracked_texts: dict[Path, st
 def test_no_file_is_too_large_for_git(tracked_files: list[Path]) -> None:
     sizes = {path.name: path.stat().st_size for path in tracked_files}
     assert not {name: size for name, size in sizes.items() if size > MAX_FILE_BYTES}
+
+
+@pytest.mark.parametrize(
+    ("environment", "returns", "said"),
+    [
+        ({"PATH": ""}, 0, "Skipped browser tests: 2, because there is no Chromium on this machine"),
+        ({"CHROMIUM": "kromium"}, 4, "the environment variable CHROMIUM is 'kromium', which is no program"),
+    ],
+    ids=["without a browser", "a wrong name"],
+)
+def test_a_missing_browser_does_not_go_unnoticed(environment: dict[str, str], returns: int, said: str) -> None:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "CHROMIUM"))}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n",
+        "1",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "axe",
+        "tests/book/test_sheets.py",
+    ]
+    ran = subprocess.run(command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True)
+    assert ran.returncode == returns, ran.stdout + ran.stderr
+    assert said in ran.stdout + ran.stderr
