@@ -1,4 +1,4 @@
-"""Tests of the links that train a flow in the page, and of the elements in the chapters: they show what the text says."""
+"""Tests of the links that train a flow in the page and of the elements in the chapters: they show what a text says."""
 
 from __future__ import annotations
 
