@@ -428,7 +428,7 @@
         this.frame.replaceChildren(...inOrder.map(({ whole }) => whole));
       }
       this.panes.forEach(([data, latent], i) => {
-        data.title.textContent = `${this.names[i]}: data`;
+        data.title.textContent = wanted === 1 ? `data: ${this.names[i]}` : this.names[i];
         latent.title.textContent = "latent";
       });
       this.showChoices();
