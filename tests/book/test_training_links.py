@@ -27,15 +27,14 @@ const vm = require("vm"), fs = require("fs");
 Object.assign(globalThis, { HTMLElement: class {}, PlaygroundPage: {}, PlaygroundTraining: {} });
 globalThis.customElements = { define() {} };
 const code = fs.readFileSync(`${process.argv[1]}/trainer.js`, "utf8");
-const names = "globalThis.told = { DATA, MODELS, SETTINGS, FIRST, FAILURES };";
+const names = "globalThis.told = { SETTINGS, FIRST, FAILURES };";
 vm.runInThisContext(code.replace("customElements.define(", `${names} $&`));
-const { DATA, MODELS, SETTINGS, FIRST, FAILURES } = told;
+const { SETTINGS, FIRST, FAILURES } = told;
 const each = (entries, tell) => Object.fromEntries(Object.entries(entries).map(([name, entry]) => [name, tell(entry)]));
+const { data: train, ...options } = each(SETTINGS, ({ options: all }) => (Array.isArray(all) ? all.map(String) : Object.keys(all)));
 const fitting = (state) => Object.keys(FAILURES).filter((name) => FAILURES[name].fits(state));
 console.log(JSON.stringify({
-  options: {
-    train: Object.keys(DATA), model: Object.keys(MODELS), ...each(SETTINGS, ({ options }) => options.map(String)),
-  },
+  options: { train, ...options },
   first: FIRST,
   failures: each(FAILURES, ({ entry, excludes }) => ({ entry, excludes })),
   fitting: JSON.parse(fs.readFileSync(0, "utf8")).map((state) => fitting({ ...FIRST, ...state, data: state.train })),
