@@ -306,8 +306,8 @@
         element("div", { class: "view" },
           (this.frame = element("div", { class: "panes" })),
           element("div", { class: "charts" },
-            (this.chart = element("canvas", { class: "chart", role: "img" })),
-            (this.normChart = element("canvas", { class: "chart small", role: "img" })))),
+            (this.chart = element("canvas", { class: "chart", role: "img", "aria-label": "the loss" })),
+            (this.normChart = element("canvas", { class: "chart small", role: "img", "aria-label": "the gradient's norm" })))),
         (this.story = element("div", { class: "story broken" })),
         (this.facts = element("div", { class: "facts" })),
         this.tools(),
@@ -715,6 +715,8 @@
           pen.fillText("✕", left + (stopped.step / steps) * (right - left) - 6, top + 12);
         }
       });
+      const last = (flow, i) => `${this.names[i]} ${number(flow[what].at(-1) ?? NaN)}`;
+      canvas.setAttribute("aria-label", `The ${isLoss ? "loss" : "gradient's norm"} after ${this.steps} steps: ${this.flows.map(last).join(", ")}.`);
       if (isLoss && this.flows.length > 1) this.drawKey(pen, right, colour);
       this.drawLimits(pen, limits, { left, right, scale }, colour);
     }
