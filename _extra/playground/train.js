@@ -9,7 +9,7 @@
   const writeMathematics = () => {
     const LOG_2PI = Math.log(2 * Math.PI);
 
-    // --- random numbers -------------------------------------------------------------------------------------------------
+    // --- random numbers ---
 
     // Uniform and normal draws that repeat for the same seed (Bob Jenkins's small fast counter, sfc32).
     class Random {
@@ -34,7 +34,7 @@
       }
     }
 
-    // --- bases ----------------------------------------------------------------------------------------------------------
+    // --- bases ---
 
     // Per coordinate: log-density in nats, its derivative, and a draw.
     const BASES = {
@@ -53,7 +53,7 @@
       },
     };
 
-    // --- data -----------------------------------------------------------------------------------------------------------
+    // --- data ---
 
     const OWN_STD = 0.15; // of the noise around points that a reader drew
     const LEVELS = 2; // of whole numbers in each of the two dimensions: pairs of black and white pixels
@@ -184,7 +184,7 @@
       return (a, b) => (until(b) - until(a)) / ((b - a) / side ** 2);
     }
 
-    // --- networks and layers --------------------------------------------------------------------------------------------
+    // --- networks and layers ---
 
     // Each turns the first n numbers into its values, and writes its derivatives to the slopes.
     const ACTIVATIONS = {
@@ -385,7 +385,7 @@
 
     const KINDS = { scaling: makeScaling, additive: makeCoupling, affine: makeCoupling, unmasked: makeCoupling };
 
-    // --- a flow ---------------------------------------------------------------------------------------------------------
+    // --- a flow ---
 
     // A flow that can be trained. Its description is the JSON of nflows_lib.experiments.export with plain numbers as weights.
     class TrainableFlow {
@@ -487,7 +487,7 @@
       }
     }
 
-    // --- what a reader chooses ------------------------------------------------------------------------------------------
+    // --- what a reader chooses ---
 
     const BATCH = 256;
     const CLIP = 5;
