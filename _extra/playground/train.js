@@ -4,6 +4,8 @@
 //
 // Many vectors at once are one Float64Array in which each coordinate's values lie together: value i of example b of a batch of
 // B is at i * B + b.
+
+
 // The one name that this file adds to the page.
 globalThis.PlaygroundTraining = (function mathematics() {
   "use strict";
@@ -56,8 +58,7 @@ globalThis.PlaygroundTraining = (function mathematics() {
   // --- data ---
 
   const OWN_STD = 0.15; // of the noise around points that a reader drew
-  const LEVELS = 2; // of whole numbers in each of the two dimensions: pairs of black and white pixels
-  const TABLE = [6, 2, 3, 5].map((share) => share / 16); // probabilities of the pairs, row by row
+  const SHARES = [6, 2, 3, 5]; // of 16: how often a pair of black and white pixels is (0, 0), (1, 0), (0, 1) and (1, 1)
 
   const curve = (n, at) => Array.from({ length: n }, (_, i) => at((i + 0.5) / n));
   const circle = (radius) => curve(160, (t) => [radius * Math.cos(2 * Math.PI * t), radius * Math.sin(2 * Math.PI * t)]);
@@ -86,37 +87,42 @@ globalThis.PlaygroundTraining = (function mathematics() {
     return mixture(name === "own" ? { means: own, std: OWN_STD } : MIXTURES[name]);
   }
 
+  // n vectors, each of which is one of the centres and noise.
+  function drawAround(centres, noise, random, n) {
+    const x = new Float64Array(2 * n);
+    for (let b = 0; b < n; b++) {
+      const centre = centres[Math.floor(random.uniform() * centres.length)];
+      for (let i = 0; i < 2; i++) x[i * n + b] = centre[i] + noise();
+    }
+    return x;
+  }
+
   function mixture({ means, std }) {
     return {
-      draw(random, n) {
-        const x = new Float64Array(2 * n);
-        for (let b = 0; b < n; b++) {
-          const mean = means[Math.floor(random.uniform() * means.length)];
-          for (let i = 0; i < 2; i++) x[i * n + b] = mean[i] + std * random.normal();
-        }
-        return x;
-      },
+      draw: (random, n) => drawAround(means, () => std * random.normal(), random, n),
       // The density at the centres of square cells that cover it, and the area of a cell.
       onGrid() {
         const side = std / 3;
         const reach = 5.5 * std;
-        const [from, to] = [Math.min, Math.max].map((extreme) => [0, 1].map((i) => extreme(...means.map((mean) => mean[i]))));
-        const start = from.map((v) => v - reach);
-        const counts = [0, 1].map((i) => Math.ceil((to[i] + reach - start[i]) / side));
-        const density = new Float64Array(counts[0] * counts[1]);
+        const axes = [0, 1].map((i) => {
+          const centres = means.map((mean) => mean[i]);
+          const start = Math.min(...centres) - reach;
+          return { start, count: Math.ceil((Math.max(...centres) + reach - start) / side) };
+        });
+        const density = new Float64Array(axes[0].count * axes[1].count);
+        const weight = 1 / (2 * Math.PI * std * std * means.length);
         // A Gaussian is a product of one factor per coordinate, and beyond the reach it counts as 0.
         for (const mean of means) {
-          const factors = mean.map((centre, i) => {
-            const first = Math.max(0, Math.floor((centre - reach - start[i]) / side));
-            const last = Math.min(counts[i], Math.ceil((centre + reach - start[i]) / side));
+          const [rows, columns] = axes.map(({ start }, i) => {
+            const first = Math.floor((mean[i] - reach - start) / side);
+            const last = Math.ceil((mean[i] + reach - start) / side);
             const values = [];
-            for (let k = first; k < last; k++) values.push(Math.exp(-0.5 * ((start[i] + (k + 0.5) * side - centre) / std) ** 2));
+            for (let k = first; k < last; k++) values.push(Math.exp(-0.5 * ((start + (k + 0.5) * side - mean[i]) / std) ** 2));
             return { first, values };
           });
-          const weight = 1 / (2 * Math.PI * std * std * means.length);
-          factors[0].values.forEach((p, a) => {
-            const row = (factors[0].first + a) * counts[1] + factors[1].first;
-            factors[1].values.forEach((q, c) => (density[row + c] += weight * p * q));
+          rows.values.forEach((p, a) => {
+            const at = (rows.first + a) * axes[1].count + columns.first;
+            columns.values.forEach((q, c) => (density[at + c] += weight * p * q));
           });
         }
         return { density, area: side * side };
@@ -124,21 +130,12 @@ globalThis.PlaygroundTraining = (function mathematics() {
     };
   }
 
-  // Pairs of whole numbers k from 0 to LEVELS - 1, with uniform noise in [0, 1), moved so that 0 is in the middle.
+  // Pairs of whole numbers from 0 to 1, with uniform noise in [0, 1), moved so that 0 is in the middle.
   function wholeNumbers() {
+    const pairs = SHARES.flatMap((share, k) => Array(share).fill([(k % 2) - 1, Math.floor(k / 2) - 1]));
     return {
-      draw(random, n) {
-        const x = new Float64Array(2 * n);
-        for (let b = 0; b < n; b++) {
-          let left = random.uniform();
-          let k = 0;
-          while (k < TABLE.length - 1 && left >= TABLE[k]) left -= TABLE[k++];
-          x[b] = (k % LEVELS) - LEVELS / 2 + random.uniform();
-          x[n + b] = Math.floor(k / LEVELS) - LEVELS / 2 + random.uniform();
-        }
-        return x;
-      },
-      onGrid: () => ({ density: Float64Array.from(TABLE), area: 1 }),
+      draw: (random, n) => drawAround(pairs, () => random.uniform(), random, n),
+      onGrid: () => ({ density: Float64Array.from(SHARES, (share) => share / 16), area: 1 }),
     };
   }
 
@@ -211,19 +208,22 @@ globalThis.PlaygroundTraining = (function mathematics() {
 
   // An array of at least n numbers: the old one if it is long enough.
   const room = (old, n) => (old?.length >= n ? old : new Float64Array(n));
+  // The values of coordinate i of n vectors.
+  const coordinate = (x, i, n) => x.subarray(i * n, (i + 1) * n);
 
   // A fully connected network. take(n) gives the next n parameters, as views of values and of gradients.
   function makeNetwork(sizes, activation, take) {
     const bend = ACTIVATIONS[activation];
+    // Each layer also keeps what its backward pass needs: its input, output and slopes.
     const layers = sizes.slice(1).map((outputs, k) => ({ inputs: sizes[k], outputs, weight: take(sizes[k] * outputs), bias: take(outputs) }));
-    const kept = layers.map(() => ({})); // what the backward pass needs: each layer's input, output, slopes
+    const last = layers.at(-1);
     return {
-      layers,
+      parameters: layers.flatMap(({ weight, bias }) => [weight, bias]),
       forward(input, B) {
-        layers.forEach(({ inputs, outputs, weight, bias }, k) => {
-          const mine = kept[k];
-          const output = (mine.output = room(mine.output, outputs * B));
-          mine.input = input;
+        for (const layer of layers) {
+          const { inputs, outputs, weight, bias } = layer;
+          const output = (layer.output = room(layer.output, outputs * B));
+          layer.input = input;
           for (let j = 0; j < outputs; j++) {
             output.fill(bias.values[j], j * B, (j + 1) * B);
             for (let i = 0; i < inputs; i++) {
@@ -231,22 +231,21 @@ globalThis.PlaygroundTraining = (function mathematics() {
               for (let b = 0; b < B; b++) output[j * B + b] += w * input[i * B + b];
             }
           }
-          if (k < layers.length - 1) {
-            mine.slopes = room(mine.slopes, outputs * B);
-            bend(output, mine.slopes, outputs * B);
+          if (layer !== last) {
+            layer.slopes = room(layer.slopes, outputs * B);
+            bend(output, layer.slopes, outputs * B);
           }
           input = output;
-        });
+        }
         return input;
       },
       // From the loss's derivatives by the output to those by the input; adds up those by the parameters.
       backward(byOutput, B) {
-        for (let k = layers.length - 1; k >= 0; k--) {
-          const { inputs, outputs, weight, bias } = layers[k];
-          const mine = kept[k];
-          const byInput = (mine.byInput = room(mine.byInput, inputs * B));
+        for (const layer of [...layers].reverse()) {
+          const { inputs, outputs, weight, bias, input, slopes } = layer;
+          const byInput = (layer.byInput = room(layer.byInput, inputs * B));
           byInput.fill(0, 0, inputs * B);
-          if (k < layers.length - 1) for (let at = 0; at < outputs * B; at++) byOutput[at] *= mine.slopes[at];
+          if (layer !== last) for (let at = 0; at < outputs * B; at++) byOutput[at] *= slopes[at];
           for (let j = 0; j < outputs; j++) {
             let total = 0;
             for (let b = 0; b < B; b++) total += byOutput[j * B + b];
@@ -256,7 +255,7 @@ globalThis.PlaygroundTraining = (function mathematics() {
               let product = 0;
               for (let b = 0; b < B; b++) {
                 const d = byOutput[j * B + b];
-                product += d * mine.input[i * B + b];
+                product += d * input[i * B + b];
                 byInput[i * B + b] += w * d;
               }
               weight.gradients[j * inputs + i] += product;
@@ -272,95 +271,86 @@ globalThis.PlaygroundTraining = (function mathematics() {
   // Every layer: forward(x, z, logDet, B) writes z and adds to each example's log-det; backward(d, byLogDet, x, B) turns d, the
   // loss's derivatives by z, into those by x, where byLogDet is the derivative by each example's log-det; inverse(z, B) turns z into x.
   function makeScaling({ log_scale: start }, dims, take) {
-    const scale = take(dims);
-    scale.values.set(start);
+    const { values, gradients } = take(dims);
+    values.set(start);
     return {
       kind: "scaling",
       forward(x, z, logDet, B) {
-        for (let i = 0; i < dims; i++) {
-          const factor = Math.exp(scale.values[i]);
-          for (let b = 0; b < B; b++) {
-            z[i * B + b] = x[i * B + b] * factor;
-            logDet[b] += scale.values[i];
-          }
+        for (let at = 0; at < dims * B; at++) {
+          const logScale = values[Math.floor(at / B)];
+          z[at] = x[at] * Math.exp(logScale);
+          logDet[at % B] += logScale;
         }
       },
       backward(d, byLogDet, x, B) {
-        for (let i = 0; i < dims; i++) {
-          const factor = Math.exp(scale.values[i]);
-          for (let at = i * B; at < (i + 1) * B; at++) {
-            d[at] *= factor;
-            scale.gradients[i] += d[at] * x[at] + byLogDet;
-          }
+        for (let at = 0; at < dims * B; at++) {
+          const i = Math.floor(at / B);
+          d[at] *= Math.exp(values[i]);
+          gradients[i] += d[at] * x[at] + byLogDet;
         }
       },
       inverse(z, B) {
-        for (let at = 0; at < dims * B; at++) z[at] *= Math.exp(-scale.values[Math.floor(at / B)]);
+        for (let at = 0; at < dims * B; at++) z[at] *= Math.exp(-values[Math.floor(at / B)]);
       },
-      write: () => ({ kind: "scaling", log_scale: [...scale.values] }),
+      write: () => ({ kind: "scaling", log_scale: [...values] }),
     };
   }
 
-  // The kinds: "additive"; "affine", with a gain unless the tanh is left out; "unmasked", an additive coupling whose
-  // network's output is not masked, so that it also shifts the half that the network reads (F3).
+  // The kinds: "affine", with a gain unless the tanh is left out; "additive", an affine coupling whose log-scale is 0; "unmasked",
+  // an additive coupling whose network's output is not masked, so that it also shifts the half that the network reads (F3).
   function makeCoupling({ kind, passes, gain, widths, activation, weights }, dims, take) {
-    const kept = passes.flatMap((p, i) => (p ? [i] : []));
-    const changed = kind === "unmasked" ? passes.map((_, i) => i) : passes.flatMap((p, i) => (p ? [] : [i]));
+    const places = passes.map((_, i) => i);
+    const kept = places.filter((i) => passes[i]);
+    const changed = places.filter((i) => kind === "unmasked" || !passes[i]);
     const affine = kind === "affine";
     const n = changed.length;
     const tame = affine && gain !== undefined ? take(1) : null;
     if (tame) tame.values[0] = gain;
     const network = makeNetwork([kept.length, ...widths, affine ? 2 * n : n], activation, take);
     let start = 0;
-    for (const { weight, bias } of network.layers) {
-      for (const part of [weight, bias]) {
-        part.values.set(weights.slice(start, start + part.values.length));
-        start += part.values.length;
-      }
+    for (const { values } of network.parameters) {
+      values.set(weights.slice(start, start + values.length));
+      start += values.length;
     }
     const own = {};
-    // The network's output, and from it log-scales, tanh's values and scale factors.
+    // The network's output, and from it tanh's values, log-scales, scale factors and shifts of the changed coordinates.
     const run = (x, B) => {
       own.seen = room(own.seen, kept.length * B);
-      kept.forEach((i, k) => own.seen.set(x.subarray(i * B, (i + 1) * B), k * B));
+      kept.forEach((i, k) => own.seen.set(coordinate(x, i, B), k * B));
       const output = network.forward(own.seen, B);
-      if (affine) {
-        for (const name of ["bent", "logScale", "factor"]) own[name] = room(own[name], n * B);
-        for (let at = 0; at < n * B; at++) {
-          own.bent[at] = tame ? Math.tanh(output[at]) : output[at];
-          own.logScale[at] = tame ? tame.values[0] * own.bent[at] : output[at];
-          own.factor[at] = Math.exp(own.logScale[at]);
-        }
+      for (const name of ["bent", "logScale", "factor"]) own[name] = room(own[name], n * B);
+      for (let at = 0; at < n * B; at++) {
+        own.bent[at] = tame ? Math.tanh(output[at]) : output[at];
+        own.logScale[at] = affine ? own.bent[at] * (tame ? tame.values[0] : 1) : 0;
+        own.factor[at] = Math.exp(own.logScale[at]);
       }
-      return affine ? output.subarray(n * B) : output;
+      own.shift = affine ? output.subarray(n * B) : output;
     };
+    // Call act for each number that changes: with its place among all numbers of B vectors, and among those that change.
+    const each = (B, act) => changed.forEach((i, k) => {
+      for (let b = 0; b < B; b++) act(i * B + b, k * B + b);
+    });
     return {
       kind,
       changed,
       forward(x, z, logDet, B) {
-        const shift = run(x, B);
+        run(x, B);
         z.set(x.subarray(0, dims * B));
-        changed.forEach((i, k) => {
-          for (let b = 0; b < B; b++) {
-            const at = k * B + b;
-            z[i * B + b] = affine ? x[i * B + b] * own.factor[at] + shift[at] : x[i * B + b] + shift[at];
-            if (affine) logDet[b] += own.logScale[at];
-          }
+        each(B, (at, k) => {
+          z[at] = x[at] * own.factor[k] + own.shift[k];
+          logDet[k % B] += own.logScale[k];
         });
       },
       backward(d, byLogDet, x, B) {
         const byOutput = (own.byOutput = room(own.byOutput, (affine ? 2 : 1) * n * B));
-        changed.forEach((i, k) => {
-          for (let b = 0; b < B; b++) {
-            const at = k * B + b;
-            const dz = d[i * B + b];
-            byOutput[affine ? n * B + at : at] = dz;
-            if (!affine) continue;
-            const byLogScale = dz * x[i * B + b] * own.factor[at] + byLogDet;
-            if (tame) tame.gradients[0] += byLogScale * own.bent[at];
-            byOutput[at] = tame ? byLogScale * tame.values[0] * (1 - own.bent[at] ** 2) : byLogScale;
-            d[i * B + b] = dz * own.factor[at];
-          }
+        each(B, (at, k) => {
+          const dz = d[at];
+          byOutput[affine ? n * B + k : k] = dz;
+          d[at] = dz * own.factor[k];
+          if (!affine) return;
+          const byLogScale = dz * x[at] * own.factor[k] + byLogDet;
+          if (tame) tame.gradients[0] += byLogScale * own.bent[k];
+          byOutput[k] = tame ? byLogScale * tame.values[0] * (1 - own.bent[k] ** 2) : byLogScale;
         });
         const bySeen = network.backward(byOutput, B);
         kept.forEach((i, k) => {
@@ -368,17 +358,12 @@ globalThis.PlaygroundTraining = (function mathematics() {
         });
       },
       inverse(z, B) {
-        const shift = run(z, B);
-        changed.forEach((i, k) => {
-          for (let b = 0; b < B; b++) {
-            const at = k * B + b;
-            z[i * B + b] = affine ? (z[i * B + b] - shift[at]) / own.factor[at] : z[i * B + b] - shift[at];
-          }
-        });
+        run(z, B);
+        each(B, (at, k) => (z[at] = (z[at] - own.shift[k]) / own.factor[k]));
       },
       write: () => ({
         kind, passes, ...(tame && { gain: tame.values[0] }), widths, activation,
-        weights: network.layers.flatMap(({ weight, bias }) => [...weight.values, ...bias.values]),
+        weights: network.parameters.flatMap(({ values }) => [...values]),
       }),
     };
   }
