@@ -183,26 +183,21 @@ globalThis.PlaygroundTraining = (function mathematics() {
 
   // --- networks and layers ---
 
-  // Each turns the first n numbers into its values, and writes its derivatives to the slopes.
+  // Each turns a number into its value, and writes its derivative to a place among the slopes.
   const ACTIVATIONS = {
-    relu(h, slopes, n) {
-      for (let at = 0; at < n; at++) {
-        slopes[at] = h[at] > 0 ? 1 : 0;
-        h[at] *= slopes[at];
-      }
+    relu(h, slopes, at) {
+      slopes[at] = h > 0 ? 1 : 0;
+      return h * slopes[at];
     },
-    silu(h, slopes, n) {
-      for (let at = 0; at < n; at++) {
-        const gate = 1 / (1 + Math.exp(-h[at]));
-        slopes[at] = gate * (1 + h[at] * (1 - gate));
-        h[at] *= gate;
-      }
+    silu(h, slopes, at) {
+      const gate = 1 / (1 + Math.exp(-h));
+      slopes[at] = gate * (1 + h * (1 - gate));
+      return h * gate;
     },
-    tanh(h, slopes, n) {
-      for (let at = 0; at < n; at++) {
-        h[at] = Math.tanh(h[at]);
-        slopes[at] = 1 - h[at] * h[at];
-      }
+    tanh(h, slopes, at) {
+      const value = Math.tanh(h);
+      slopes[at] = 1 - value * value;
+      return value;
     },
   };
 
@@ -233,7 +228,7 @@ globalThis.PlaygroundTraining = (function mathematics() {
           }
           if (layer !== last) {
             layer.slopes = room(layer.slopes, outputs * B);
-            bend(output, layer.slopes, outputs * B);
+            for (let at = 0; at < outputs * B; at++) output[at] = bend(output[at], layer.slopes, at);
           }
           input = output;
         }
