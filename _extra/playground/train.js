@@ -205,6 +205,11 @@ globalThis.PlaygroundTraining = (function mathematics() {
   const room = (old, n) => (old?.length >= n ? old : new Float64Array(n));
   // The values of coordinate i of n vectors.
   const coordinate = (x, i, n) => x.subarray(i * n, (i + 1) * n);
+  // B of n vectors, from one of them on.
+  const some = (x, n, from, B) => Float64Array.from({ length: (x.length / n) * B }, (_, at) => x[Math.floor(at / B) * n + from + (at % B)]);
+  const sum = (values) => values.reduce((total, v) => total + v, 0);
+  const mean = (values) => sum(values) / values.length;
+  const deviation = (values, middle = mean(values)) => Math.sqrt(mean(values.map((v) => (v - middle) ** 2)));
 
   // A fully connected network. take(n) gives the next n parameters, as views of values and of gradients.
   function makeNetwork(sizes, activation, take) {
@@ -405,22 +410,38 @@ globalThis.PlaygroundTraining = (function mathematics() {
       return total;
     }
 
-    // log p of each of B vectors, and their latents and log-dets.
-    logProb(x, B, passed = 0) {
-      const logProb = new Float64Array(B);
-      const z = this.forward(x, B, passed);
-      for (let b = 0; b < B; b++) logProb[b] = this.logBase(z, b, B) + this.logDet[b];
-      return { logProb, latent: z.slice(0, this.dims * B), logDet: this.logDet.slice(0, B) };
+    // log p, latents and log-dets of n vectors, in batches that stay in the processor's cache.
+    logProb(x, n, passed = 0) {
+      const found = { logProb: new Float64Array(n), latent: new Float64Array(this.dims * n), logDet: new Float64Array(n) };
+      for (let from = 0; from < n; from += BATCH) {
+        const B = Math.min(BATCH, n - from);
+        const z = this.forward(some(x, n, from, B), B, passed);
+        for (let b = 0; b < B; b++) {
+          found.logProb[from + b] = this.logBase(z, b, B) + this.logDet[b];
+          found.logDet[from + b] = this.logDet[b];
+          for (let i = 0; i < this.dims; i++) found.latent[i * n + from + b] = z[i * B + b];
+        }
+      }
+      return found;
+    }
+
+    // The density of data in the plane, or of what has passed a number of layers, at the centres of side times side cells of the
+    // square from -extent to extent, row by row from the top.
+    density(extent, side, passed = 0) {
+      const n = side * side;
+      const place = (k) => extent * ((2 * (k + 0.5)) / side - 1);
+      const cells = new Float64Array(2 * n);
+      for (let at = 0; at < n; at++) {
+        cells[at] = place(at % side);
+        cells[n + at] = -place(Math.floor(at / side));
+      }
+      return this.logProb(cells, n, passed).logProb.map(Math.exp);
     }
 
     inverse(z, B) {
       const x = z.slice(0, this.dims * B);
       for (const layer of [...this.layers].reverse()) layer.inverse(x, B);
       return x;
-    }
-
-    sample(random, n) {
-      return this.inverse(Float64Array.from({ length: this.dims * n }, () => BASES[this.base].draw(random)), n);
     }
 
     // The loss, in nats, and in every parameter's gradients its derivatives. The loss is the mean of -(log base + share *
@@ -470,6 +491,8 @@ globalThis.PlaygroundTraining = (function mathematics() {
   // --- what a reader chooses ---
 
   const BATCH = 256;
+  const FRESH = 2000; // points that no step sees, on which -log p is measured
+  const SHOWN = 300;
   const CLIP = 5;
   const FASTER = 30; // the failure "rate": so many times the rate
 
@@ -530,62 +553,35 @@ globalThis.PlaygroundTraining = (function mathematics() {
       }
     }
 
-    // What the page shows: for each flow its losses and norms since the last picture, its density on a square of side cells from
-    // -extent to extent, points with their latents, samples, and numbers.
+    // What the page shows: for each flow its losses and norms since the last picture, its density on a square of side times side
+    // cells from -extent to extent, points with their latents, samples, and numbers.
     picture(extent, side) {
-      const cells = new Float64Array(2 * side * side);
-      for (let at = 0; at < side * side; at++) {
-        cells[at] = extent * ((2 * ((at % side) + 0.5)) / side - 1);
-        cells[side * side + at] = -extent * ((2 * (Math.floor(at / side) + 0.5)) / side - 1);
-      }
       return {
         steps: this.steps,
-        flows: this.runs.map((run) => {
-          const { flow, failures } = run;
+        flows: this.runs.map(({ flow, failures, losses, norms, stopped }) => {
           const points = spoil(this.fresh, FRESH, failures);
-          const { logProb, latent, logDet } = inPieces(flow, points, FRESH);
-          const density = Float32Array.from(inPieces(flow, cells, side * side).logProb, Math.exp);
-          const shown = (values) => Float32Array.from({ length: 2 * SHOWN }, (_, at) => values[Math.floor(at / SHOWN) * FRESH + (at % SHOWN)]);
+          const { logProb, latent, logDet } = flow.logProb(points, FRESH);
+          const density = flow.density(extent, side);
           const back = flow.inverse(latent, FRESH);
-          const means = [0, 1].map((i) => mean(latent.subarray(i * FRESH, (i + 1) * FRESH)));
+          const latents = [0, 1].map((i) => coordinate(latent, i, FRESH));
           return {
-            losses: run.losses.splice(0),
-            norms: run.norms.splice(0),
-            stopped: run.stopped,
+            losses: losses.splice(0),
+            norms: norms.splice(0),
+            stopped,
             density,
-            points: shown(points),
-            latents: shown(latent),
-            samples: Float32Array.from(flow.inverse(this.noise, SHOWN)),
+            points: some(points, FRESH, 0, SHOWN),
+            latents: some(latent, FRESH, 0, SHOWN),
+            samples: flow.inverse(this.noise, SHOWN),
             nll: -mean(logProb),
             logDet: mean(logDet),
-            latentMean: means,
-            latentStd: means.map((m, i) => Math.sqrt(mean(latent.subarray(i * FRESH, (i + 1) * FRESH).map((v) => (v - m) ** 2)))),
-            mass: density.reduce((total, p) => total + p, 0) * ((2 * extent) / side) ** 2,
+            latentMean: latents.map(mean),
+            latentStd: latents.map((values) => deviation(values)),
+            mass: sum(density) * ((2 * extent) / side) ** 2,
             missed: points.reduce((most, v, at) => Math.max(most, Math.abs(back[at] - v)), 0),
           };
         }),
       };
     }
-  }
-
-  const FRESH = 2000; // points that no step sees, on which -log p is measured
-  const SHOWN = 300;
-
-  const mean = (values) => values.reduce((total, v) => total + v, 0) / values.length;
-
-  // log p, latents and log-dets of n vectors, in batches that stay in the processor's cache.
-  function inPieces(flow, x, n) {
-    const whole = { logProb: new Float64Array(n), latent: new Float64Array(2 * n), logDet: new Float64Array(n) };
-    for (let from = 0; from < n; from += BATCH) {
-      const B = Math.min(BATCH, n - from);
-      const piece = new Float64Array(2 * B);
-      for (let i = 0; i < 2; i++) piece.set(x.subarray(i * n + from, i * n + from + B), i * B);
-      const { logProb, latent, logDet } = flow.logProb(piece, B);
-      whole.logProb.set(logProb, from);
-      whole.logDet.set(logDet, from);
-      for (let i = 0; i < 2; i++) whole.latent.set(latent.subarray(i * B, (i + 1) * B), i * n + from);
-    }
-    return whole;
   }
 
   // --- the worker ---
