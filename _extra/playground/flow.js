@@ -81,13 +81,6 @@
       this.layers[i].inverse(x, 1);
       return Array.from(x);
     }
-
-    // log p of the vectors h after k layers, as the remaining layers give it.
-    logProbs(vectors, k = 0) {
-      const B = vectors.length;
-      const x = Float64Array.from({ length: this.dims * B }, (_, at) => vectors[at % B][Math.floor(at / B)]);
-      return this.flow.logProb(x, B, k).logProb;
-    }
   };
 
   // Each check complains unless a layer's description is whole.

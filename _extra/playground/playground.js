@@ -727,11 +727,7 @@
       const cached = this.heats[k];
       const extent = this.extents[k];
       if (cached?.colour === colour && cached.extent === extent) return cached.picture;
-      const place = (column) => extent * ((2 * (column + 0.5)) / HEAT - 1);
-      const lines = Array.from({ length: HEAT }, (_, row) =>
-        this.flow.logProbs(Array.from({ length: HEAT }, (_, column) => [place(column), -place(row)]), k),
-      );
-      const picture = densityPicture(lines.flatMap((line) => Array.from(line, Math.exp)), HEAT, colour, bad);
+      const picture = densityPicture(this.flow.flow.density(extent, HEAT, k), HEAT, colour, bad);
       this.heats[k] = { colour, extent, picture };
       return picture;
     }

@@ -4,616 +4,591 @@
 //
 // Many vectors at once are one Float64Array in which each coordinate's values lie together: value i of example b of a batch of
 // B is at i * B + b.
-"use strict";
-{
-  const writeMathematics = () => {
-    const LOG_2PI = Math.log(2 * Math.PI);
 
-    // --- random numbers -------------------------------------------------------------------------------------------------
 
-    // Uniform and normal draws that repeat for the same seed (Bob Jenkins's small fast counter, sfc32).
-    class Random {
-      constructor(seed) {
-        this.state = Uint32Array.of(0x9e3779b9, 0x243f6a88, seed, 1);
-        for (let i = 0; i < 16; i++) this.uniform();
-      }
+// The one name that this file adds to the page.
+globalThis.PlaygroundTraining = (function mathematics() {
+  "use strict";
+  const LOG_2PI = Math.log(2 * Math.PI);
 
-      // In [0, 1).
-      uniform() {
-        const s = this.state;
-        const drawn = (s[0] + s[1] + s[3]) >>> 0;
-        s[3] += 1;
-        s[0] = s[1] ^ (s[1] >>> 9);
-        s[1] = s[2] + (s[2] << 3);
-        s[2] = ((s[2] << 21) | (s[2] >>> 11)) + drawn;
-        return drawn / 2 ** 32;
-      }
+  // --- random numbers ---
 
-      normal() {
-        return Math.sqrt(-2 * Math.log(1 - this.uniform())) * Math.cos(2 * Math.PI * this.uniform());
-      }
+  // Uniform and normal draws that repeat for the same seed (Bob Jenkins's small fast counter, sfc32).
+  class Random {
+    constructor(seed) {
+      this.state = Uint32Array.of(0x9e3779b9, 0x243f6a88, seed, 1);
+      for (let i = 0; i < 16; i++) this.uniform();
     }
 
-    // --- bases ----------------------------------------------------------------------------------------------------------
+    // In [0, 1).
+    uniform() {
+      const s = this.state;
+      const drawn = (s[0] + s[1] + s[3]) >>> 0;
+      s[3] += 1;
+      s[0] = s[1] ^ (s[1] >>> 9);
+      s[1] = s[2] + (s[2] << 3);
+      s[2] = ((s[2] << 21) | (s[2] >>> 11)) + drawn;
+      return drawn / 2 ** 32;
+    }
 
-    // Per coordinate: log-density in nats, its derivative, and a draw.
-    const BASES = {
-      normal: {
-        logProb: (z) => -0.5 * (z * z + LOG_2PI),
-        slope: (z) => -z,
-        draw: (random) => random.normal(),
+    normal() {
+      return Math.sqrt(-2 * Math.log(1 - this.uniform())) * Math.cos(2 * Math.PI * this.uniform());
+    }
+  }
+
+  // --- bases ---
+
+  // Per coordinate: log-density in nats, its derivative, and a draw.
+  const BASES = {
+    normal: {
+      logProb: (z) => -0.5 * (z * z + LOG_2PI),
+      slope: (z) => -z,
+      draw: (random) => random.normal(),
+    },
+    logistic: {
+      logProb: (z) => -Math.abs(z) - 2 * Math.log1p(Math.exp(-Math.abs(z))),
+      slope: (z) => -Math.tanh(z / 2),
+      draw: (random) => {
+        const u = random.uniform(); // can be 0
+        return Math.log((u + 2 ** -54) / (1 - u));
       },
-      logistic: {
-        logProb: (z) => -Math.abs(z) - 2 * Math.log1p(Math.exp(-Math.abs(z))),
-        slope: (z) => -Math.tanh(z / 2),
-        draw: (random) => {
-          const u = random.uniform(); // can be 0
-          return Math.log((u + 2 ** -54) / (1 - u));
-        },
+    },
+  };
+
+  // --- data ---
+
+  const OWN_STD = 0.15; // of the noise around points that a reader drew
+  const SHARES = [6, 2, 3, 5]; // of 16: how often a pair of black and white pixels is (0, 0), (1, 0), (0, 1) and (1, 1)
+
+  const curve = (n, at) => Array.from({ length: n }, (_, i) => at((i + 0.5) / n));
+  const circle = (radius) => curve(160, (t) => [radius * Math.cos(2 * Math.PI * t), radius * Math.sin(2 * Math.PI * t)]);
+  // Each set is a mixture of round Gaussians with equal weights, so its density is known exactly: means and one std.
+  const MIXTURES = {
+    gaussians: { means: [[-2, 0], [2, 0]], std: 0.5 },
+    moons: {
+      means: curve(128, (t) => [1.5 * Math.cos(Math.PI * t) - 0.75, 1.5 * Math.sin(Math.PI * t) - 0.375]).flatMap(
+        ([a, b]) => [[a, b], [-a, -b]],
+      ),
+      std: 0.075,
+    },
+    circles: { means: [...circle(2.5), ...circle(1.25)], std: 0.1 },
+    spiral: {
+      means: curve(256, (t) => {
+        const angle = 1.5 * Math.PI * (1 + 2 * t);
+        return [(angle * Math.cos(angle)) / 5, (angle * Math.sin(angle)) / 5];
+      }),
+      std: 0.06,
+    },
+  };
+
+  // A set of points: the name of a mixture, "numbers", or "own" with the points that a reader drew.
+  function makeData(name, own = []) {
+    if (name === "numbers") return wholeNumbers();
+    return mixture(name === "own" ? { means: own, std: OWN_STD } : MIXTURES[name]);
+  }
+
+  // n vectors, each of which is one of the centres and noise.
+  function drawAround(centres, noise, random, n) {
+    const x = new Float64Array(2 * n);
+    for (let b = 0; b < n; b++) {
+      const centre = centres[Math.floor(random.uniform() * centres.length)];
+      for (let i = 0; i < 2; i++) x[i * n + b] = centre[i] + noise();
+    }
+    return x;
+  }
+
+  function mixture({ means, std }) {
+    return {
+      draw: (random, n) => drawAround(means, () => std * random.normal(), random, n),
+      // The density at the centres of square cells that cover it, and the area of a cell.
+      onGrid() {
+        const side = std / 3;
+        const reach = 5.5 * std;
+        const axes = [0, 1].map((i) => {
+          const centres = means.map((mean) => mean[i]);
+          const start = Math.min(...centres) - reach;
+          return { start, count: Math.ceil((Math.max(...centres) + reach - start) / side) };
+        });
+        const density = new Float64Array(axes[0].count * axes[1].count);
+        const weight = 1 / (2 * Math.PI * std * std * means.length);
+        // A Gaussian is a product of one factor per coordinate, and beyond the reach it counts as 0.
+        for (const mean of means) {
+          const [rows, columns] = axes.map(({ start }, i) => {
+            const first = Math.floor((mean[i] - reach - start) / side);
+            const last = Math.ceil((mean[i] + reach - start) / side);
+            const values = [];
+            for (let k = first; k < last; k++) values.push(Math.exp(-0.5 * ((start + (k + 0.5) * side - mean[i]) / std) ** 2));
+            return { first, values };
+          });
+          rows.values.forEach((p, a) => {
+            const at = (rows.first + a) * axes[1].count + columns.first;
+            columns.values.forEach((q, c) => (density[at + c] += weight * p * q));
+          });
+        }
+        return { density, area: side * side };
       },
     };
+  }
 
-    // --- data -----------------------------------------------------------------------------------------------------------
-
-    const OWN_STD = 0.15; // of the noise around points that a reader drew
-    const LEVELS = 2; // of whole numbers in each of the two dimensions: pairs of black and white pixels
-    const TABLE = [6, 2, 3, 5].map((share) => share / 16); // probabilities of the pairs, row by row
-
-    const curve = (n, at) => Array.from({ length: n }, (_, i) => at((i + 0.5) / n));
-    const circle = (radius) => curve(160, (t) => [radius * Math.cos(2 * Math.PI * t), radius * Math.sin(2 * Math.PI * t)]);
-    // Each set is a mixture of round Gaussians with equal weights, so its density is known exactly: means and one std.
-    const MIXTURES = {
-      gaussians: { means: [[-2, 0], [2, 0]], std: 0.5 },
-      moons: {
-        means: curve(128, (t) => [1.5 * Math.cos(Math.PI * t) - 0.75, 1.5 * Math.sin(Math.PI * t) - 0.375]).flatMap(
-          ([a, b]) => [[a, b], [-a, -b]],
-        ),
-        std: 0.075,
-      },
-      circles: { means: [...circle(2.5), ...circle(1.25)], std: 0.1 },
-      spiral: {
-        means: curve(256, (t) => {
-          const angle = 1.5 * Math.PI * (1 + 2 * t);
-          return [(angle * Math.cos(angle)) / 5, (angle * Math.sin(angle)) / 5];
-        }),
-        std: 0.06,
-      },
+  // Pairs of whole numbers from 0 to 1, with uniform noise in [0, 1), moved so that 0 is in the middle.
+  function wholeNumbers() {
+    const pairs = SHARES.flatMap((share, k) => Array(share).fill([(k % 2) - 1, Math.floor(k / 2) - 1]));
+    return {
+      draw: (random, n) => drawAround(pairs, () => random.uniform(), random, n),
+      onGrid: () => ({ density: Float64Array.from(SHARES, (share) => share / 16), area: 1 }),
     };
+  }
 
-    // A set of points: the name of a mixture, "numbers", or "own" with the points that a reader drew.
-    function makeData(name, own = []) {
-      if (name === "numbers") return wholeNumbers();
-      return mixture(name === "own" ? { means: own, std: OWN_STD } : MIXTURES[name]);
-    }
+  // What two failures make of a batch: a column twice, or numbers without their noise, each in the middle of its cell.
+  function spoil(x, n, failures) {
+    if (!failures.includes("column") && !failures.includes("noise")) return x;
+    return x.map((v, at) => (failures.includes("column") ? x[at % n] : Math.floor(v) + 0.5));
+  }
 
-    function mixture({ means, std }) {
-      return {
-        draw(random, n) {
-          const x = new Float64Array(2 * n);
-          for (let b = 0; b < n; b++) {
-            const mean = means[Math.floor(random.uniform() * means.length)];
-            for (let i = 0; i < 2; i++) x[i * n + b] = mean[i] + std * random.normal();
-          }
-          return x;
-        },
-        // The density at the centres of square cells that cover it, and the area of a cell.
-        onGrid() {
-          const side = std / 3;
-          const reach = 5.5 * std;
-          const [from, to] = [Math.min, Math.max].map((extreme) => [0, 1].map((i) => extreme(...means.map((mean) => mean[i]))));
-          const start = from.map((v) => v - reach);
-          const counts = [0, 1].map((i) => Math.ceil((to[i] + reach - start[i]) / side));
-          const density = new Float64Array(counts[0] * counts[1]);
-          // A Gaussian is a product of one factor per coordinate, and beyond the reach it counts as 0.
-          for (const mean of means) {
-            const factors = mean.map((centre, i) => {
-              const first = Math.max(0, Math.floor((centre - reach - start[i]) / side));
-              const last = Math.min(counts[i], Math.ceil((centre + reach - start[i]) / side));
-              const values = [];
-              for (let k = first; k < last; k++) values.push(Math.exp(-0.5 * ((start[i] + (k + 0.5) * side - centre) / std) ** 2));
-              return { first, values };
-            });
-            const weight = 1 / (2 * Math.PI * std * std * means.length);
-            factors[0].values.forEach((p, a) => {
-              const row = (factors[0].first + a) * counts[1] + factors[1].first;
-              factors[1].values.forEach((q, c) => (density[row + c] += weight * p * q));
-            });
-          }
-          return { density, area: side * side };
-        },
-      };
-    }
+  // The entropy of the data in nats, which is the lowest mean of -log p that any model has on them.
+  function entropyOf(data) {
+    const { density, area } = data.onGrid();
+    return -density.reduce((total, p) => (p > 0 ? total + p * Math.log(p) * area : total), 0);
+  }
 
-    // Pairs of whole numbers k from 0 to LEVELS - 1, with uniform noise in [0, 1), moved so that 0 is in the middle.
-    function wholeNumbers() {
-      return {
-        draw(random, n) {
-          const x = new Float64Array(2 * n);
-          for (let b = 0; b < n; b++) {
-            let left = random.uniform();
-            let k = 0;
-            while (k < TABLE.length - 1 && left >= TABLE[k]) left -= TABLE[k++];
-            x[b] = (k % LEVELS) - LEVELS / 2 + random.uniform();
-            x[n + b] = Math.floor(k / LEVELS) - LEVELS / 2 + random.uniform();
-          }
-          return x;
-        },
-        onGrid: () => ({ density: Float64Array.from(TABLE), area: 1 }),
-      };
-    }
+  // The lowest mean of -log p, in nats, of a model p(x) = base(f(x)) whose f keeps volume. The best f takes every superlevel set of
+  // the data's density to the superlevel set of the base that has the same volume. So both densities are sorted, and
+  // where the volume is the same, the data's density meets the base's.
+  function volumePreservingOptimum(data, base) {
+    const { density, area } = data.onGrid();
+    const cells = density.filter((p) => p > 0).sort().reverse();
+    const model = superlevel(base, cells.length * area);
+    return -cells.reduce((total, p, rank) => total + p * area * model(rank * area, (rank + 1) * area), 0);
+  }
 
-    // What two failures make of a batch: a column twice, or numbers without their noise, each in the middle of its cell.
-    function spoil(x, n, failures) {
-      if (!failures.includes("column") && !failures.includes("noise")) return x;
-      return x.map((v, at) => (failures.includes("column") ? x[at % n] : Math.floor(v) + 0.5));
-    }
-
-    // The entropy of the data in nats, which is the lowest mean of -log p that any model has on them.
-    function entropyOf(data) {
-      const { density, area } = data.onGrid();
-      return -density.reduce((total, p) => (p > 0 ? total + p * Math.log(p) * area : total), 0);
-    }
-
-    // The lowest mean of -log p, in nats, of a model p(x) = base(f(x)) whose f keeps volume. The best f takes every superlevel set of
-    // the data's density to the superlevel set of the base that has the same volume. So both densities are sorted, and
-    // where the volume is the same, the data's density meets the base's.
-    function volumePreservingOptimum(data, base) {
-      const { density, area } = data.onGrid();
-      const cells = density.filter((p) => p > 0).sort().reverse();
-      const model = superlevel(base, cells.length * area);
-      return -cells.reduce((total, p, rank) => total + p * area * model(rank * area, (rank + 1) * area), 0);
-    }
-
-    // The base's log-density in the plane, averaged over the points whose superlevel sets have volumes from a to b.
-    function superlevel(base, volume) {
-      if (base === "normal") return (a, b) => -LOG_2PI - (a + b) / (4 * Math.PI); // discs: volume pi r^2
-      const side = Math.min(0.04, Math.sqrt(volume) / 60);
-      const reach = 3 + Math.sqrt(volume); // the set is smaller than the square whose corners are on the axes
-      const values = [];
-      for (let z1 = -reach + side / 2; z1 < reach; z1 += side) values.push(BASES[base].logProb(z1));
-      const cells = new Float64Array(values.length ** 2);
-      values.forEach((p, i) => values.forEach((q, j) => (cells[i * values.length + j] = p + q)));
-      cells.sort().reverse();
-      const sums = new Float64Array(cells.length + 1);
-      cells.forEach((value, i) => (sums[i + 1] = sums[i] + value));
-      const until = (v) => {
-        const at = Math.min(v / side ** 2, cells.length - 1);
-        const whole = Math.floor(at);
-        return sums[whole] + (at - whole) * cells[whole];
-      };
-      return (a, b) => (until(b) - until(a)) / ((b - a) / side ** 2);
-    }
-
-    // --- networks and layers --------------------------------------------------------------------------------------------
-
-    // Each turns the first n numbers into its values, and writes its derivatives to the slopes.
-    const ACTIVATIONS = {
-      relu(h, slopes, n) {
-        for (let at = 0; at < n; at++) {
-          slopes[at] = h[at] > 0 ? 1 : 0;
-          h[at] *= slopes[at];
-        }
-      },
-      silu(h, slopes, n) {
-        for (let at = 0; at < n; at++) {
-          const gate = 1 / (1 + Math.exp(-h[at]));
-          slopes[at] = gate * (1 + h[at] * (1 - gate));
-          h[at] *= gate;
-        }
-      },
-      tanh(h, slopes, n) {
-        for (let at = 0; at < n; at++) {
-          h[at] = Math.tanh(h[at]);
-          slopes[at] = 1 - h[at] * h[at];
-        }
-      },
+  // The base's log-density in the plane, averaged over the points whose superlevel sets have volumes from a to b.
+  function superlevel(base, volume) {
+    if (base === "normal") return (a, b) => -LOG_2PI - (a + b) / (4 * Math.PI); // discs: volume pi r^2
+    const side = Math.min(0.04, Math.sqrt(volume) / 60);
+    const reach = 3 + Math.sqrt(volume); // the set is smaller than the square whose corners are on the axes
+    const values = [];
+    for (let z1 = -reach + side / 2; z1 < reach; z1 += side) values.push(BASES[base].logProb(z1));
+    const cells = new Float64Array(values.length ** 2);
+    values.forEach((p, i) => values.forEach((q, j) => (cells[i * values.length + j] = p + q)));
+    cells.sort().reverse();
+    const sums = new Float64Array(cells.length + 1);
+    cells.forEach((value, i) => (sums[i + 1] = sums[i] + value));
+    const until = (v) => {
+      const at = Math.min(v / side ** 2, cells.length - 1);
+      const whole = Math.floor(at);
+      return sums[whole] + (at - whole) * cells[whole];
     };
+    return (a, b) => (until(b) - until(a)) / ((b - a) / side ** 2);
+  }
 
-    // An array of at least n numbers: the old one if it is long enough.
-    const room = (old, n) => (old?.length >= n ? old : new Float64Array(n));
+  // --- networks and layers ---
 
-    // A fully connected network. take(n) gives the next n parameters, as views of values and of gradients.
-    function makeNetwork(sizes, activation, take) {
-      const bend = ACTIVATIONS[activation];
-      const layers = sizes.slice(1).map((outputs, k) => ({ inputs: sizes[k], outputs, weight: take(sizes[k] * outputs), bias: take(outputs) }));
-      const kept = layers.map(() => ({})); // what the backward pass needs: each layer's input, output, slopes
-      return {
-        layers,
-        forward(input, B) {
-          layers.forEach(({ inputs, outputs, weight, bias }, k) => {
-            const mine = kept[k];
-            const output = (mine.output = room(mine.output, outputs * B));
-            mine.input = input;
-            for (let j = 0; j < outputs; j++) {
-              output.fill(bias.values[j], j * B, (j + 1) * B);
-              for (let i = 0; i < inputs; i++) {
-                const w = weight.values[j * inputs + i];
-                for (let b = 0; b < B; b++) output[j * B + b] += w * input[i * B + b];
+  // Each turns a number into its value, and writes its derivative to a place among the slopes.
+  const ACTIVATIONS = {
+    relu(h, slopes, at) {
+      slopes[at] = h > 0 ? 1 : 0;
+      return h * slopes[at];
+    },
+    silu(h, slopes, at) {
+      const gate = 1 / (1 + Math.exp(-h));
+      slopes[at] = gate * (1 + h * (1 - gate));
+      return h * gate;
+    },
+    tanh(h, slopes, at) {
+      const value = Math.tanh(h);
+      slopes[at] = 1 - value * value;
+      return value;
+    },
+  };
+
+  // An array of at least n numbers: the old one if it is long enough.
+  const room = (old, n) => (old?.length >= n ? old : new Float64Array(n));
+  // The values of coordinate i of n vectors.
+  const coordinate = (x, i, n) => x.subarray(i * n, (i + 1) * n);
+  // B of n vectors, from one of them on.
+  const some = (x, n, from, B) => Float64Array.from({ length: (x.length / n) * B }, (_, at) => x[Math.floor(at / B) * n + from + (at % B)]);
+  const sum = (values) => values.reduce((total, v) => total + v, 0);
+  const mean = (values) => sum(values) / values.length;
+  const deviation = (values, middle = mean(values)) => Math.sqrt(mean(values.map((v) => (v - middle) ** 2)));
+
+  // A fully connected network. take(n) gives the next n parameters, as views of values and of gradients.
+  function makeNetwork(sizes, activation, take) {
+    const bend = ACTIVATIONS[activation];
+    // Each layer also keeps what its backward pass needs: its input, output and slopes.
+    const layers = sizes.slice(1).map((outputs, k) => ({ inputs: sizes[k], outputs, weight: take(sizes[k] * outputs), bias: take(outputs) }));
+    const last = layers.at(-1);
+    return {
+      parameters: layers.flatMap(({ weight, bias }) => [weight, bias]),
+      forward(input, B) {
+        for (const layer of layers) {
+          const { inputs, outputs, weight, bias } = layer;
+          const output = (layer.output = room(layer.output, outputs * B));
+          layer.input = input;
+          for (let j = 0; j < outputs; j++) {
+            output.fill(bias.values[j], j * B, (j + 1) * B);
+            for (let i = 0; i < inputs; i++) {
+              const w = weight.values[j * inputs + i];
+              for (let b = 0; b < B; b++) output[j * B + b] += w * input[i * B + b];
+            }
+          }
+          if (layer !== last) {
+            layer.slopes = room(layer.slopes, outputs * B);
+            for (let at = 0; at < outputs * B; at++) output[at] = bend(output[at], layer.slopes, at);
+          }
+          input = output;
+        }
+        return input;
+      },
+      // From the loss's derivatives by the output to those by the input; adds up those by the parameters.
+      backward(byOutput, B) {
+        for (const layer of [...layers].reverse()) {
+          const { inputs, outputs, weight, bias, input, slopes } = layer;
+          const byInput = (layer.byInput = room(layer.byInput, inputs * B));
+          byInput.fill(0, 0, inputs * B);
+          if (layer !== last) for (let at = 0; at < outputs * B; at++) byOutput[at] *= slopes[at];
+          for (let j = 0; j < outputs; j++) {
+            let total = 0;
+            for (let b = 0; b < B; b++) total += byOutput[j * B + b];
+            bias.gradients[j] += total;
+            for (let i = 0; i < inputs; i++) {
+              const w = weight.values[j * inputs + i];
+              let product = 0;
+              for (let b = 0; b < B; b++) {
+                const d = byOutput[j * B + b];
+                product += d * input[i * B + b];
+                byInput[i * B + b] += w * d;
               }
-            }
-            if (k < layers.length - 1) {
-              mine.slopes = room(mine.slopes, outputs * B);
-              bend(output, mine.slopes, outputs * B);
-            }
-            input = output;
-          });
-          return input;
-        },
-        // From the loss's derivatives by the output to those by the input; adds up those by the parameters.
-        backward(byOutput, B) {
-          for (let k = layers.length - 1; k >= 0; k--) {
-            const { inputs, outputs, weight, bias } = layers[k];
-            const mine = kept[k];
-            const byInput = (mine.byInput = room(mine.byInput, inputs * B));
-            byInput.fill(0, 0, inputs * B);
-            if (k < layers.length - 1) for (let at = 0; at < outputs * B; at++) byOutput[at] *= mine.slopes[at];
-            for (let j = 0; j < outputs; j++) {
-              let total = 0;
-              for (let b = 0; b < B; b++) total += byOutput[j * B + b];
-              bias.gradients[j] += total;
-              for (let i = 0; i < inputs; i++) {
-                const w = weight.values[j * inputs + i];
-                let product = 0;
-                for (let b = 0; b < B; b++) {
-                  const d = byOutput[j * B + b];
-                  product += d * mine.input[i * B + b];
-                  byInput[i * B + b] += w * d;
-                }
-                weight.gradients[j * inputs + i] += product;
-              }
-            }
-            byOutput = byInput;
-          }
-          return byOutput;
-        },
-      };
-    }
-
-    // Every layer: forward(x, z, logDet, B) writes z and adds to each example's log-det; backward(d, byLogDet, x, B) turns d, the
-    // loss's derivatives by z, into those by x, where byLogDet is the derivative by each example's log-det; inverse(z, B) turns z into x.
-    function makeScaling({ log_scale: start }, dims, take) {
-      const scale = take(dims);
-      scale.values.set(start);
-      return {
-        kind: "scaling",
-        forward(x, z, logDet, B) {
-          for (let i = 0; i < dims; i++) {
-            const factor = Math.exp(scale.values[i]);
-            for (let b = 0; b < B; b++) {
-              z[i * B + b] = x[i * B + b] * factor;
-              logDet[b] += scale.values[i];
+              weight.gradients[j * inputs + i] += product;
             }
           }
-        },
-        backward(d, byLogDet, x, B) {
-          for (let i = 0; i < dims; i++) {
-            const factor = Math.exp(scale.values[i]);
-            for (let at = i * B; at < (i + 1) * B; at++) {
-              d[at] *= factor;
-              scale.gradients[i] += d[at] * x[at] + byLogDet;
-            }
-          }
-        },
-        inverse(z, B) {
-          for (let at = 0; at < dims * B; at++) z[at] *= Math.exp(-scale.values[Math.floor(at / B)]);
-        },
-        write: () => ({ kind: "scaling", log_scale: [...scale.values] }),
-      };
-    }
-
-    // The kinds: "additive"; "affine", with a gain unless the tanh is left out; "unmasked", an additive coupling whose
-    // network's output is not masked, so that it also shifts the half that the network reads (F3).
-    function makeCoupling({ kind, passes, gain, widths, activation, weights }, dims, take) {
-      const kept = passes.flatMap((p, i) => (p ? [i] : []));
-      const changed = kind === "unmasked" ? passes.map((_, i) => i) : passes.flatMap((p, i) => (p ? [] : [i]));
-      const affine = kind === "affine";
-      const n = changed.length;
-      const tame = affine && gain !== undefined ? take(1) : null;
-      if (tame) tame.values[0] = gain;
-      const network = makeNetwork([kept.length, ...widths, affine ? 2 * n : n], activation, take);
-      let start = 0;
-      for (const { weight, bias } of network.layers) {
-        for (const part of [weight, bias]) {
-          part.values.set(weights.slice(start, start + part.values.length));
-          start += part.values.length;
+          byOutput = byInput;
         }
-      }
-      const own = {};
-      // The network's output, and from it log-scales, tanh's values and scale factors.
-      const run = (x, B) => {
-        own.seen = room(own.seen, kept.length * B);
-        kept.forEach((i, k) => own.seen.set(x.subarray(i * B, (i + 1) * B), k * B));
-        const output = network.forward(own.seen, B);
-        if (affine) {
-          for (const name of ["bent", "logScale", "factor"]) own[name] = room(own[name], n * B);
-          for (let at = 0; at < n * B; at++) {
-            own.bent[at] = tame ? Math.tanh(output[at]) : output[at];
-            own.logScale[at] = tame ? tame.values[0] * own.bent[at] : output[at];
-            own.factor[at] = Math.exp(own.logScale[at]);
-          }
+        return byOutput;
+      },
+    };
+  }
+
+  // Every layer: forward(x, z, logDet, B) writes z and adds to each example's log-det; backward(d, byLogDet, x, B) turns d, the
+  // loss's derivatives by z, into those by x, where byLogDet is the derivative by each example's log-det; inverse(z, B) turns z into x.
+  function makeScaling({ log_scale: start }, dims, take) {
+    const { values, gradients } = take(dims);
+    values.set(start);
+    return {
+      kind: "scaling",
+      forward(x, z, logDet, B) {
+        for (let at = 0; at < dims * B; at++) {
+          const logScale = values[Math.floor(at / B)];
+          z[at] = x[at] * Math.exp(logScale);
+          logDet[at % B] += logScale;
         }
-        return affine ? output.subarray(n * B) : output;
-      };
-      return {
-        kind,
-        changed,
-        forward(x, z, logDet, B) {
-          const shift = run(x, B);
-          z.set(x.subarray(0, dims * B));
-          changed.forEach((i, k) => {
-            for (let b = 0; b < B; b++) {
-              const at = k * B + b;
-              z[i * B + b] = affine ? x[i * B + b] * own.factor[at] + shift[at] : x[i * B + b] + shift[at];
-              if (affine) logDet[b] += own.logScale[at];
-            }
-          });
-        },
-        backward(d, byLogDet, x, B) {
-          const byOutput = (own.byOutput = room(own.byOutput, (affine ? 2 : 1) * n * B));
-          changed.forEach((i, k) => {
-            for (let b = 0; b < B; b++) {
-              const at = k * B + b;
-              const dz = d[i * B + b];
-              byOutput[affine ? n * B + at : at] = dz;
-              if (!affine) continue;
-              const byLogScale = dz * x[i * B + b] * own.factor[at] + byLogDet;
-              if (tame) tame.gradients[0] += byLogScale * own.bent[at];
-              byOutput[at] = tame ? byLogScale * tame.values[0] * (1 - own.bent[at] ** 2) : byLogScale;
-              d[i * B + b] = dz * own.factor[at];
-            }
-          });
-          const bySeen = network.backward(byOutput, B);
-          kept.forEach((i, k) => {
-            for (let b = 0; b < B; b++) d[i * B + b] += bySeen[k * B + b];
-          });
-        },
-        inverse(z, B) {
-          const shift = run(z, B);
-          changed.forEach((i, k) => {
-            for (let b = 0; b < B; b++) {
-              const at = k * B + b;
-              z[i * B + b] = affine ? (z[i * B + b] - shift[at]) / own.factor[at] : z[i * B + b] - shift[at];
-            }
-          });
-        },
-        write: () => ({
-          kind, passes, ...(tame && { gain: tame.values[0] }), widths, activation,
-          weights: network.layers.flatMap(({ weight, bias }) => [...weight.values, ...bias.values]),
-        }),
-      };
-    }
-
-    const KINDS = { scaling: makeScaling, additive: makeCoupling, affine: makeCoupling, unmasked: makeCoupling };
-
-    // --- a flow ---------------------------------------------------------------------------------------------------------
-
-    // A flow that can be trained. Its description is the JSON of nflows_lib.experiments.export with plain numbers as weights.
-    class TrainableFlow {
-      constructor({ dims, base, layers }) {
-        this.dims = dims;
-        this.base = base;
-        const blocks = [];
-        const take = (n) => {
-          blocks.push({ values: new Float64Array(n), gradients: new Float64Array(n) });
-          return blocks.at(-1);
-        };
-        this.layers = layers.map((layer) => KINDS[layer.kind](layer, dims, take));
-        this.parameters = blocks; // in the order of the layers; a coupling's gain comes before its network
-        this.states = layers.map(() => null);
-      }
-
-      write() {
-        return { dims: this.dims, base: this.base, layers: this.layers.map((layer) => layer.write()) };
-      }
-
-      // Latents of B vectors, which are data or have passed a number of layers, and each one's log-det, in arrays that the next
-      // call overwrites.
-      forward(x, B, passed = 0) {
-        this.logDet = room(this.logDet, B);
-        this.logDet.fill(0, 0, B);
-        for (let k = passed; k < this.layers.length; k++) {
-          const z = (this.states[k] = room(this.states[k], this.dims * B));
-          this.layers[k].forward(x, z, this.logDet, B);
-          x = z;
+      },
+      backward(d, byLogDet, x, B) {
+        for (let at = 0; at < dims * B; at++) {
+          const i = Math.floor(at / B);
+          d[at] *= Math.exp(values[i]);
+          gradients[i] += d[at] * x[at] + byLogDet;
         }
-        return x;
-      }
-
-      logBase(z, b, B) {
-        let total = 0;
-        for (let i = 0; i < this.dims; i++) total += BASES[this.base].logProb(z[i * B + b]);
-        return total;
-      }
-
-      // log p of each of B vectors, and their latents and log-dets.
-      logProb(x, B, passed = 0) {
-        const logProb = new Float64Array(B);
-        const z = this.forward(x, B, passed);
-        for (let b = 0; b < B; b++) logProb[b] = this.logBase(z, b, B) + this.logDet[b];
-        return { logProb, latent: z.slice(0, this.dims * B), logDet: this.logDet.slice(0, B) };
-      }
-
+      },
       inverse(z, B) {
-        const x = z.slice(0, this.dims * B);
-        for (const layer of [...this.layers].reverse()) layer.inverse(x, B);
-        return x;
-      }
+        for (let at = 0; at < dims * B; at++) z[at] *= Math.exp(-values[Math.floor(at / B)]);
+      },
+      write: () => ({ kind: "scaling", log_scale: [...values] }),
+    };
+  }
 
-      sample(random, n) {
-        return this.inverse(Float64Array.from({ length: this.dims * n }, () => BASES[this.base].draw(random)), n);
-      }
-
-      // The loss, in nats, and in every parameter's gradients its derivatives. The loss is the mean of -(log base + share *
-      // log-det): with a share of 1 the negative log-likelihood, with 0 or -1 the failure F27.
-      lossAndGradient(x, B, share = 1) {
-        for (const { gradients } of this.parameters) gradients.fill(0);
-        const z = this.forward(x, B);
-        const d = (this.d = room(this.d, this.dims * B));
-        let loss = 0;
-        for (let b = 0; b < B; b++) loss -= (this.logBase(z, b, B) + (share && share * this.logDet[b])) / B;
-        const { slope } = BASES[this.base];
-        for (let at = 0; at < this.dims * B; at++) d[at] = -slope(z[at]) / B;
-        for (let k = this.layers.length - 1; k >= 0; k--) this.layers[k].backward(d, -share / B, k ? this.states[k - 1] : x, B);
-        return loss;
-      }
+  // The kinds: "affine", with a gain unless the tanh is left out; "additive", an affine coupling whose log-scale is 0; "unmasked",
+  // an additive coupling whose network's output is not masked, so that it also shifts the half that the network reads (F3).
+  function makeCoupling({ kind, passes, gain, widths, activation, weights }, dims, take) {
+    const places = passes.map((_, i) => i);
+    const kept = places.filter((i) => passes[i]);
+    const changed = places.filter((i) => kind === "unmasked" || !passes[i]);
+    const affine = kind === "affine";
+    const n = changed.length;
+    const tame = affine && gain !== undefined ? take(1) : null;
+    if (tame) tame.values[0] = gain;
+    const network = makeNetwork([kept.length, ...widths, affine ? 2 * n : n], activation, take);
+    let start = 0;
+    for (const { values } of network.parameters) {
+      values.set(weights.slice(start, start + values.length));
+      start += values.length;
     }
-
-    // Adam with PyTorch's defaults, and clipping as torch.nn.utils.clip_grad_norm_ does it.
-    class Adam {
-      constructor(parameters, rate, clip = null) {
-        Object.assign(this, { parameters, rate, clip, steps: 0 });
-        this.moments = parameters.map(({ values }) => [new Float64Array(values.length), new Float64Array(values.length)]);
+    const own = {};
+    // The network's output, and from it tanh's values, log-scales, scale factors and shifts of the changed coordinates.
+    const run = (x, B) => {
+      own.seen = room(own.seen, kept.length * B);
+      kept.forEach((i, k) => own.seen.set(coordinate(x, i, B), k * B));
+      const output = network.forward(own.seen, B);
+      for (const name of ["bent", "logScale", "factor"]) own[name] = room(own[name], n * B);
+      for (let at = 0; at < n * B; at++) {
+        own.bent[at] = tame ? Math.tanh(output[at]) : output[at];
+        own.logScale[at] = affine ? own.bent[at] * (tame ? tame.values[0] : 1) : 0;
+        own.factor[at] = Math.exp(own.logScale[at]);
       }
-
-      gradientNorm() {
-        let total = 0;
-        for (const { gradients } of this.parameters) for (const g of gradients) total += g * g;
-        return Math.sqrt(total);
-      }
-
-      step(norm = this.gradientNorm()) {
-        this.steps += 1;
-        const shrink = this.clip === null ? 1 : Math.min(1, this.clip / (norm + 1e-6));
-        const [first, second] = [1 - 0.9 ** this.steps, 1 - 0.999 ** this.steps];
-        this.parameters.forEach(({ values, gradients }, p) => {
-          const [m, v] = this.moments[p];
-          for (let i = 0; i < values.length; i++) {
-            const g = gradients[i] * shrink;
-            m[i] += 0.1 * (g - m[i]);
-            v[i] += 0.001 * (g * g - v[i]);
-            values[i] -= (this.rate * (m[i] / first)) / (Math.sqrt(v[i] / second) + 1e-8);
-          }
+      own.shift = affine ? output.subarray(n * B) : output;
+    };
+    // Call act for each number that changes: with its place among all numbers of B vectors, and among those that change.
+    const each = (B, act) => changed.forEach((i, k) => {
+      for (let b = 0; b < B; b++) act(i * B + b, k * B + b);
+    });
+    return {
+      kind,
+      changed,
+      forward(x, z, logDet, B) {
+        run(x, B);
+        z.set(x.subarray(0, dims * B));
+        each(B, (at, k) => {
+          z[at] = x[at] * own.factor[k] + own.shift[k];
+          logDet[k % B] += own.logScale[k];
         });
-      }
-    }
-
-    // --- what a reader chooses ------------------------------------------------------------------------------------------
-
-    const BATCH = 256;
-    const CLIP = 5;
-    const FASTER = 30; // the failure "rate": so many times the rate
-
-    // A new flow on the plane, as a description. The failures are names of what is broken.
-    function describeFlow({ model, base, couplings, width }, failures, random) {
-      const broken = (name) => failures.includes(name);
-      const affine = model === "realnvp";
-      const kind = affine ? "affine" : broken("mask") ? "unmasked" : "additive";
-      const outputs = kind === "additive" ? 1 : 2;
-      const layers = Array.from({ length: couplings }, (_, i) => {
-        const first = broken("alternation") ? 0 : i % 2;
-        // The first layer as PyTorch draws it, times 3, which spreads the bends of few units over the data. The last is zero.
-        const weights = Array.from({ length: 2 * width }, () => 3 * (2 * random.uniform() - 1));
-        weights.push(...Array(outputs * (width + 1)).fill(0));
-        return { kind, passes: first ? [0, 1] : [1, 0], ...(affine && !broken("tanh") && { gain: 1 }), widths: [width], activation: "silu", weights };
-      });
-      if (!affine && !broken("scaling")) layers.push({ kind: "scaling", log_scale: [0, 0] });
-      return { dims: 2, base, layers };
-    }
-
-    // The flows of one page, trained on the same batches from the same first weights: each with its failures.
-    class Session {
-      // choices: data, own (points that the reader drew), model, base, couplings, width, rate, seed; variants: a list of lists
-      // of failures; description: a flow to go on with, in the place of a new one.
-      constructor(choices, variants, description = null) {
-        this.data = makeData(choices.data, choices.own);
-        this.random = new Random(2 * choices.seed + 1);
-        const other = new Random(2 * choices.seed);
-        this.fresh = this.data.draw(other, FRESH);
-        this.noise = Float64Array.from({ length: 2 * SHOWN }, () => BASES[choices.base].draw(other));
-        const start = other.state.slice();
-        this.steps = 0;
-        this.runs = variants.map((failures) => {
-          other.state.set(start);
-          const flow = new TrainableFlow(description ?? describeFlow(choices, failures, other));
-          const rate = choices.rate * (failures.includes("rate") ? FASTER : 1);
-          const clip = failures.includes("clipping") ? null : CLIP;
-          const share = failures.includes("sign") ? -1 : failures.includes("logdet") ? 0 : 1;
-          return { failures, flow, adam: new Adam(flow.parameters, rate, clip), share, losses: [], norms: [], stopped: null };
+      },
+      backward(d, byLogDet, x, B) {
+        const byOutput = (own.byOutput = room(own.byOutput, (affine ? 2 : 1) * n * B));
+        each(B, (at, k) => {
+          const dz = d[at];
+          byOutput[affine ? n * B + k : k] = dz;
+          d[at] = dz * own.factor[k];
+          if (!affine) return;
+          const byLogScale = dz * x[at] * own.factor[k] + byLogDet;
+          if (tame) tame.gradients[0] += byLogScale * own.bent[k];
+          byOutput[k] = tame ? byLogScale * tame.values[0] * (1 - own.bent[k] ** 2) : byLogScale;
         });
-      }
+        const bySeen = network.backward(byOutput, B);
+        kept.forEach((i, k) => {
+          for (let b = 0; b < B; b++) d[i * B + b] += bySeen[k * B + b];
+        });
+      },
+      inverse(z, B) {
+        run(z, B);
+        each(B, (at, k) => (z[at] = (z[at] - own.shift[k]) / own.factor[k]));
+      },
+      write: () => ({
+        kind, passes, ...(tame && { gain: tame.values[0] }), widths, activation,
+        weights: network.parameters.flatMap(({ values }) => [...values]),
+      }),
+    };
+  }
 
-      get over() {
-        return this.runs.every(({ stopped }) => stopped);
-      }
+  const KINDS = { scaling: makeScaling, additive: makeCoupling, affine: makeCoupling, unmasked: makeCoupling };
 
-      step() {
-        const batch = this.data.draw(this.random, BATCH);
-        this.steps += 1;
-        for (const run of this.runs) {
-          if (run.stopped) continue;
-          const loss = run.flow.lossAndGradient(spoil(batch, BATCH, run.failures), BATCH, run.share);
-          const norm = run.adam.gradientNorm();
-          run.losses.push(loss);
-          run.norms.push(norm);
-          if (Number.isFinite(loss) && Number.isFinite(norm)) run.adam.step(norm);
-          else run.stopped = { step: this.steps, what: Number.isFinite(loss) ? "norm" : "loss" };
-        }
-      }
+  // --- a flow ---
 
-      // What the page shows: for each flow its losses and norms since the last picture, its density on a square of side cells from
-      // -extent to extent, points with their latents, samples, and numbers.
-      picture(extent, side) {
-        const cells = new Float64Array(2 * side * side);
-        for (let at = 0; at < side * side; at++) {
-          cells[at] = extent * ((2 * ((at % side) + 0.5)) / side - 1);
-          cells[side * side + at] = -extent * ((2 * (Math.floor(at / side) + 0.5)) / side - 1);
-        }
-        return {
-          steps: this.steps,
-          flows: this.runs.map((run) => {
-            const { flow, failures } = run;
-            const points = spoil(this.fresh, FRESH, failures);
-            const { logProb, latent, logDet } = inPieces(flow, points, FRESH);
-            const density = Float32Array.from(inPieces(flow, cells, side * side).logProb, Math.exp);
-            const shown = (values) => Float32Array.from({ length: 2 * SHOWN }, (_, at) => values[Math.floor(at / SHOWN) * FRESH + (at % SHOWN)]);
-            const back = flow.inverse(latent, FRESH);
-            const means = [0, 1].map((i) => mean(latent.subarray(i * FRESH, (i + 1) * FRESH)));
-            return {
-              losses: run.losses.splice(0),
-              norms: run.norms.splice(0),
-              stopped: run.stopped,
-              density,
-              points: shown(points),
-              latents: shown(latent),
-              samples: Float32Array.from(flow.inverse(this.noise, SHOWN)),
-              nll: -mean(logProb),
-              logDet: mean(logDet),
-              latentMean: means,
-              latentStd: means.map((m, i) => Math.sqrt(mean(latent.subarray(i * FRESH, (i + 1) * FRESH).map((v) => (v - m) ** 2)))),
-              mass: density.reduce((total, p) => total + p, 0) * ((2 * extent) / side) ** 2,
-              missed: points.reduce((most, v, at) => Math.max(most, Math.abs(back[at] - v)), 0),
-            };
-          }),
-        };
-      }
+  // A flow that can be trained. Its description is the JSON of nflows_lib.experiments.export with plain numbers as weights.
+  class TrainableFlow {
+    constructor({ dims, base, layers }) {
+      this.dims = dims;
+      this.base = base;
+      const blocks = [];
+      const take = (n) => {
+        blocks.push({ values: new Float64Array(n), gradients: new Float64Array(n) });
+        return blocks.at(-1);
+      };
+      this.layers = layers.map((layer) => KINDS[layer.kind](layer, dims, take));
+      this.parameters = blocks; // in the order of the layers; a coupling's gain comes before its network
+      this.states = layers.map(() => null);
     }
 
-    const FRESH = 2000; // points that no step sees, on which -log p is measured
-    const SHOWN = 300;
+    write() {
+      return { dims: this.dims, base: this.base, layers: this.layers.map((layer) => layer.write()) };
+    }
 
-    const mean = (values) => values.reduce((total, v) => total + v, 0) / values.length;
+    // Latents of B vectors, which are data or have passed a number of layers, and each one's log-det, in arrays that the next
+    // call overwrites.
+    forward(x, B, passed = 0) {
+      this.logDet = room(this.logDet, B);
+      this.logDet.fill(0, 0, B);
+      for (let k = passed; k < this.layers.length; k++) {
+        const z = (this.states[k] = room(this.states[k], this.dims * B));
+        this.layers[k].forward(x, z, this.logDet, B);
+        x = z;
+      }
+      return x;
+    }
+
+    logBase(z, b, B) {
+      let total = 0;
+      for (let i = 0; i < this.dims; i++) total += BASES[this.base].logProb(z[i * B + b]);
+      return total;
+    }
 
     // log p, latents and log-dets of n vectors, in batches that stay in the processor's cache.
-    function inPieces(flow, x, n) {
-      const whole = { logProb: new Float64Array(n), latent: new Float64Array(2 * n), logDet: new Float64Array(n) };
+    logProb(x, n, passed = 0) {
+      const found = { logProb: new Float64Array(n), latent: new Float64Array(this.dims * n), logDet: new Float64Array(n) };
       for (let from = 0; from < n; from += BATCH) {
         const B = Math.min(BATCH, n - from);
-        const piece = new Float64Array(2 * B);
-        for (let i = 0; i < 2; i++) piece.set(x.subarray(i * n + from, i * n + from + B), i * B);
-        const { logProb, latent, logDet } = flow.logProb(piece, B);
-        whole.logProb.set(logProb, from);
-        whole.logDet.set(logDet, from);
-        for (let i = 0; i < 2; i++) whole.latent.set(latent.subarray(i * B, (i + 1) * B), i * n + from);
+        const z = this.forward(some(x, n, from, B), B, passed);
+        for (let b = 0; b < B; b++) {
+          found.logProb[from + b] = this.logBase(z, b, B) + this.logDet[b];
+          found.logDet[from + b] = this.logDet[b];
+          for (let i = 0; i < this.dims; i++) found.latent[i * n + from + b] = z[i * B + b];
+        }
       }
-      return whole;
+      return found;
     }
 
-    return { BASES, ACTIVATIONS, Random, TrainableFlow, Adam, Session, makeData, entropyOf, volumePreservingOptimum };
-  };
+    // The density of data in the plane, or of what has passed a number of layers, at the centres of side times side cells of the
+    // square from -extent to extent, row by row from the top.
+    density(extent, side, passed = 0) {
+      const n = side * side;
+      const place = (k) => extent * ((2 * (k + 0.5)) / side - 1);
+      const cells = new Float64Array(2 * n);
+      for (let at = 0; at < n; at++) {
+        cells[at] = place(at % side);
+        cells[n + at] = -place(Math.floor(at / side));
+      }
+      return this.logProb(cells, n, passed).logProb.map(Math.exp);
+    }
+
+    inverse(z, B) {
+      const x = z.slice(0, this.dims * B);
+      for (const layer of [...this.layers].reverse()) layer.inverse(x, B);
+      return x;
+    }
+
+    // The loss, in nats, and in every parameter's gradients its derivatives. The loss is the mean of -(log base + share *
+    // log-det): with a share of 1 the negative log-likelihood, with 0 or -1 the failure F27.
+    lossAndGradient(x, B, share = 1) {
+      for (const { gradients } of this.parameters) gradients.fill(0);
+      const z = this.forward(x, B);
+      const d = (this.d = room(this.d, this.dims * B));
+      let loss = 0;
+      for (let b = 0; b < B; b++) loss -= (this.logBase(z, b, B) + (share && share * this.logDet[b])) / B;
+      const { slope } = BASES[this.base];
+      for (let at = 0; at < this.dims * B; at++) d[at] = -slope(z[at]) / B;
+      for (let k = this.layers.length - 1; k >= 0; k--) this.layers[k].backward(d, -share / B, k ? this.states[k - 1] : x, B);
+      return loss;
+    }
+  }
+
+  // Adam with PyTorch's defaults, and clipping as torch.nn.utils.clip_grad_norm_ does it.
+  class Adam {
+    constructor(parameters, rate, clip = null) {
+      Object.assign(this, { parameters, rate, clip, steps: 0 });
+      this.moments = parameters.map(({ values }) => [new Float64Array(values.length), new Float64Array(values.length)]);
+    }
+
+    gradientNorm() {
+      let total = 0;
+      for (const { gradients } of this.parameters) for (const g of gradients) total += g * g;
+      return Math.sqrt(total);
+    }
+
+    step(norm = this.gradientNorm()) {
+      this.steps += 1;
+      const shrink = this.clip === null ? 1 : Math.min(1, this.clip / (norm + 1e-6));
+      const [first, second] = [1 - 0.9 ** this.steps, 1 - 0.999 ** this.steps];
+      this.parameters.forEach(({ values, gradients }, p) => {
+        const [m, v] = this.moments[p];
+        for (let i = 0; i < values.length; i++) {
+          const g = gradients[i] * shrink;
+          m[i] += 0.1 * (g - m[i]);
+          v[i] += 0.001 * (g * g - v[i]);
+          values[i] -= (this.rate * (m[i] / first)) / (Math.sqrt(v[i] / second) + 1e-8);
+        }
+      });
+    }
+  }
+
+  // --- what a reader chooses ---
+
+  const BATCH = 256;
+  const FRESH = 2000; // points that no step sees, on which -log p is measured
+  const SHOWN = 300;
+  const CLIP = 5;
+  const FASTER = 30; // the failure "rate": so many times the rate
+
+  // A new flow on the plane, as a description. The failures are names of what is broken.
+  function describeFlow({ model, base, couplings, width }, failures, random) {
+    const broken = (name) => failures.includes(name);
+    const affine = model === "realnvp";
+    const kind = affine ? "affine" : broken("mask") ? "unmasked" : "additive";
+    const outputs = kind === "additive" ? 1 : 2;
+    const layers = Array.from({ length: couplings }, (_, i) => {
+      const first = broken("alternation") ? 0 : i % 2;
+      // The first layer as PyTorch draws it, times 3, which spreads the bends of few units over the data. The last is zero.
+      const weights = Array.from({ length: 2 * width }, () => 3 * (2 * random.uniform() - 1));
+      weights.push(...Array(outputs * (width + 1)).fill(0));
+      return { kind, passes: first ? [0, 1] : [1, 0], ...(affine && !broken("tanh") && { gain: 1 }), widths: [width], activation: "silu", weights };
+    });
+    if (!affine && !broken("scaling")) layers.push({ kind: "scaling", log_scale: [0, 0] });
+    return { dims: 2, base, layers };
+  }
+
+  // The flows of one page, trained on the same batches from the same first weights: each with its failures.
+  class Session {
+    // choices: data, own (points that the reader drew), model, base, couplings, width, rate, seed; variants: a list of lists
+    // of failures; description: a flow to go on with, in the place of a new one.
+    constructor(choices, variants, description = null) {
+      this.data = makeData(choices.data, choices.own);
+      this.random = new Random(2 * choices.seed + 1);
+      const other = new Random(2 * choices.seed);
+      this.fresh = this.data.draw(other, FRESH);
+      this.noise = Float64Array.from({ length: 2 * SHOWN }, () => BASES[choices.base].draw(other));
+      const start = other.state.slice();
+      this.steps = 0;
+      this.runs = variants.map((failures) => {
+        other.state.set(start);
+        const flow = new TrainableFlow(description ?? describeFlow(choices, failures, other));
+        const rate = choices.rate * (failures.includes("rate") ? FASTER : 1);
+        const clip = failures.includes("clipping") ? null : CLIP;
+        const share = failures.includes("sign") ? -1 : failures.includes("logdet") ? 0 : 1;
+        return { failures, flow, adam: new Adam(flow.parameters, rate, clip), share, losses: [], norms: [], stopped: null };
+      });
+    }
+
+    get over() {
+      return this.runs.every(({ stopped }) => stopped);
+    }
+
+    step() {
+      const batch = this.data.draw(this.random, BATCH);
+      this.steps += 1;
+      for (const run of this.runs) {
+        if (run.stopped) continue;
+        const loss = run.flow.lossAndGradient(spoil(batch, BATCH, run.failures), BATCH, run.share);
+        const norm = run.adam.gradientNorm();
+        run.losses.push(loss);
+        run.norms.push(norm);
+        if (Number.isFinite(loss) && Number.isFinite(norm)) run.adam.step(norm);
+        else run.stopped = { step: this.steps, what: Number.isFinite(loss) ? "norm" : "loss" };
+      }
+    }
+
+    // What the page shows: for each flow its losses and norms since the last picture, its density on a square of side times side
+    // cells from -extent to extent, points with their latents, samples, and numbers.
+    picture(extent, side) {
+      return {
+        steps: this.steps,
+        flows: this.runs.map(({ flow, failures, losses, norms, stopped }) => {
+          const points = spoil(this.fresh, FRESH, failures);
+          const { logProb, latent, logDet } = flow.logProb(points, FRESH);
+          const density = flow.density(extent, side);
+          const back = flow.inverse(latent, FRESH);
+          const latents = [0, 1].map((i) => coordinate(latent, i, FRESH));
+          return {
+            losses: losses.splice(0),
+            norms: norms.splice(0),
+            stopped,
+            density,
+            points: some(points, FRESH, 0, SHOWN),
+            latents: some(latent, FRESH, 0, SHOWN),
+            samples: flow.inverse(this.noise, SHOWN),
+            nll: -mean(logProb),
+            logDet: mean(logDet),
+            latentMean: latents.map(mean),
+            latentStd: latents.map((values) => deviation(values)),
+            mass: sum(density) * ((2 * extent) / side) ** 2,
+            missed: points.reduce((most, v, at) => Math.max(most, Math.abs(back[at] - v)), 0),
+          };
+        }),
+      };
+    }
+  }
+
+  // --- the worker ---
 
   // What a worker does with a page's messages: { begin: [choices, variants, description], id, extent, side, every }, { pace }, { steps },
   // { seen } after each picture that the page has drawn, { write } for the description of one of its flows.
-  const serve = ({ Session }) => {
+  const serve = () => {
     const SLICE = 25; // milliseconds of training between two looks at the page's messages
     const SLOW = 100; // milliseconds between steps at the slow pace
     let session = null;
@@ -666,14 +641,14 @@
     };
   };
 
-  globalThis.PlaygroundTraining = {
-    ...writeMathematics(),
-    startWorker() {
-      const text = `"use strict"; (${serve})((${writeMathematics})());`;
-      const address = URL.createObjectURL(new Blob([text], { type: "text/javascript" }));
-      const worker = new Worker(address);
-      URL.revokeObjectURL(address);
-      return worker;
-    },
+  function startWorker() {
+    const address = URL.createObjectURL(new Blob([`(${mathematics})().serve();`], { type: "text/javascript" }));
+    const worker = new Worker(address);
+    URL.revokeObjectURL(address);
+    return worker;
+  }
+
+  return {
+    BASES, ACTIVATIONS, Random, TrainableFlow, Adam, Session, makeData, entropyOf, volumePreservingOptimum, serve, startWorker,
   };
-}
+})();

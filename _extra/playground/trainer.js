@@ -156,7 +156,7 @@
       this.begin();
     }
 
-    // --- what is chosen -----------------------------------------------------------------------------------------------
+    // --- what is chosen ---
 
     goToAddress() {
       const wanted = readAddress(this, "train");
@@ -261,7 +261,7 @@
       if (broken.includes("noise")) draw(0, "P(k) = 1: no honest loss is lower");
     }
 
-    // --- training -----------------------------------------------------------------------------------------------------
+    // --- training ---
 
     setPace(on) {
       this.worker.postMessage({ pace: on ? (this.view.slow ? "slow" : "full") : "stop" });
@@ -292,7 +292,7 @@
       this.report();
     }
 
-    // --- the page -----------------------------------------------------------------------------------------------------
+    // --- the page ---
 
     build() {
       const root = this.shadowRoot;
@@ -442,7 +442,7 @@
       return { canvas, title, whole: element("div", {}, title, frame) };
     }
 
-    // --- the pen ------------------------------------------------------------------------------------------------------
+    // --- the pen ---
 
     // Points of the reader's own, by mouse, finger or pen; by keyboard the arrow keys move a place, and the space bar puts a point there.
     letDraw(frame, canvas) {
@@ -488,7 +488,7 @@
       this.draw();
     }
 
-    // --- files --------------------------------------------------------------------------------------------------------
+    // --- files ---
 
     // Ask the worker for the last flow's description: the broken one of two.
     write(then) {
@@ -535,7 +535,7 @@
       this.change({});
     }
 
-    // --- words and numbers --------------------------------------------------------------------------------------------
+    // --- words and numbers ---
 
     tellStory() {
       const told = this.broken.map((name) => {
@@ -581,7 +581,7 @@
       this.spoken.textContent = text;
     }
 
-    // --- pictures -----------------------------------------------------------------------------------------------------
+    // --- pictures ---
 
     draw() {
       if (!this.panes) return;

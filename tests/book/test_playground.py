@@ -43,11 +43,12 @@ const { flow, points } = JSON.parse(fs.readFileSync(0, "utf8"));
 const it = new PlaygroundFlow(flow);
 const last = it.layers.length;
 const middle = Math.floor(last / 2);
+const columns = Float64Array.from(points[0].flatMap((_, i) => points.map((h) => h[i])));
 console.log(JSON.stringify({
   forward: points.map((x) => it.path(x)),
   backward: points.map((z) => it.path(z, last)),
   between: points.map((h) => it.path(h, middle)),
-  rest: [...it.logProbs(points, middle)],
+  rest: [...it.flow.logProb(columns, points.length, middle).logProb],
 }));
 """
 
