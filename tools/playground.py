@@ -158,7 +158,7 @@ def draw_training() -> None:
     scripts = "".join(f'<script src="{(FILE.parent / name).as_uri()}"></script>' for name in TRAINER)
     with sync_playwright() as playwright, TemporaryDirectory() as folder:
         file = Path(folder) / "page.html"
-        element = '<flow-trainer at="train=gaussians&amp;base=logistic&amp;broken=scaling"></flow-trainer>'
+        element = '<flow-trainer at="train=moons&amp;broken=scaling"></flow-trainer>'
         file.write_text(f'<!doctype html><meta charset="utf-8"><body>{element}{scripts}</body>', encoding="utf-8")
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]

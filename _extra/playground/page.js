@@ -141,9 +141,17 @@
     pen.fillText(`${letter}₁`, size - 6, size - 8);
   }
 
+  // The number that a share of the finite values is below.
+  function quantile(values, share) {
+    const sorted = values.filter(Number.isFinite).sort((a, b) => a - b);
+    return sorted[Math.floor(share * sorted.length)];
+  }
+
   // A density on a square of side times side cells, row by row from the top, as a small picture: the more of the colour, the
-  // denser; hatched with the other colour where it is no finite number.
-  function densityPicture(density, side, colour, bad) {
+  // denser; hatched with the other colour where it is no finite number. Thin ridges are far denser than the rest, so the
+  // darkest colour begins at what 1 in 100 cells exceeds, unless a density for it is given.
+  function densityPicture(density, side, colour, bad, darkest = quantile(density, 0.99)) {
+    const top = darkest || 1;
     const picture = element("canvas", { width: side, height: side });
     const pen = picture.getContext("2d");
     const lost = (i) => !Number.isFinite(density[i]) && ((i % side) + Math.floor(i / side)) % 6 < 2;
@@ -152,9 +160,6 @@
     pen.fillStyle = bad;
     for (let i = 0; i < density.length; i++) if (lost(i)) pen.fillRect(i % side, Math.floor(i / side), 1, 1);
     const pixels = pen.getImageData(0, 0, side, side);
-    // Thin ridges are far denser than the rest: the top of the scale is what 1 in 100 pixels exceeds.
-    const sorted = density.filter(Number.isFinite).sort((a, b) => a - b);
-    const top = sorted[Math.floor(0.99 * sorted.length)] || 1;
     density.forEach((p, i) => {
       pixels.data[4 * i + 3] = Number.isFinite(p) ? 190 * Math.sqrt(Math.min(p / top, 1)) : lost(i) ? 130 : 0;
     });
@@ -192,7 +197,7 @@
 
   // The one name that this file adds to the page.
   globalThis.PlaygroundPage = {
-    STYLE, element, button, choice, followLooks, number, signed, minus, pair, hue, startDrawing, drawAxes, densityPicture,
+    STYLE, element, button, choice, followLooks, number, signed, minus, pair, hue, startDrawing, drawAxes, densityPicture, quantile,
     readAddress, writeAddress, clearAddress, followAddress,
   };
 }

@@ -571,6 +571,7 @@ globalThis.PlaygroundTraining = (function mathematics() {
             density,
             points: some(points, FRESH, 0, SHOWN),
             latents: some(latent, FRESH, 0, SHOWN),
+            noise: this.noise,
             samples: flow.inverse(this.noise, SHOWN),
             nll: -mean(logProb),
             logDet: mean(logDet),

@@ -7,7 +7,7 @@
 "use strict";
 {
   const {
-    STYLE, element, button, followLooks, number, minus, hue, startDrawing, drawAxes, densityPicture,
+    STYLE, element, button, followLooks, number, minus, hue, startDrawing, drawAxes, densityPicture, quantile,
     readAddress, writeAddress, clearAddress, followAddress,
   } = PlaygroundPage;
   const { makeData, entropyOf, volumePreservingOptimum, startWorker } = PlaygroundTraining;
@@ -25,49 +25,49 @@
     width: { title: "Hidden units", options: [8, 16, 24, 48] },
     rate: { title: "Learning rate", options: [0.001, 0.003, 0.01, 0.03, 0.1] },
   };
-  const FIRST = { data: "gaussians", model: "nice", base: "normal", couplings: 8, width: 24, rate: 0.01, seed: 1, broken: [], beside: true, own: "" };
+  const FIRST = { data: "moons", model: "nice", base: "normal", couplings: 8, width: 24, rate: 0.01, seed: 1, broken: [], beside: true, own: "" };
 
-  // Each failure: its name, its entry in the clinic, when it can be switched on, and what the reader will see.
+  // Each failure: its name, its entry in the clinic, what it needs of the state, and what the reader will see.
   const FAILURES = {
     scaling: {
-      name: "no scaling layer", entry: "F1", fits: ({ model }) => model === "nice",
-      story: "Shears keep every area, so the density of no point can exceed the base's peak. The loss stops above the volume-preserving optimum, and the latents fill less room than the base.",
+      name: "no scaling layer", entry: "F1", needs: "NICE", fits: ({ model }) => model === "nice",
+      story: "A coupling of NICE slides points along one axis, and so keeps every area. The density of no point can exceed the base's peak. The loss stops above the best that keeps volume, and the latents fill less room than the base.",
     },
     alternation: {
       name: "masks do not alternate", entry: "F2", fits: () => true,
-      story: "Only the second coordinate ever moves. In the latent's pane each point stays above the place where it began, but for the scaling; the flow learns x₂ given x₁, and nothing about x₁.",
+      story: "Only the second coordinate ever moves. The latents keep the points' order from left to right; the flow learns x₂ given x₁, and of x₁ at most a scale.",
     },
     mask: {
-      name: "output not masked", entry: "F3", fits: ({ model }) => model === "nice",
-      story: "The network also shifts the half that it reads. The layer still claims a log-det of 0, so the flow may pull all points together for nothing: the loss falls below the entropy, the claimed density adds up to more than 1, and the inverse misses the points.",
+      name: "output not masked", entry: "F3", needs: "NICE", fits: ({ model }) => model === "nice",
+      story: "The network also shifts the half that it reads. Such a coupling can pull all points together, and still claims a log-det of 0 (the log-det in the table comes from the scaling layer). So the loss falls below the entropy, the claimed density adds up to more than 1, and the inverse misses the points.",
     },
     logdet: {
       name: "log-det left out of the loss", entry: "F27", fits: () => true, excludes: "sign",
-      story: "The loss is lowest where every latent is 0. All latents go there, the loss falls to its limit, and the samples fly apart.",
+      story: "This loss is no −log p: it is lowest where every latent is 0. All latents go there, the loss falls to the base's peak, and the samples fly apart.",
     },
     sign: {
       name: "log-det subtracted", entry: "F27", fits: () => true, excludes: "logdet",
-      story: "Shrinking is now rewarded: the loss falls without end, and the density at the data goes to 0.",
+      story: "This loss is no −log p: it rewards shrinking, and falls without end. The true −log p of the points rises.",
     },
     tanh: {
-      name: "no tanh", entry: "F12", fits: ({ model }) => model === "realnvp",
-      story: "The log-scale is the network's output, without a bound. Far from the data the density is no finite number (hatched). Together with no clipping, one batch can end the run.",
+      name: "no tanh", entry: "F12", needs: "RealNVP", fits: ({ model }) => model === "realnvp",
+      story: "The log-scale is the network's output, without a bound. Far from the data the density is no finite number (hatched). One batch can end the run, the sooner if there is no clipping either.",
     },
     clipping: {
       name: "no clipping", entry: "F11", fits: () => true,
-      story: "A long gradient goes into Adam as it is. On these data a flow with tanh often survives that: watch the gradient's norm, and add no tanh or a higher rate.",
+      story: "A long gradient goes into Adam as it is. On these data a flow with a tanh survives that. Take RealNVP and switch on “no tanh” as well, or take a higher rate, and watch the gradient's norm.",
     },
     rate: {
       name: "rate 30 times too high", entry: "P24", fits: () => true,
       story: "Each step moves every weight by up to 30 times as much. The loss leaps, and what it comes back to is a worse flow.",
     },
     column: {
-      name: "a repeated column", entry: "F28", fits: ({ data }) => data !== "numbers",
+      name: "a repeated column", entry: "F28", needs: "other data", fits: ({ data }) => data !== "numbers",
       story: "The second coordinate repeats the first, so the data lie on a line and their entropy is −∞. The loss has no lowest value: it falls as long as you train.",
     },
     noise: {
-      name: "no noise", entry: "F6", fits: ({ data }) => data === "numbers",
-      story: "All points of a cell are one point, so the density there can rise without end. No honest model of whole numbers has a loss below 0 (P(k) ≤ 1); this flow's falls below it.",
+      name: "no noise", entry: "F6", needs: "whole numbers", fits: ({ data }) => data === "numbers",
+      story: "All points of a cell are one point, so the density there can rise without end. Probabilities P(k) are at most 1, so an honest model of whole numbers has no loss below 0; this flow's loss falls below it.",
     },
   };
 
@@ -88,23 +88,38 @@
     .way { align-items: center; display: flex; flex-wrap: wrap; gap: .35rem; margin: .5rem 0 .25rem; }
     .title { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
     .pill, button.plain, select { font-size: .9rem; }
+    @container (max-width: 30rem) {
+      label.pill:has(input:disabled) { display: none; }
+    }
     label.pill span, button.plain, select { min-height: 2.25rem; }
     .settings { display: flex; flex-wrap: wrap; gap: .35rem 1rem; margin-bottom: .5rem; }
     .settings label { align-items: center; display: flex; font-weight: 600; gap: .35rem; }
+    @container (max-width: 30rem) {
+      .settings { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); }
+      .settings label { flex-wrap: wrap; justify-content: space-between; }
+      select { max-width: 100%; }
+    }
     legend { align-self: center; padding-right: .35rem; }
     select { background: var(--ground); border: 1px solid var(--muted); border-radius: .3rem; color: var(--text); font-family: inherit; padding: .1rem .3rem; }
-    button:disabled { cursor: default; opacity: .5; }
+    button:disabled, label.pill:has(input:disabled) { cursor: default; opacity: .5; }
+    label.pill input:disabled { cursor: default; }
+    .own { display: inline-flex; gap: .35rem; }
+    .tools { margin-block: .5rem; }
+    .way { scroll-margin-top: 4rem; }
     button.main { background: var(--accent); border-color: var(--accent); color: var(--ground); min-width: 5.5rem; justify-content: center; }
     [hidden] { display: none !important; }
     .panes { gap: .35rem .75rem; grid-template-columns: repeat(2, minmax(0, 1fr)); }
-    .now { margin: .5rem 0; min-height: 1.4em; }
+    .title { font-size: .9rem; }
+    .title::before { border-top: 3px solid var(--accent); content: ""; display: inline-block; margin-right: .4rem; vertical-align: .25em; width: 1.5rem; }
+    .title.broken::before { border-top: 3px dashed var(--bad); }
+    .now { margin: .5rem 0; min-height: 2.8em; }
     .view { display: grid; gap: .5rem 1rem; }
-    .charts { display: flex; flex-direction: column; min-height: 19rem; }
-    @container (min-width: 38rem) { .view { grid-template-columns: minmax(0, 4fr) minmax(0, 3fr); } }
+    .charts { display: flex; flex-direction: column; min-height: 21rem; }
+    @container (min-width: 38rem) { .view:not(.one) { grid-template-columns: minmax(0, 4fr) minmax(0, 3fr); } }
     .pane:focus-visible { outline: 3px solid var(--ring); outline-offset: 2px; }
     .drawing { cursor: cell; touch-action: none; }
     .chart { flex: 3 1 0; height: 0; min-height: 0; width: 100%; }
-    .chart.small { flex: 1 1 0; }
+    .chart.small { flex: 2 1 0; }
     .facts { overflow-x: auto; }
     table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0; }
     th, td { border-bottom: 1px solid var(--border); padding: .2rem 1.25rem .2rem 0; text-align: left; vertical-align: top; }
@@ -114,6 +129,8 @@
     .story a { color: var(--ring); }
     .story p { margin: .25rem 0; }
     .story:empty { display: none; }
+    :host(:fullscreen) { background: var(--ground); overflow: auto; padding: 1rem; }
+    :host(:fullscreen) .view { grid-template-columns: minmax(0, 76vh) minmax(0, 1fr); }
     :host([compact]) fieldset, :host([compact]) .settings, :host([compact]) .tools { display: none; }
   `;
 
@@ -131,7 +148,8 @@
         this.build();
         if (!this.goToAddress()) this.take(new URLSearchParams(this.getAttribute("at") ?? ""));
       }
-      followAddress(this, "train", () => this.goToAddress(), signal);
+      // Whoever follows a link wants to see something happen.
+      followAddress(this, "train", () => this.goToAddress() && !this.calm && this.train(true), signal);
       // A page may hold several: each starts its worker when the reader comes near.
       const near = new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && this.wake(), { rootMargin: "300px" });
       near.observe(this);
@@ -163,7 +181,7 @@
       if (!wanted) return false;
       this.running = false;
       this.take(wanted);
-      this.scrollIntoView();
+      this.shadowRoot.querySelector(".way").scrollIntoView();
       return true;
     }
 
@@ -180,7 +198,7 @@
       state.own = state.own.slice(0, 2 * Math.floor(state.own.length / 2));
       this.state = state;
       this.opened = null;
-      this.view.pen = state.data === "own" && !state.own;
+      Object.assign(this.view, { samples: false, pen: state.data === "own" && !state.own });
       this.begin();
     }
 
@@ -196,9 +214,14 @@
     // The reader changed something: train again from the start, and go on if it was running.
     change(changes) {
       Object.assign(this.state, changes);
+      this.state.broken = this.state.broken.filter((name) => FAILURES[name].fits(this.state));
       this.begin();
       this.writeAddress();
       if (this.running) this.setPace(true);
+    }
+
+    get calm() {
+      return matchMedia("(prefers-reduced-motion: reduce)").matches;
     }
 
     get points() {
@@ -221,8 +244,7 @@
       const { state } = this;
       const { broken } = this;
       this.variants = broken.length && state.beside ? [[], broken] : [broken];
-      const sound = this.opened?.name ?? "sound";
-      this.names = this.variants.map((failures) => failures.map((name) => FAILURES[name].name).join(", ") || sound);
+      this.names = this.variants.map((failures) => (failures.length ? "broken" : (this.opened?.name ?? "sound")));
       this.flows = this.variants.map(() => ({ losses: [], norms: [], stopped: null }));
       this.steps = 0;
       this.over = false;
@@ -233,13 +255,14 @@
       this.layPanes();
       this.findLimits(empty);
       this.tellStory();
+      this.facts.replaceChildren();
+      this.error.textContent = "";
       this.now.textContent = empty ? "Draw points in the data's pane: with the pen, or with the arrow keys and the space bar." : FIRST_WORDS;
       if (empty || !this.worker) return this.draw();
       const choices = { ...state, own: this.points, base: this.base };
-      const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
       this.worker.postMessage({
         begin: [choices, this.variants, this.opened?.description ?? null],
-        id: this.session, extent: this.extent, side: SIDE, every: calm ? CALM : EVERY,
+        id: this.session, extent: this.extent, side: SIDE, every: this.calm ? CALM : EVERY,
       });
     }
 
@@ -252,13 +275,15 @@
       const draw = (at, name) => this.limits.push({ at, text: `${name}: ${number(at)}` });
       const set = makeData(this.state.data, this.points);
       const changed = broken.some((name) => name === "column" || name === "noise"); // the broken flow's data are others
-      if (!changed || this.variants.length > 1) draw((this.entropy = entropyOf(set)), "entropy of the data");
-      const [peak, formula] = base === "normal" ? [Math.log(2 * Math.PI), "(D/2) log 2π"] : [2 * Math.log(4), "D log 4"];
-      if (broken.includes("scaling") && !broken.includes("mask")) {
-        if (!changed) draw(volumePreservingOptimum(set, base), "best that keeps volume");
-        draw(peak, `F1's limit, ${formula}`);
-      } else if (broken.includes("logdet")) draw(peak, `lowest without log-det, ${formula}`);
-      if (broken.includes("noise")) draw(0, "P(k) = 1: no honest loss is lower");
+      this.entropyName = changed ? "entropy of the sound flow's data" : "entropy of the data";
+      if (!changed || this.variants.length > 1) draw((this.entropy = entropyOf(set)), this.entropyName);
+      const keepsVolume = broken.includes("scaling") && !broken.includes("mask");
+      if (keepsVolume && !changed) draw(volumePreservingOptimum(set, base), "best that keeps volume");
+      if (keepsVolume || broken.includes("logdet")) {
+        const [peak, formula] = base === "normal" ? [Math.log(2 * Math.PI), "(D/2) log 2π"] : [2 * Math.log(4), "D log 4"];
+        draw(peak, `base's peak, ${formula}`);
+      }
+      if (broken.includes("noise")) draw(0, "no honest loss is lower");
     }
 
     // --- training ---
@@ -268,9 +293,11 @@
     }
 
     train(on) {
+      this.wake();
       this.running = on && !this.over && !(this.state.data === "own" && !this.state.own);
       this.setPace(this.running);
       this.showChoices();
+      this.writeAddress();
       this.say(this.running ? "Training." : `Paused. ${this.summary()}`);
     }
 
@@ -303,14 +330,14 @@
         this.failures(),
         this.buttons(),
         (this.now = element("p", { class: "now" })),
-        element("div", { class: "view" },
+        (this.both = element("div", { class: "view" },
           (this.frame = element("div", { class: "panes" })),
           element("div", { class: "charts" },
             (this.chart = element("canvas", { class: "chart", role: "img", "aria-label": "the loss" })),
-            (this.normChart = element("canvas", { class: "chart small", role: "img", "aria-label": "the gradient's norm" })))),
+            (this.normChart = element("canvas", { class: "chart small", role: "img", "aria-label": "the gradient's norm" }))))),
+        this.tools(),
         (this.story = element("div", { class: "story broken" })),
         (this.facts = element("div", { class: "facts" })),
-        this.tools(),
         (this.error = element("p", { class: "error", role: "alert" })),
         (this.spoken = element("p", { class: "hidden", role: "status" })));
     }
@@ -354,16 +381,17 @@
         this.stepper,
         button("Start again", () => this.change({})),
         button("Another seed", () => this.change({ seed: (this.state.seed + 1) % 10_000 }), { title: "start again from other weights, with other batches" }),
-        this.toggle("slow", "slow", () => this.running && this.setPace(true)),
+        this.toggle("slow", "slow", () => this.running && this.setPace(true), { title: "ten steps per second" }),
+        ...(document.fullscreenEnabled ? [button("full screen", () => this.requestFullscreen(), { title: "for a lecture; Escape ends it" })] : []),
         (this.besides = button("beside a sound flow", () => this.change({ beside: !this.state.beside }))));
     }
 
-    toggle(text, name, act) {
+    toggle(text, name, act, attributes = {}) {
       const one = button(text, () => {
         this.view[name] = !this.view[name];
         this.showChoices();
         act();
-      }, { "aria-pressed": "false" });
+      }, attributes);
       this.toggles[name] = one;
       return one;
     }
@@ -374,17 +402,25 @@
         if (input.files.length) this.open(input.files[0]);
         input.value = ""; // so that the same file can be opened again
       });
-      this.penTools = element("span", { class: "tools own" },
-        this.toggle("pen", "pen", () => this.draw()),
+      this.penTools = element("span", { class: "own" },
+        this.toggle("pen", "pen", () => {
+          this.view.samples = false;
+          this.showChoices();
+          this.draw();
+        }),
         button("wipe", () => {
           this.view.pen = true;
           this.change({ own: "" });
         }));
       return element("div", { class: "tools" },
-        this.toggle("samples instead of data", "samples", () => this.draw()),
+        this.toggle("samples instead of data", "samples", () => {
+          this.view.pen = false;
+          this.showChoices();
+          this.draw();
+        }),
         this.penTools,
-        button("save as JSON", () => this.write((description) => this.save(description))),
-        (this.inside = button("look inside", () => this.write((description) => this.lookInside(description)), { title: "hand the flow to the playground on this page" })),
+        (this.saver = button("", () => this.write((description) => this.save(description)), { title: "as JSON, for nflows_lib" })),
+        (this.inside = button("", () => this.write((description) => this.lookInside(description)), { title: "hand the flow to the playground on this page" })),
         element("label", { class: "pill" }, input, element("span", { "aria-hidden": "true" }, "open a flow…")));
     }
 
@@ -396,10 +432,15 @@
       for (const [name, one] of Object.entries(this.toggles)) one.setAttribute("aria-pressed", view[name]);
       for (const [name, input] of Object.entries(this.switches)) {
         input.checked = broken.includes(name);
-        input.parentElement.hidden = !FAILURES[name].fits(state);
+        const { name: text, needs, fits } = FAILURES[name];
+        input.disabled = !fits(state);
+        input.nextElementSibling.textContent = input.disabled ? `${text} (${needs})` : text;
       }
       this.besides.setAttribute("aria-pressed", state.beside);
-      this.besides.hidden = !broken.length;
+      this.besides.disabled = !broken.length;
+      const which = broken.length ? "the broken flow" : "the flow";
+      this.saver.textContent = `save ${which}`;
+      this.inside.textContent = `look inside ${which}`;
       this.penTools.hidden = state.data !== "own";
       this.inside.hidden = !document.querySelector("flow-playground");
       this.player.textContent = this.running ? "Pause" : "Train";
@@ -428,9 +469,11 @@
         this.frame.replaceChildren(...inOrder.map(({ whole }) => whole));
       }
       this.panes.forEach(([data, latent], i) => {
-        data.title.textContent = wanted === 1 ? `data: ${this.names[i]}` : this.names[i];
-        latent.title.textContent = "latent";
+        data.title.textContent = `${this.names[i]}: data x`;
+        latent.title.textContent = `${this.names[i]}: latent z`;
+        for (const { title } of [data, latent]) title.className = this.variants[i].length ? "title broken" : "title";
       });
+      this.both.className = wanted === 1 ? "view one" : "view";
       this.showChoices();
     }
 
@@ -507,16 +550,16 @@
 
     save(json) {
       if (json.layers.some(({ kind, gain }) => kind === "affine" && gain === undefined)) {
-        throw new Error("the library has no such thing as an affine coupling without a gain");
+        throw new Error("the library has no affine coupling without a tanh");
       }
       const address = URL.createObjectURL(new Blob([JSON.stringify(json)], { type: "application/json" }));
-      element("a", { href: address, download: "flow.json" }).click();
+      element("a", { href: address, download: this.broken.length ? "broken-flow.json" : "flow.json" }).click();
       setTimeout(() => URL.revokeObjectURL(address), 1000);
     }
 
     lookInside(json) {
       const playground = document.querySelector("flow-playground");
-      playground.open(new File([JSON.stringify(json)], `The flow that was trained for ${this.steps} steps`));
+      playground.open(new File([JSON.stringify(json)], `The ${this.broken.length ? "broken " : ""}flow that was trained for ${this.steps} steps`));
       playground.scrollIntoView();
     }
 
@@ -548,32 +591,32 @@
 
     summary() {
       const told = this.flows.map(({ nll, stopped }, i) => {
-        const name = this.flows.length > 1 ? `${this.names[i]} ` : "";
-        if (stopped) return `${name}stopped at step ${stopped.step.toLocaleString("en")}: the ${stopped.what === "loss" ? "loss" : "gradient's norm"} was no finite number`;
+        const name = this.flows.length > 1 || stopped ? `${this.names[i]} ` : "";
+        if (stopped) return `${name}stopped at step ${count(stopped.step)}, as the ${stopped.what === "loss" ? "loss" : "gradient's norm"} was no finite number`;
         return `${name}${number(nll ?? NaN)} nats`;
       });
-      const entropy = this.entropy === null ? "" : `; entropy of the data ${number(this.entropy)}`;
-      return `Step ${this.steps.toLocaleString("en")}. −log p of new points: ${told.join(", ")}${entropy}.`;
+      const entropy = this.entropy === null ? "" : `; ${this.entropyName} ${number(this.entropy)}`;
+      const end = this.steps >= LONGEST ? " Here training ends." : "";
+      return `Step ${count(this.steps)}, seed ${this.state.seed}. −log p of new points: ${told.join(", ")}${entropy}.${end}`;
     }
 
     report() {
       this.now.textContent = this.steps ? this.summary() : FIRST_WORDS;
       const rows = [
         ["−log p of 2,000 new points, nats", ({ nll }) => number(nll)],
-        ["loss, mean of the last 100 steps", ({ losses }) => (losses.length ? number(recent(losses)) : "–")],
+        ["loss as trained, mean of 100 steps", ({ losses }) => (losses.length ? number(recent(losses)) : "–")],
         ["log-det, mean", ({ logDet }) => number(logDet)],
         ["latents' mean", ({ latentMean }) => latentMean.map(number).join(", ")],
-        ["latents' standard deviation", ({ latentStd }) => latentStd.map(number).join(", ")],
+        ["latents' standard deviation", ({ latentStd }) => latentStd.map(tiny).join(", ")],
         ["gradient's norm, last step", ({ norms }) => (norms.length ? number(norms.at(-1)) : "–")],
         ["round trip: largest error", ({ missed }) => tiny(missed)],
-        ["density adds up to, in the pane", ({ mass }) => number(mass)],
       ];
-      const head = element("tr", {}, element("th", {}, "after this step"), ...this.names.map((name) => element("th", { scope: "col" }, name)));
+      if (this.broken.includes("mask")) rows.push(["claimed density, added up over the pane", ({ mass }) => number(mass)]);
+      const step = ({ stopped }) => ` (step ${count(stopped?.step ?? this.steps)})`;
+      const heads = this.flows.map((flow, i) => element("th", { scope: "col" }, this.names[i] + step(flow)));
       const body = rows.map(([name, read]) => element("tr", {}, element("th", { scope: "row" }, name), ...this.flows.map((flow) => element("td", {}, read(flow)))));
-      this.facts.replaceChildren(element("table", {}, element("thead", {}, head), element("tbody", {}, ...body)));
-      if (this.running && performance.now() - (this.spokenAt ?? 0) > SPEAK) {
-        this.say(this.summary());
-      }
+      this.facts.replaceChildren(element("table", {}, element("thead", {}, element("tr", {}, element("td", {}), ...heads)), element("tbody", {}, ...body)));
+      if (this.running && performance.now() - (this.spokenAt ?? 0) > SPEAK) this.say(this.summary());
     }
 
     say(text) {
@@ -587,15 +630,20 @@
       if (!this.panes) return;
       const css = getComputedStyle(this);
       const colour = (name) => css.getPropertyValue(`--${name}`).trim();
+      // One scale of shading for all panes: that of the first flow.
+      const [{ density }] = this.flows;
+      this.darkest = density && quantile(density, 0.99);
       this.panes.forEach(([data, latent], i) => {
         this.drawPane(data.canvas, this.flows[i], true, colour);
         this.drawPane(latent.canvas, this.flows[i], false, colour);
-        const what = this.view.samples ? "samples from the flow" : "points of the data";
-        data.canvas.setAttribute("aria-label", `The density of the flow (${this.names[i]}) after ${this.steps} steps, and ${what}.`);
-        latent.canvas.setAttribute("aria-label", `The latents of the data after ${this.steps} steps (${this.names[i]}), on circles of the base.`);
+        const what = this.view.samples ? "samples" : "data";
+        data.canvas.setAttribute("aria-label", `The density of the flow (${this.names[i]}) after ${this.steps} steps, and its ${what}.`);
+        latent.canvas.setAttribute("aria-label", `The latents of the ${what} after ${this.steps} steps (${this.names[i]}), on circles of the base.`);
       });
       this.drawChart(this.chart, "losses", this.limits, colour);
-      this.drawChart(this.normChart, "norms", [{ at: 5, text: "clipped at 5" }], colour);
+      const clipped = this.variants.filter((failures) => !failures.includes("clipping")).length;
+      const clip = { at: 5, text: clipped < this.flows.length ? "the sound flow's is clipped to 5" : "clipped to 5" };
+      this.drawChart(this.normChart, "norms", clipped ? [clip] : [], colour);
     }
 
     drawPane(canvas, flow, isData, colour) {
@@ -607,7 +655,7 @@
       const toPixels = ([a, b]) => [(size / 2) * (1 + a / extent), (size / 2) * (1 - b / extent)];
       if (isData && flow.density) {
         pen.imageSmoothingEnabled = true;
-        pen.drawImage(densityPicture(flow.density, SIDE, colour("accent"), colour("bad")), 0, 0, size, size);
+        pen.drawImage(densityPicture(flow.density, SIDE, colour("accent"), colour("bad"), this.darkest), 0, 0, size, size);
       }
       if (!isData) {
         pen.strokeStyle = colour("muted");
@@ -619,11 +667,12 @@
         }
         pen.globalAlpha = 1;
       }
-      const shown = !isData ? flow.latents : this.view.samples ? flow.samples : flow.points;
+      const [points, latents] = this.view.samples ? [flow.samples, flow.noise] : [flow.points, flow.latents];
+      const [shown, from] = isData ? [points, this.view.samples ? latents : points] : [latents, this.view.samples ? latents : points];
       const n = (shown?.length ?? 0) / 2;
       for (let b = 0; b < n; b++) {
         const [left, top] = toPixels([shown[b], shown[n + b]]);
-        pen.fillStyle = isData && this.view.samples ? colour("text") : hue([flow.points[b], flow.points[n + b]]);
+        pen.fillStyle = hue([from[b], from[n + b]]);
         pen.beginPath();
         pen.arc(left, top, size < 250 ? 1.7 : 2.4, 0, 2 * Math.PI);
         pen.fill();
@@ -638,10 +687,13 @@
         }
       }
       drawAxes(pen, size, extent, colour("text"), isData ? "x" : "z");
+      if (!flow.density) return;
+      pen.textAlign = "right";
+      label(pen, isData ? `darkest: p ≥ ${tiny(this.darkest)}` : "rings: 1, 2, 3 std", size - 6, 14, colour);
     }
 
     // The loss or the gradient's norm against the step, of each flow: in each column of pixels the mean, and from lowest to highest
-    // a band. The losses' axis shows what matters: values far above the first are drawn at the top.
+    // a band. The axis of the losses shows what matters; what leaves it at the top is told in words.
     drawChart(canvas, what, limits, colour) {
       const start = startDrawing(canvas);
       if (!start) return;
@@ -691,8 +743,8 @@
       }
       pen.textAlign = "left";
       pen.font = "600 12px sans-serif";
-      pen.fillText(isLoss ? "loss (nats) against steps" : "gradient's norm", left, 12);
-      // Curves, each with a name: colour alone would not tell them apart.
+      pen.fillText(isLoss ? "loss as trained (nats)" : "gradient's norm (log scale)", left, 12);
+      // Curves, broken ones dashed, since colour alone would not tell them apart.
       columns.forEach((bins, i) => {
         const broken = this.variants[i].length > 0;
         pen.fillStyle = pen.strokeStyle = colour(broken ? "bad" : "accent");
@@ -706,9 +758,19 @@
         pen.lineWidth = 1.8;
         pen.setLineDash(broken ? [7, 3] : []);
         pen.beginPath();
-        for (const { x, mean } of bins) if (Number.isFinite(mean)) pen.lineTo(left + x, scale(mean));
+        let inside = false;
+        for (const { x, mean } of bins) {
+          const there = Number.isFinite(mean) && (!isLoss || mean <= high);
+          if (there) pen[inside ? "lineTo" : "moveTo"](left + x, scale(mean));
+          inside = there;
+        }
         pen.stroke();
         pen.setLineDash([]);
+        const most = bins.reduce((largest, bin) => (bin.most > largest && bin.x > 0.1 * (right - left) ? bin.most : largest), high);
+        if (isLoss && most > 2 * high - low) {
+          pen.textAlign = "right";
+          label(pen, `▲ up to ${large(most)}`, right, top + 12 + 14 * i, colour, pen.fillStyle);
+        }
         const { stopped } = this.flows[i];
         if (stopped) {
           pen.font = "700 15px sans-serif";
@@ -717,54 +779,41 @@
       });
       const last = (flow, i) => `${this.names[i]} ${number(flow[what].at(-1) ?? NaN)}`;
       canvas.setAttribute("aria-label", `The ${isLoss ? "loss" : "gradient's norm"} after ${this.steps} steps: ${this.flows.map(last).join(", ")}.`);
-      if (isLoss && this.flows.length > 1) this.drawKey(pen, right, colour);
-      this.drawLimits(pen, limits, { left, right, scale }, colour);
+      this.drawLimits(pen, limits, { left, right, scale, bottom }, colour);
     }
 
-    drawKey(pen, right, colour) {
-      pen.font = "12px sans-serif";
-      pen.textAlign = "right";
-      this.names.forEach((name, i) => {
-        const broken = this.variants[i].length > 0;
-        const y = 34 + 16 * i;
-        const wide = pen.measureText(name).width;
-        pen.strokeStyle = colour(broken ? "bad" : "accent");
-        pen.setLineDash(broken ? [7, 3] : []);
-        pen.lineWidth = 2;
+    // Horizontal lines, each with its name below it, or further down where another name stands; above it at the chart's end.
+    drawLimits(pen, limits, { left, right, scale, bottom }, colour) {
+      pen.strokeStyle = colour("text");
+      pen.lineWidth = 1;
+      pen.setLineDash([2, 3]);
+      for (const { at } of limits) {
         pen.beginPath();
-        pen.moveTo(right - wide - 34, y - 4);
-        pen.lineTo(right - wide - 8, y - 4);
+        pen.moveTo(left, scale(at));
+        pen.lineTo(right, scale(at));
         pen.stroke();
-        pen.setLineDash([]);
-        pen.fillStyle = colour("text");
-        pen.fillText(name, right, y);
-      });
-    }
-
-    // Horizontal lines, each with its name below it, or further down where another name stands.
-    drawLimits(pen, limits, { left, right, scale }, colour) {
-      pen.font = "12px sans-serif";
+      }
+      pen.setLineDash([]);
       pen.textAlign = "right";
-      pen.lineJoin = "round";
       let free = 0;
       for (const { at, text } of [...limits].sort((a, b) => b.at - a.at)) {
-        const y = scale(at);
-        pen.strokeStyle = pen.fillStyle = colour("text");
-        pen.setLineDash([2, 3]);
-        pen.lineWidth = 1;
-        pen.beginPath();
-        pen.moveTo(left, y);
-        pen.lineTo(right, y);
-        pen.stroke();
-        pen.setLineDash([]);
-        const under = Math.max(y + 12, free);
-        free = under + 13;
-        pen.strokeStyle = colour("ground");
-        pen.lineWidth = 4;
-        pen.strokeText(text, right, under);
-        pen.fillText(text, right, under);
+        const under = Math.max(scale(at) + 12, free);
+        const y = under > bottom - 2 ? scale(at) - 4 : under;
+        free = y + 13;
+        label(pen, text, right, y, colour);
       }
     }
+  }
+
+  // Text on a chart, on the ground's colour, which keeps it readable on curves.
+  function label(pen, text, x, y, colour, ink = colour("text")) {
+    pen.font = "12px sans-serif";
+    pen.lineJoin = "round";
+    pen.lineWidth = 4;
+    pen.strokeStyle = colour("ground");
+    pen.strokeText(text, x, y);
+    pen.fillStyle = ink;
+    pen.fillText(text, x, y);
   }
 
   // The values of a setting, as the state holds them.
@@ -805,9 +854,17 @@
     return last.reduce((total, loss) => total + loss, 0) / last.length;
   }
 
+  function count(steps) {
+    return steps.toLocaleString("en");
+  }
+
   function tiny(value) {
     if (!Number.isFinite(value)) return number(value);
     return value >= 0.01 || value === 0 ? number(value) : minus(value.toExponential(0));
+  }
+
+  function large(value) {
+    return value < 1e6 ? number(value) : value.toExponential(0).replace("+", "");
   }
 
   // A power of ten.
