@@ -622,7 +622,7 @@
       const { pen, width: size, colour, toPixels } = drawing;
       const [before, after] = [Math.floor(position), Math.ceil(position)];
       const part = position - before;
-      const at = ({ [before]: a, [after]: b }) => (part ? a.map((v, i) => v + (b[i] - v) * part) : a);
+      const at = (states) => states[before].map((v, i) => (part ? v + (states[after][i] - v) * part : v));
       const trace = (points) => {
         let drawn = false;
         pen.beginPath();

@@ -7,8 +7,8 @@
 "use strict";
 {
   const {
-    STYLE, element, button, followLooks, number, minus, hue, startDrawing, drawAxes, densityPicture,
-    readAddress, writeAddress, clearAddress, followAddress,
+    STYLE, element, button, pill, opener, arrow, pointAt, followLooks, number, clamp, minus, hue,
+    startDrawing, dot, drawAxes, densityPicture, readAddress, writeAddress, clearAddress, followAddress,
   } = PlaygroundPage;
   const { makeData, entropyOf, volumePreservingOptimum, startWorker } = PlaygroundTraining;
 
@@ -85,7 +85,6 @@
   const MOST = 150; // points that a reader can draw
 
   const OWN_STYLE = `
-    .way { align-items: center; display: flex; flex-wrap: wrap; gap: .35rem; margin: .5rem 0 .25rem; }
     .title { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
     .pill, button.plain, select { font-size: .9rem; }
     label.pill span, button.plain, select { min-height: 2.25rem; }
@@ -94,14 +93,12 @@
     legend { align-self: center; padding-right: .35rem; }
     select { background: var(--ground); border: 1px solid var(--muted); border-radius: .3rem; color: var(--text); font-family: inherit; padding: .1rem .3rem; }
     button:disabled { cursor: default; opacity: .5; }
-    button.main { background: var(--accent); border-color: var(--accent); color: var(--ground); min-width: 5.5rem; justify-content: center; }
+    button.main { min-width: 5.5rem; justify-content: center; }
     [hidden] { display: none !important; }
     .panes { gap: .35rem .75rem; grid-template-columns: repeat(2, minmax(0, 1fr)); }
-    .now { margin: .5rem 0; min-height: 1.4em; }
     .view { display: grid; gap: .5rem 1rem; }
     .charts { display: flex; flex-direction: column; min-height: 19rem; }
     @container (min-width: 38rem) { .view { grid-template-columns: minmax(0, 4fr) minmax(0, 3fr); } }
-    .pane:focus-visible { outline: 3px solid var(--ring); outline-offset: 2px; }
     .drawing { cursor: cell; touch-action: none; }
     .chart { flex: 3 1 0; height: 0; min-height: 0; width: 100%; }
     .chart.small { flex: 1 1 0; }
@@ -173,14 +170,14 @@
       for (const name of Object.keys(SETTINGS)) {
         state[name] = values(name).find((value) => String(value) === wanted.get(name === "data" ? "train" : name)) ?? FIRST[name];
       }
-      state.seed = Math.min(Math.max(Math.round(Number(wanted.get("seed") ?? FIRST.seed)) || 0, 0), 9999);
+      state.seed = clamp(Math.round(Number(wanted.get("seed") ?? FIRST.seed)) || 0, 0, 9999);
       state.broken = (wanted.get("broken") ?? "").split(",").filter((name) => Object.hasOwn(FAILURES, name));
       state.beside = wanted.get("beside") !== "0";
       state.own = (wanted.get("own") ?? "").replaceAll(/[^\w-]/g, "").slice(0, 2 * MOST);
       state.own = state.own.slice(0, 2 * Math.floor(state.own.length / 2));
       this.state = state;
       this.opened = null;
-      this.view.pen = state.data === "own" && !state.own;
+      this.view.pen = this.empty;
       this.begin();
     }
 
@@ -206,6 +203,11 @@
       return Array.from({ length: this.state.own.length / 2 }, (_, i) => [place(this.state.own[2 * i]), place(this.state.own[2 * i + 1])]);
     }
 
+    // The reader has still to draw the points.
+    get empty() {
+      return this.state.data === "own" && !this.state.own;
+    }
+
     get base() {
       return this.opened?.description.base ?? this.state.base;
     }
@@ -218,8 +220,7 @@
 
     // A new session in the worker, with everything that depends on the choices.
     begin() {
-      const { state } = this;
-      const { broken } = this;
+      const { state, broken } = this;
       this.variants = broken.length && state.beside ? [[], broken] : [broken];
       const sound = this.opened?.name ?? "sound";
       this.names = this.variants.map((failures) => failures.map((name) => FAILURES[name].name).join(", ") || sound);
@@ -228,13 +229,12 @@
       this.over = false;
       this.session += 1;
       this.extent = EXTENT[state.data] ?? WIDE;
-      const empty = state.data === "own" && !state.own;
-      if (empty) this.running = false;
+      if (this.empty) this.running = false;
       this.layPanes();
-      this.findLimits(empty);
+      this.findLimits();
       this.tellStory();
-      this.now.textContent = empty ? "Draw points in the data's pane: with the pen, or with the arrow keys and the space bar." : FIRST_WORDS;
-      if (empty || !this.worker) return this.draw();
+      this.now.textContent = this.empty ? "Draw points in the data's pane: with the pen, or with the arrow keys and the space bar." : FIRST_WORDS;
+      if (this.empty || !this.worker) return this.draw();
       const choices = { ...state, own: this.points, base: this.base };
       const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
       this.worker.postMessage({
@@ -244,11 +244,11 @@
     }
 
     // The lines of the loss's chart, in nats.
-    findLimits(empty) {
+    findLimits() {
       const { broken, base } = this;
       this.limits = [];
       this.entropy = null;
-      if (empty) return;
+      if (this.empty) return;
       const draw = (at, name) => this.limits.push({ at, text: `${name}: ${number(at)}` });
       const set = makeData(this.state.data, this.points);
       const changed = broken.some((name) => name === "column" || name === "noise"); // the broken flow's data are others
@@ -268,7 +268,7 @@
     }
 
     train(on) {
-      this.running = on && !this.over && !(this.state.data === "own" && !this.state.own);
+      this.running = on && !this.over && !this.empty;
       this.setPace(this.running);
       this.showChoices();
       this.say(this.running ? "Training." : `Paused. ${this.summary()}`);
@@ -318,13 +318,13 @@
     failures() {
       this.switches = {};
       const pills = Object.entries(FAILURES).map(([name, { name: text, excludes }]) => {
-        const input = (this.switches[name] = element("input", { type: "checkbox" }));
-        input.addEventListener("change", () => {
+        const onchange = () => {
           const others = this.state.broken.filter((other) => other !== name && !(input.checked && other === excludes));
           this.change({ broken: input.checked ? [...others, name] : others });
           this.say(this.story.textContent);
-        });
-        return element("label", { class: "pill broken" }, input, element("span", {}, text));
+        };
+        const input = (this.switches[name] = element("input", { type: "checkbox", onchange }));
+        return pill(input, text, "pill broken");
       });
       return element("fieldset", {}, element("legend", {}, "Broken"), ...pills);
     }
@@ -332,13 +332,13 @@
     select(name) {
       const { title, options } = SETTINGS[name];
       const texts = Array.isArray(options) ? options.map(String) : Object.values(options);
-      const input = element("select", {}, ...values(name).map((value, i) => element("option", { value }, texts[i])));
-      input.addEventListener("change", () => {
+      const onchange = () => {
         const value = values(name)[input.selectedIndex];
         if (name !== "data" && name !== "rate") this.opened = null;
         if (value === "own" && !this.state.own) this.view.pen = true;
         this.change({ [name]: value });
-      });
+      };
+      const input = element("select", { onchange }, ...values(name).map((value, i) => element("option", { value }, texts[i])));
       this.selects[name] = input;
       return element("label", {}, title, input);
     }
@@ -369,11 +369,6 @@
     }
 
     tools() {
-      const input = element("input", { type: "file", accept: ".json,application/json", "aria-label": "open a flow" });
-      input.addEventListener("change", () => {
-        if (input.files.length) this.open(input.files[0]);
-        input.value = ""; // so that the same file can be opened again
-      });
       this.penTools = element("span", { class: "tools own" },
         this.toggle("pen", "pen", () => this.draw()),
         button("wipe", () => {
@@ -385,13 +380,11 @@
         this.penTools,
         button("save as JSON", () => this.write((description) => this.save(description))),
         (this.inside = button("look inside", () => this.write((description) => this.lookInside(description)), { title: "hand the flow to the playground on this page" })),
-        element("label", { class: "pill" }, input, element("span", { "aria-hidden": "true" }, "open a flow…")));
+        opener((file) => this.open(file)));
     }
 
     showChoices() {
-      const { state, view } = this;
-      const empty = state.data === "own" && !state.own;
-      const { broken } = this;
+      const { state, view, broken } = this;
       for (const [name, input] of Object.entries(this.selects)) input.value = this.opened && name !== "data" && name !== "rate" ? "" : state[name];
       for (const [name, one] of Object.entries(this.toggles)) one.setAttribute("aria-pressed", view[name]);
       for (const [name, input] of Object.entries(this.switches)) {
@@ -403,7 +396,7 @@
       this.penTools.hidden = state.data !== "own";
       this.inside.hidden = !document.querySelector("flow-playground");
       this.player.textContent = this.running ? "Pause" : "Train";
-      this.player.disabled = this.stepper.disabled = empty || this.over;
+      this.player.disabled = this.stepper.disabled = this.empty || this.over;
       for (const [{ canvas }] of this.panes ?? []) {
         const frame = canvas.parentElement;
         frame.classList.toggle("drawing", this.drawing);
@@ -446,43 +439,33 @@
 
     // Points of the reader's own, by mouse, finger or pen; by keyboard the arrow keys move a place, and the space bar puts a point there.
     letDraw(frame, canvas) {
+      const put = (event) => this.put(pointAt(event, canvas, this.extent));
       frame.addEventListener("pointerdown", (event) => {
         if (!this.drawing || event.button !== 0 || !event.isPrimary) return;
         event.preventDefault();
         frame.setPointerCapture(event.pointerId);
-        this.put(this.where(event, canvas));
+        put(event);
       });
-      frame.addEventListener("pointermove", (event) => {
-        if (this.drawing && frame.hasPointerCapture(event.pointerId)) this.put(this.where(event, canvas));
-      });
+      frame.addEventListener("pointermove", (event) => this.drawing && frame.hasPointerCapture(event.pointerId) && put(event));
       frame.addEventListener("lostpointercapture", () => this.change({}));
       frame.addEventListener("keydown", (event) => {
-        if (!this.drawing) return;
-        const [across, up] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key] ?? [0, 0];
-        if (event.key !== " " && !across && !up) return;
+        const step = arrow(event);
+        if (!this.drawing || (event.key !== " " && !step)) return;
         event.preventDefault();
         this.cursor ??= [0, 0];
-        if (event.key === " ") {
+        if (!step) {
           this.put(this.cursor);
           return this.change({});
         }
-        this.cursor = [this.cursor[0] + 2 * PLACE * across, this.cursor[1] + 2 * PLACE * up].map((v) => Math.min(Math.max(v, -3), 3));
+        this.cursor = this.cursor.map((v, i) => clamp(v + 2 * PLACE * step[i], -3, 3));
         this.draw();
         this.say(`Place ${this.cursor.map((v) => minus(v.toFixed(1))).join(", ")}.`);
       });
     }
 
-    where(event, canvas) {
-      const box = canvas.getBoundingClientRect();
-      return [
-        this.extent * ((2 * (event.clientX - box.left)) / box.width - 1),
-        this.extent * (1 - (2 * (event.clientY - box.top)) / box.height),
-      ];
-    }
-
     // A point at the nearest place, unless the last one is there or the drawing is full.
     put(at) {
-      const digits = at.map((v) => DIGITS[Math.min(Math.max(Math.round(v / PLACE + 31.5), 0), 63)]).join("");
+      const digits = at.map((v) => DIGITS[clamp(Math.round(v / PLACE + 31.5), 0, 63)]).join("");
       if (this.state.own.length >= 2 * MOST || this.state.own.endsWith(digits)) return;
       this.state.own += digits;
       this.draw();
@@ -523,9 +506,7 @@
     // Go on with a flow from a file. A file that cannot be read changes nothing.
     async open(file) {
       try {
-        const json = JSON.parse(await file.text());
-        if (new PlaygroundFlow(json).dims !== 2) throw new Error(`expected points in the plane, got ${json.dims} dimensions`);
-        this.opened = { name: file.name, description: PlaygroundFlow.decode(json) };
+        this.opened = await PlaygroundFlow.read(file);
       } catch (error) {
         this.error.textContent = `${file.name} holds no flow that can be trained: ${error.message}.`;
         return;
@@ -585,29 +566,26 @@
 
     draw() {
       if (!this.panes) return;
-      const css = getComputedStyle(this);
-      const colour = (name) => css.getPropertyValue(`--${name}`).trim();
       this.panes.forEach(([data, latent], i) => {
-        this.drawPane(data.canvas, this.flows[i], true, colour);
-        this.drawPane(latent.canvas, this.flows[i], false, colour);
+        this.drawPane(data.canvas, this.flows[i], true);
+        this.drawPane(latent.canvas, this.flows[i], false);
         const what = this.view.samples ? "samples from the flow" : "points of the data";
         data.canvas.setAttribute("aria-label", `The density of the flow (${this.names[i]}) after ${this.steps} steps, and ${what}.`);
         latent.canvas.setAttribute("aria-label", `The latents of the data after ${this.steps} steps (${this.names[i]}), on circles of the base.`);
       });
-      this.drawChart(this.chart, "losses", this.limits, colour);
-      this.drawChart(this.normChart, "norms", [{ at: 5, text: "clipped at 5" }], colour);
+      this.drawChart(this.chart, "losses", this.limits);
+      this.drawChart(this.normChart, "norms", [{ at: 5, text: "clipped at 5" }]);
     }
 
-    drawPane(canvas, flow, isData, colour) {
+    drawPane(canvas, flow, isData) {
       const std = STD[this.base];
       const extent = isData ? this.extent : WIDE * std;
-      const start = startDrawing(canvas);
-      if (!start) return;
-      const { pen, width: size } = start;
-      const toPixels = ([a, b]) => [(size / 2) * (1 + a / extent), (size / 2) * (1 - b / extent)];
+      const drawing = startDrawing(canvas, extent);
+      if (!drawing) return;
+      const { pen, width: size, colour, toPixels } = drawing;
       if (isData && flow.density) {
         pen.imageSmoothingEnabled = true;
-        pen.drawImage(densityPicture(flow.density, SIDE, colour("accent"), colour("bad")), 0, 0, size, size);
+        pen.drawImage(densityPicture(flow.density, SIDE, colour), 0, 0, size, size);
       }
       if (!isData) {
         pen.strokeStyle = colour("muted");
@@ -622,11 +600,8 @@
       const shown = !isData ? flow.latents : this.view.samples ? flow.samples : flow.points;
       const n = (shown?.length ?? 0) / 2;
       for (let b = 0; b < n; b++) {
-        const [left, top] = toPixels([shown[b], shown[n + b]]);
         pen.fillStyle = isData && this.view.samples ? colour("text") : hue([flow.points[b], flow.points[n + b]]);
-        pen.beginPath();
-        pen.arc(left, top, size < 250 ? 1.7 : 2.4, 0, 2 * Math.PI);
-        pen.fill();
+        dot(pen, toPixels([shown[b], shown[n + b]]), size < 250 ? 1.7 : 2.4);
       }
       if (isData && this.drawing) {
         pen.fillStyle = colour("text");
@@ -637,53 +612,31 @@
           pen.fillRect(left - 0.75, top - 8, 1.5, 16);
         }
       }
-      drawAxes(pen, size, extent, colour("text"), isData ? "x" : "z");
+      drawAxes(drawing, extent, isData ? "x" : "z");
     }
 
     // The loss or the gradient's norm against the step, of each flow: in each column of pixels the mean, and from lowest to highest
     // a band. The losses' axis shows what matters: values far above the first are drawn at the top.
-    drawChart(canvas, what, limits, colour) {
-      const start = startDrawing(canvas);
-      if (!start) return;
-      const { pen, width, height } = start;
+    drawChart(canvas, what, limits) {
+      const drawing = startDrawing(canvas);
+      if (!drawing) return;
+      const { pen, width, height, colour } = drawing;
       const isLoss = what === "losses";
       const [left, right, top, bottom] = [44, width - 8, 20, height - 20];
       const steps = Math.max(200, this.steps);
       const columns = this.flows.map((flow) => binned(flow[what], steps, Math.max(1, Math.floor(right - left))));
-      const means = columns.flat().map(({ mean }) => mean).filter(Number.isFinite);
-      let low, high;
-      if (isLoss) {
-        const first = Math.max(...this.flows.map((flow) => flow.losses[0] ?? 4));
-        const lines = limits.map(({ at }) => at);
-        // The first steps, and single leaps, may leave the chart at the top.
-        const usual = means.sort((a, b) => a - b)[Math.floor(0.9 * means.length)] ?? first;
-        low = Math.min(...lines, means[0] ?? first);
-        high = Math.max(...lines, Math.min(usual, first), low + 0.5);
-        [low, high] = [low - 0.1 * (high - low), high + 0.25 * (high - low)];
-      } else {
-        [low, high] = [-1, 2];
-        for (const { most, least } of columns.flat()) {
-          if (Number.isFinite(most)) [low, high] = [Math.min(low, Math.log10(least)), Math.max(high, Math.min(Math.log10(most), 12))];
-        }
-        [low, high] = [Math.max(low, -3) - 0.1, high + 0.1];
-      }
-      const scale = (value) => {
-        const v = isLoss ? value : Math.log10(value);
-        return Math.min(Math.max(bottom - ((v - low) / (high - low)) * (bottom - top), top), bottom);
-      };
+      const [low, high] = isLoss ? this.lossRange(columns.flat(), limits) : normRange(columns.flat());
+      const place = (v) => bottom - ((v - low) / (high - low)) * (bottom - top); // of a loss, or of a norm's logarithm
+      const scale = (value) => clamp(place(isLoss ? value : Math.log10(value)), top, bottom);
       // Axes.
       pen.font = "12px sans-serif";
       pen.fillStyle = colour("text");
       pen.strokeStyle = colour("border");
       pen.lineWidth = 1;
       for (const tick of ticks(low, high, isLoss ? 5 : 3, !isLoss)) {
-        const y = bottom - ((tick - low) / (high - low)) * (bottom - top);
-        pen.beginPath();
-        pen.moveTo(left, y);
-        pen.lineTo(right, y);
-        pen.stroke();
+        drawRow(pen, left, right, place(tick));
         pen.textAlign = "right";
-        pen.fillText(isLoss ? minus(Number(tick.toFixed(2))) : power(tick), left - 5, y + 4);
+        pen.fillText(isLoss ? minus(Number(tick.toFixed(2))) : power(tick), left - 5, place(tick) + 4);
       }
       for (const tick of ticks(0, steps, 4)) {
         pen.textAlign = tick > 0.9 * steps ? "right" : "center";
@@ -694,66 +647,71 @@
       pen.fillText(isLoss ? "loss (nats) against steps" : "gradient's norm", left, 12);
       // Curves, each with a name: colour alone would not tell them apart.
       columns.forEach((bins, i) => {
-        const broken = this.variants[i].length > 0;
-        pen.fillStyle = pen.strokeStyle = colour(broken ? "bad" : "accent");
+        this.takePen(drawing, i);
         pen.globalAlpha = 0.2;
         for (const { x, least, most } of bins) {
-          if (most === undefined || Number.isNaN(least + most)) continue;
+          if (Number.isNaN(least + most)) continue;
           const [from, to] = [scale(most), scale(Math.max(least, isLoss ? -Infinity : 1e-12))];
           pen.fillRect(left + x, from, 1, Math.max(to - from, 1));
         }
         pen.globalAlpha = 1;
-        pen.lineWidth = 1.8;
-        pen.setLineDash(broken ? [7, 3] : []);
         pen.beginPath();
         for (const { x, mean } of bins) if (Number.isFinite(mean)) pen.lineTo(left + x, scale(mean));
         pen.stroke();
-        pen.setLineDash([]);
         const { stopped } = this.flows[i];
         if (stopped) {
           pen.font = "700 15px sans-serif";
           pen.fillText("✕", left + (stopped.step / steps) * (right - left) - 6, top + 12);
         }
       });
-      if (isLoss && this.flows.length > 1) this.drawKey(pen, right, colour);
-      this.drawLimits(pen, limits, { left, right, scale }, colour);
-    }
-
-    drawKey(pen, right, colour) {
       pen.font = "12px sans-serif";
       pen.textAlign = "right";
+      if (isLoss && this.flows.length > 1) this.drawKey(drawing, right);
+      this.drawLimits(drawing, limits, left, right, scale);
+    }
+
+    // From the lowest to the highest loss of the chart. The first steps, and single leaps, may leave it at the top.
+    lossRange(bins, limits) {
+      const lines = limits.map(({ at }) => at);
+      const means = bins.map(({ mean }) => mean).filter(Number.isFinite).sort((a, b) => a - b);
+      const first = Math.max(...this.flows.map((flow) => flow.losses[0] ?? 4));
+      const usual = means[Math.floor(0.9 * means.length)] ?? first;
+      const low = Math.min(...lines, means[0] ?? first);
+      const high = Math.max(...lines, Math.min(usual, first), low + 0.5);
+      return [low - 0.1 * (high - low), high + 0.25 * (high - low)];
+    }
+
+    // The colour and the dashes of a flow's line.
+    takePen({ pen, colour }, i) {
+      const broken = this.variants[i].length > 0;
+      pen.fillStyle = pen.strokeStyle = colour(broken ? "bad" : "accent");
+      pen.setLineDash(broken ? [7, 3] : []);
+      pen.lineWidth = 1.8;
+    }
+
+    drawKey(drawing, right) {
+      const { pen, colour } = drawing;
       this.names.forEach((name, i) => {
-        const broken = this.variants[i].length > 0;
         const y = 34 + 16 * i;
-        const wide = pen.measureText(name).width;
-        pen.strokeStyle = colour(broken ? "bad" : "accent");
-        pen.setLineDash(broken ? [7, 3] : []);
-        pen.lineWidth = 2;
-        pen.beginPath();
-        pen.moveTo(right - wide - 34, y - 4);
-        pen.lineTo(right - wide - 8, y - 4);
-        pen.stroke();
-        pen.setLineDash([]);
+        const end = right - pen.measureText(name).width - 8;
+        this.takePen(drawing, i);
+        drawRow(pen, end - 26, end, y - 4);
         pen.fillStyle = colour("text");
         pen.fillText(name, right, y);
       });
     }
 
     // Horizontal lines, each with its name below it, or further down where another name stands.
-    drawLimits(pen, limits, { left, right, scale }, colour) {
-      pen.font = "12px sans-serif";
-      pen.textAlign = "right";
+    drawLimits({ pen, colour }, limits, left, right, scale) {
+      pen.fillStyle = colour("text");
       pen.lineJoin = "round";
       let free = 0;
       for (const { at, text } of [...limits].sort((a, b) => b.at - a.at)) {
         const y = scale(at);
-        pen.strokeStyle = pen.fillStyle = colour("text");
+        pen.strokeStyle = colour("text");
         pen.setLineDash([2, 3]);
         pen.lineWidth = 1;
-        pen.beginPath();
-        pen.moveTo(left, y);
-        pen.lineTo(right, y);
-        pen.stroke();
+        drawRow(pen, left, right, y);
         pen.setLineDash([]);
         const under = Math.max(y + 12, free);
         free = under + 13;
@@ -763,6 +721,21 @@
         pen.fillText(text, right, under);
       }
     }
+  }
+
+  // From the lowest to the highest logarithm of a norm in the chart.
+  function normRange(bins) {
+    const found = bins.filter(({ most }) => Number.isFinite(most));
+    const low = Math.min(-1, ...found.map(({ least }) => Math.log10(least)));
+    const high = Math.max(2, ...found.map(({ most }) => Math.min(Math.log10(most), 12)));
+    return [Math.max(low, -3) - 0.1, high + 0.1];
+  }
+
+  function drawRow(pen, from, to, y) {
+    pen.beginPath();
+    pen.moveTo(from, y);
+    pen.lineTo(to, y);
+    pen.stroke();
   }
 
   // The values of a setting, as the state holds them.
