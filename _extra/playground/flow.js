@@ -35,6 +35,14 @@
       };
     }
 
+    // The flow on the plane that is in a file of the reader's: its name, its JSON, and its description.
+    static async read(file) {
+      const json = JSON.parse(await file.text());
+      const description = PlaygroundFlow.decode(json);
+      check(json.dims === 2, `expected points in the plane, got ${json.dims} dimensions`);
+      return { name: file.name, json, description };
+    }
+
     // The description of a flow as JSON, with weights rounded to float16. Complains of what the library cannot read.
     static encode({ dims, base, layers }) {
       const rounded = (v) => Number(v.toFixed(5));

@@ -19,12 +19,13 @@
     label.pill input { cursor: pointer; height: 100%; inset: 0; margin: 0; opacity: 0; position: absolute; width: 100%; }
     label.pill span, button.plain { align-items: center; background: var(--surface); border: 1px solid var(--border);
       border-radius: 1.25rem; color: var(--text); display: inline-flex; font: inherit; min-height: 2.5rem; padding: .3rem .8rem; }
-    label.pill input:checked + span, button.plain[aria-pressed="true"] {
+    label.pill input:checked + span, button.plain[aria-pressed="true"], button.main {
       background: var(--accent); border-color: var(--accent); color: var(--ground); }
     label.pill.broken input:checked + span { background: var(--bad); border-color: var(--bad); }
-    label.pill input:focus-visible + span, button:focus-visible, input:focus-visible {
-      outline: 3px solid var(--ring); outline-offset: 2px; }
+    :focus-visible, label.pill input:focus-visible + span { outline: 3px solid var(--ring); outline-offset: 2px; }
     button.plain { cursor: pointer; }
+    .way { align-items: center; display: flex; flex-wrap: wrap; gap: .35rem; margin: .5rem 0 .25rem; }
+    .now { margin: .5rem 0; min-height: 1.4em; }
     .panes { display: grid; gap: .5rem 1rem; grid-template-columns: minmax(0, 40svh); justify-content: center; }
     @container (min-width: 34rem) { .panes { grid-template-columns: 1fr 1fr; } }
     .title { font-weight: 600; margin: 0 0 .25rem; }
@@ -49,28 +50,56 @@
 
   // --- parts of a page ---
 
+  // An attribute that is a function, such as onclick, is called at that event.
   function element(tag, attributes = {}, ...children) {
     const made = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    for (const [name, value] of Object.entries(attributes)) {
+      if (typeof value === "function") made.addEventListener(name.slice(2), value);
+      else made.setAttribute(name, value);
+    }
     made.append(...children);
     return made;
   }
 
-  function button(text, act, attributes = {}) {
-    const made = element("button", { type: "button", class: "plain", ...attributes }, text);
-    made.addEventListener("click", act);
-    return made;
+  function button(text, onclick, attributes = {}) {
+    return element("button", { type: "button", class: "plain", onclick, ...attributes }, text);
+  }
+
+  // A radio button or a switch that looks like a button.
+  function pill(input, text, kind = "pill") {
+    return element("label", { class: kind }, input, element("span", {}, text));
   }
 
   // One of several options, which are texts by value: the fieldset, and the radio button of each value.
   function choice(title, name, options, onChange) {
     const radios = {};
-    const labels = Object.entries(options).map(([value, text]) => {
-      radios[value] = element("input", { type: "radio", name, value });
-      radios[value].addEventListener("change", () => onChange(value));
-      return element("label", { class: "pill" }, radios[value], element("span", {}, text));
+    const pills = Object.entries(options).map(([value, text]) => {
+      radios[value] = element("input", { type: "radio", name, value, onchange: () => onChange(value) });
+      return pill(radios[value], text);
     });
-    return { fieldset: element("fieldset", {}, element("legend", {}, title), element("div", { class: "options" }, ...labels)), radios };
+    return { fieldset: element("fieldset", {}, element("legend", {}, title), element("div", { class: "options" }, ...pills)), radios };
+  }
+
+  // A button with which the reader chooses a file.
+  function opener(open) {
+    const onchange = () => {
+      if (input.files.length) open(input.files[0]);
+      input.value = ""; // so that the same file can be opened again
+    };
+    const input = element("input", { type: "file", accept: ".json,application/json", "aria-label": "open a flow", onchange });
+    return element("label", { class: "pill" }, input, element("span", { "aria-hidden": "true" }, "open a flow…"));
+  }
+
+  // Where an arrow key leads, as steps to the right and up; null for another key.
+  function arrow({ key, ctrlKey, altKey, metaKey }) {
+    if (ctrlKey || altKey || metaKey) return null;
+    return { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[key] ?? null;
+  }
+
+  // The point of the plane under the pointer, in a square pane from -extent to extent.
+  function pointAt(event, canvas, extent) {
+    const { left, top, width, height } = canvas.getBoundingClientRect();
+    return [extent * ((2 * (event.clientX - left)) / width - 1), extent * (1 - (2 * (event.clientY - top)) / height)];
   }
 
   // Call draw when the size of an element or the theme of the page changes, and once at the beginning.
@@ -93,6 +122,10 @@
     return value < 0 ? number(value).replace("−", "− ") : `+ ${number(value)}`;
   }
 
+  function clamp(value, low, high) {
+    return Math.min(Math.max(value, low), high);
+  }
+
   function minus(value) {
     return String(value).replace("-", "−");
   }
@@ -108,8 +141,9 @@
 
   // --- pictures ---
 
-  // A pen on a canvas that is made as sharp as the screen, with the canvas's size; nothing where it has no width.
-  function startDrawing(canvas) {
+  // A pen on a canvas that is made as sharp as the screen, with the canvas's size, the page's colours, and the pixels of a point in
+  // a square pane from -extent to extent. Nothing where the canvas has no width.
+  function startDrawing(canvas, extent) {
     const [width, height] = [canvas.clientWidth, canvas.clientHeight];
     if (!width) return null;
     const ratio = devicePixelRatio || 1;
@@ -117,13 +151,22 @@
     canvas.height = Math.round(height * ratio);
     const pen = canvas.getContext("2d");
     pen.scale(ratio, ratio);
-    return { pen, width, height };
+    const style = getComputedStyle(canvas);
+    const colour = (name) => style.getPropertyValue(`--${name}`).trim();
+    const toPixels = ([h1, h2]) => [(width / 2) * (1 + h1 / extent), (width / 2) * (1 - h2 / extent)];
+    return { pen, width, height, colour, toPixels };
+  }
+
+  function dot(pen, [left, top], radius) {
+    pen.beginPath();
+    pen.arc(left, top, radius, 0, 2 * Math.PI);
+    pen.fill();
   }
 
   // The axes of a square pane, from -extent to extent.
-  function drawAxes(pen, size, extent, ink, letter) {
+  function drawAxes({ pen, width: size, colour }, extent, letter) {
     const every = extent > 6 ? 4 : extent > 4 ? 2 : 1;
-    pen.fillStyle = ink;
+    pen.fillStyle = colour("text");
     pen.font = "11px sans-serif";
     for (let tick = -every * Math.floor(extent / every); tick <= extent; tick += every) {
       const where = (size / 2) * (1 + tick / extent);
@@ -147,18 +190,18 @@
     return sorted[Math.floor(share * sorted.length)];
   }
 
-  // A density on a square of side times side cells, row by row from the top, as a small picture: the more of the colour, the
-  // denser; hatched with the other colour where it is no finite number. Thin ridges are far denser than the rest, so the
-  // darkest colour begins at what 1 in 100 cells exceeds, unless a density for it is given.
-  function densityPicture(density, side, colour, bad, darkest = quantile(density, 0.99)) {
+  // A density on a square of side times side cells, row by row from the top, as a small picture: the more of the accent's colour,
+  // the denser; hatched with the colour of what is bad where it is no finite number. Thin ridges are far denser than the rest, so
+  // the darkest colour begins at what 1 in 100 cells exceeds, unless a density for it is given.
+  function densityPicture(density, side, colour, darkest = quantile(density, 0.99)) {
     const top = darkest || 1;
     const picture = element("canvas", { width: side, height: side });
     const pen = picture.getContext("2d");
     const lost = (i) => !Number.isFinite(density[i]) && ((i % side) + Math.floor(i / side)) % 6 < 2;
-    pen.fillStyle = colour;
+    pen.fillStyle = colour("accent");
     pen.fillRect(0, 0, side, side);
-    pen.fillStyle = bad;
-    for (let i = 0; i < density.length; i++) if (lost(i)) pen.fillRect(i % side, Math.floor(i / side), 1, 1);
+    pen.fillStyle = colour("bad");
+    density.forEach((_, i) => lost(i) && pen.fillRect(i % side, Math.floor(i / side), 1, 1));
     const pixels = pen.getImageData(0, 0, side, side);
     density.forEach((p, i) => {
       pixels.data[4 * i + 3] = Number.isFinite(p) ? 190 * Math.sqrt(Math.min(p / top, 1)) : lost(i) ? 130 : 0;
@@ -197,7 +240,7 @@
 
   // The one name that this file adds to the page.
   globalThis.PlaygroundPage = {
-    STYLE, element, button, choice, followLooks, number, signed, minus, pair, hue, startDrawing, drawAxes, densityPicture, quantile,
-    readAddress, writeAddress, clearAddress, followAddress,
+    STYLE, element, button, pill, choice, opener, arrow, pointAt, followLooks, number, signed, clamp, minus, pair, hue,
+    startDrawing, dot, drawAxes, densityPicture, quantile, readAddress, writeAddress, clearAddress, followAddress,
   };
 }

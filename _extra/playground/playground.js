@@ -4,12 +4,16 @@
 "use strict";
 {
   const {
-    element, button, choice, followLooks, number, signed, pair, hue, startDrawing, drawAxes, densityPicture,
-    readAddress, writeAddress, clearAddress, followAddress,
+    element, button, choice, opener, arrow, pointAt, followLooks, number, signed, clamp, pair, hue,
+    startDrawing, dot, drawAxes, densityPicture, readAddress, writeAddress, clearAddress, followAddress,
   } = PlaygroundPage;
   const SETS = globalThis.playgroundSets;
   const MODELS = { nice: "NICE", realnvp: "RealNVP" };
   const FAILURES = { nothing: "nothing", scaling: "scaling", alternation: "alternation", tanh: "tanh" };
+  const FIRST = {
+    data: "moons", model: "realnvp", without: "nothing", layer: Infinity, x: null,
+    points: true, grid: true, density: true, gridOn: "data", pen: false,
+  };
   const GRID = { reach: 3, lines: 13, pieces: 24 }; // from -reach to reach, so many lines each way, in so many pieces
   const FINE = 0.03; // of half a pane: pieces of a line that are longer, in any layer, are halved
   const HALVINGS = 9; // at most
@@ -59,9 +63,9 @@
       box-shadow: 0 0 0 1.5px var(--text); content: ""; height: 18px; inset: 0; margin: auto; position: absolute; width: 18px; }
     .handle.outside::before { border-radius: 0; transform: rotate(45deg); }
     .handle:focus-visible { outline-offset: -8px; }
-    .way { align-items: center; display: flex; flex-wrap: wrap; gap: .35rem; margin: .75rem 0 .25rem; }
+    .way { margin-top: .75rem; }
     .way input { accent-color: var(--accent); flex: 1; min-height: 2.5rem; min-width: 3.5rem; }
-    .now { margin: .5rem 0; min-height: 2.8em; }
+    .now { min-height: 2.8em; }
     .bars { align-items: stretch; border-bottom: 1px solid var(--border); border-top: 1px solid var(--border); display: flex; gap: 2px; height: 5.5rem;
       margin: .25rem 0; padding: 0; }
     .bars span { border-radius: .2rem; cursor: pointer; flex: 1; overflow: hidden; position: relative; }
@@ -100,10 +104,7 @@
 
     begin() {
       this.attachShadow({ mode: "open" });
-      this.state = {
-        data: "moons", model: "realnvp", without: "nothing", layer: Infinity, x: null,
-        points: true, grid: true, density: true, gridOn: "data", pen: false,
-      };
+      this.state = { ...FIRST };
       this.strokes = []; // what the reader drew, each stroke as points of the data
       // What the pointer does until it is lifted: the pane, the stroke (null: it moves the point), whether it waits, and
       // where the point was before, should a finger turn out to scroll.
@@ -122,28 +123,21 @@
     goToAddress() {
       const wanted = readAddress(this, "data");
       if (!wanted || !Object.hasOwn(SETS, wanted.get("data"))) return false;
-      const { state } = this;
       this.stop();
-      state.data = wanted.get("data");
-      state.model = Object.hasOwn(MODELS, wanted.get("model")) ? wanted.get("model") : "realnvp";
-      state.without = wanted.get("without") ?? "nothing";
-      state.layer = Math.max(0, Math.round(Number(wanted.get("layer")) || 0));
-      state.gridOn = wanted.get("grid") === "latent" ? "latent" : "data";
-      state.points = state.grid = state.density = true;
-      state.pen = wanted.has("pen");
-      state.x = null;
+      Object.assign(this.state, FIRST, {
+        data: wanted.get("data"),
+        model: Object.hasOwn(MODELS, wanted.get("model")) ? wanted.get("model") : FIRST.model,
+        without: wanted.get("without"),
+        layer: Math.max(0, Math.round(Number(wanted.get("layer")) || 0)),
+        gridOn: wanted.get("grid") === "latent" ? "latent" : "data",
+        pen: wanted.has("pen"),
+      });
       this.strokes = [];
       this.opened = null;
       this.drawn = wanted.has("samples") ? [] : null;
       this.choose();
       this.scrollIntoView();
       return true;
-    }
-
-    // Another set of points: the point that is shown begins as one of them.
-    takeData(name) {
-      if (name !== this.state.data) this.state.x = null;
-      this.state.data = name;
     }
 
     // A flow of the reader's own has no address: the address of one of ours would name another flow.
@@ -211,9 +205,7 @@
     // Open a flow from a file that nflows_lib.experiments.export wrote. A file that cannot be read changes nothing.
     async open(file) {
       try {
-        const json = JSON.parse(await file.text());
-        if (new PlaygroundFlow(json).dims !== 2) throw new Error(`expected points in the plane, got ${json.dims} dimensions`);
-        this.opened = { name: file.name, json };
+        this.opened = await PlaygroundFlow.read(file);
       } catch (error) {
         this.error.textContent = `${file.name} holds no flow that can be shown: ${error.message}.`;
         return;
@@ -231,7 +223,7 @@
       this.extents = Array.from({ length: this.last + 1 }, (_, k) => {
         const sizes = this.points.map((states) => Math.max(...states[k].map(Math.abs))).filter(Number.isFinite);
         sizes.sort((a, b) => a - b);
-        return Math.min(Math.max(EXTENT, 1.1 * (sizes[Math.floor(0.99 * sizes.length)] ?? 0)), WIDEST);
+        return clamp(1.1 * (sizes[Math.floor(0.99 * sizes.length)] ?? 0), EXTENT, WIDEST);
       });
       this.lines = this.strokes.map((stroke) => this.line(stroke, 0));
       return paths;
@@ -280,9 +272,14 @@
       this.draw();
     }
 
-    // The point is at h in one of the panes: in the data's, or in the other one, after so many layers.
+    // How many layers the points of a pane have passed.
+    passed(pane) {
+      return pane === "data" ? 0 : this.state.layer;
+    }
+
+    // The point is at h in one of the panes.
     place(pane, h) {
-      this.moveTo(this.flow.path(h, pane === "data" ? 0 : this.state.layer));
+      this.moveTo(this.flow.path(h, this.passed(pane)));
     }
 
     // --- the page ---
@@ -316,9 +313,9 @@
     radioGroup(title, name, options) {
       const { fieldset, radios } = choice(title, name, options, (value) => {
         this.stop();
-        if (name === "data") this.takeData(value);
-        else this.state[name] = value;
-        if (this.opened) this.opened = this.drawn = this.state.x = null;
+        this.state[name] = value;
+        if (name === "data" || this.opened) this.state.x = null; // the point begins as one of those that are shown
+        if (this.opened) this.opened = this.drawn = null;
         this.choose();
         this.writeAddress();
         this.say(this.story.textContent);
@@ -330,61 +327,57 @@
     }
 
     pane(name) {
-      const canvas = element("canvas", { role: "img" });
-      // An application, as for a screen reader a button would keep the arrow keys to itself.
-      const handle = element("div", { role: "application", tabindex: 0, class: "handle" });
-      const title = element("p", { class: "title" });
-      const frame = element("div", { class: "pane" }, canvas, handle);
-      this.panes = { ...this.panes, [name]: { canvas, handle, title, frame } };
-      const where = (event) => {
-        const box = canvas.getBoundingClientRect();
-        const extent = this.extent(name);
-        return [
-          extent * ((2 * (event.clientX - box.left)) / box.width - 1),
-          extent * (1 - (2 * (event.clientY - box.top)) / box.height),
-        ];
-      };
-      const layer = () => (name === "data" ? 0 : this.state.layer);
       const move = (event) => {
-        if (this.drag.stroke === null) return this.place(name, where(event));
-        this.extend(this.drag.stroke, where(event), layer());
+        const h = pointAt(event, canvas, this.extent(name));
+        if (this.drag.stroke === null) return this.place(name, h);
+        this.extend(this.drag.stroke, h, this.passed(name));
         this.draw();
       };
       const ours = (event) => this.drag?.frame === frame && frame.hasPointerCapture(event.pointerId);
-      frame.addEventListener("pointerdown", (event) => {
-        if (event.button !== 0 || !event.isPrimary) return;
-        this.settle();
-        const { pen, x } = this.state;
-        // A finger next to the handle may want to scroll up or down: until it moves sideways, or is lifted, nothing happens.
-        const waits = event.pointerType === "touch" && event.target === canvas && !pen;
-        this.drag = { frame, stroke: pen ? this.startStroke() : null, waits, before: x };
-        frame.setPointerCapture(event.pointerId);
-        if (waits) return;
-        event.preventDefault();
-        if (!pen) handle.focus({ preventScroll: true, focusVisible: false });
-        move(event);
+      const canvas = element("canvas", { role: "img" });
+      // An application, as for a screen reader a button would keep the arrow keys to itself.
+      const handle = element("div", {
+        role: "application", tabindex: 0, class: "handle",
+        onkeydown: (event) => {
+          const step = arrow(event);
+          if (!step) return;
+          event.preventDefault();
+          const size = event.shiftKey ? STEP / 10 : STEP;
+          const h = name === "data" ? this.state.x : this.path.states[this.state.layer];
+          if (h.every(Number.isFinite)) this.place(name, h.map((v, i) => v + size * step[i]));
+        },
       });
-      frame.addEventListener("pointermove", (event) => ours(event) && move(event));
-      frame.addEventListener("pointercancel", (event) => {
-        if (!ours(event)) return; // a second finger had no part in it
-        if (this.drag.stroke === null) this.moveTo(this.flow.path(this.drag.before));
-        this.drag = null;
-      });
-      frame.addEventListener("pointerup", (event) => {
-        if (!ours(event)) return;
-        const { stroke, waits } = this.drag;
-        if (waits) move(event);
-        if (stroke !== null) this.close(stroke, layer(), (CLOSE / canvas.clientWidth) * 2 * this.extent(name));
-        this.drag = null;
-      });
-      handle.addEventListener("keydown", (event) => {
-        const [across, up] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key] ?? [0, 0];
-        if (!across && !up) return;
-        event.preventDefault();
-        const step = event.shiftKey ? STEP / 10 : STEP;
-        const [h1, h2] = name === "data" ? this.state.x : this.path.states[this.state.layer];
-        if (Number.isFinite(h1 + h2)) this.place(name, [h1 + step * across, h2 + step * up]);
-      });
+      const frame = element("div", {
+        class: "pane",
+        onpointerdown: (event) => {
+          if (event.button !== 0 || !event.isPrimary) return;
+          this.settle();
+          const { pen, x } = this.state;
+          // A finger next to the handle may want to scroll up or down: until it moves sideways, or is lifted, nothing happens.
+          const waits = event.pointerType === "touch" && event.target === canvas && !pen;
+          this.drag = { frame, stroke: pen ? this.startStroke() : null, waits, before: x };
+          frame.setPointerCapture(event.pointerId);
+          if (waits) return;
+          event.preventDefault();
+          if (!pen) handle.focus({ preventScroll: true, focusVisible: false });
+          move(event);
+        },
+        onpointermove: (event) => ours(event) && move(event),
+        onpointercancel: (event) => {
+          if (!ours(event)) return; // a second finger had no part in it
+          if (this.drag.stroke === null) this.moveTo(this.flow.path(this.drag.before));
+          this.drag = null;
+        },
+        onpointerup: (event) => {
+          if (!ours(event)) return;
+          const { stroke, waits } = this.drag;
+          if (waits) move(event);
+          if (stroke !== null) this.close(stroke, this.passed(name), (CLOSE / canvas.clientWidth) * 2 * this.extent(name));
+          this.drag = null;
+        },
+      }, canvas, handle);
+      const title = element("p", { class: "title" }, "data x");
+      this.panes = { ...this.panes, [name]: { canvas, handle, title, frame } };
       return element("div", {}, title, frame);
     }
 
@@ -415,46 +408,43 @@
     // --- the controls ---
 
     way() {
-      const step = (change) => () => {
-        this.stop();
-        this.goTo(this.state.layer + change);
-      };
-      this.slider = element("input", { type: "range", min: 0, value: 0, step: 1, "aria-label": "layers passed" });
-      this.slider.addEventListener("input", () => {
-        this.stop();
-        this.goTo(Number(this.slider.value));
-      });
+      const oninput = () => this.jump(Number(this.slider.value));
+      this.slider = element("input", { type: "range", min: 0, value: 0, step: 1, "aria-label": "layers passed", oninput });
       this.player = button("Play", () => (this.playing ? this.stop() : this.play(1)));
       return element("div", { class: "way" },
         this.player,
         button("Sample", () => this.sample(), { title: "draw new points from the Gaussian and send them back through the layers" }),
-        button("◀", step(-1), { "aria-label": "one layer back" }),
+        button("◀", () => this.jump(this.state.layer - 1), { "aria-label": "one layer back" }),
         this.slider,
-        button("▶", step(1), { "aria-label": "one layer on" }));
+        button("▶", () => this.jump(this.state.layer + 1), { "aria-label": "one layer on" }));
     }
 
     pointInputs(pane, letter) {
-      const inputs = [0, 1].map((i) => {
-        const input = element("input", { type: "number", step: "any", "aria-label": `${letter}${"₁₂"[i]}` });
-        input.addEventListener("keydown", (event) => {
-          const up = { ArrowUp: 1, ArrowDown: -1 }[event.key];
-          if (!up) return;
-          event.preventDefault();
-          input.value = Number((input.valueAsNumber + up * (event.shiftKey ? STEP / 10 : STEP)).toFixed(4));
-          input.dispatchEvent(new Event("input"));
+      const end = () => (pane === "data" ? 0 : this.last);
+      const inputs = ["₁", "₂"].map((index) => {
+        const input = element("input", {
+          type: "number", step: "any", "aria-label": letter + index,
+          onkeydown: (event) => {
+            const up = arrow(event)?.[1];
+            if (!up) return;
+            event.preventDefault();
+            input.value = Number((input.valueAsNumber + up * (event.shiftKey ? STEP / 10 : STEP)).toFixed(4));
+            input.dispatchEvent(new Event("input"));
+          },
+          oninput: () => {
+            const h = inputs.map((one) => one.valueAsNumber);
+            if (h.every(Number.isFinite)) this.moveTo(this.flow.path(h, end()));
+          },
+          onblur: () => this.fill(pane, this.path.states[end()]),
         });
-        input.addEventListener("input", () => {
-          const h = inputs.map((one) => one.valueAsNumber);
-          if (h.every(Number.isFinite)) this.moveTo(this.flow.path(h, pane === "data" ? 0 : this.last));
-        });
-        input.addEventListener("blur", () => this.fill(pane, this.path.states[pane === "data" ? 0 : this.last]));
         return input;
       });
       this.panes[pane].inputs = inputs;
-      return element("div", { class: "point" }, element("b", {}, pane === "data" ? "data x" : "latent z"), ...inputs);
+      return element("div", { class: "point" }, element("b", {}, `${pane} ${letter}`), ...inputs);
     }
 
     tools() {
+      const { state } = this;
       const toggle = (text, read, write) => {
         const one = button(text, () => {
           write(!read());
@@ -464,11 +454,11 @@
         this.switches.push([one, read]);
         return one;
       };
-      const { state } = this;
+      const toggleState = (name) => toggle(name, () => state[name], (on) => (state[name] = on));
       return element("div", { class: "tools" },
-        toggle("points", () => state.points, (on) => (state.points = on)),
-        toggle("grid", () => state.grid, (on) => (state.grid = on)),
-        toggle("density", () => state.density, (on) => (state.density = on)),
+        toggleState("points"),
+        toggleState("grid"),
+        toggleState("density"),
         toggle("grid straight in the latent", () => state.gridOn === "latent", (on) => {
           state.gridOn = on ? "latent" : "data";
           this.layGrid();
@@ -478,14 +468,14 @@
           this.drawn = on || this.opened ? this.samples() : null; // there are no data to a flow that was opened
           this.follow();
         }),
-        toggle("pen", () => state.pen, (on) => (state.pen = on)),
+        toggleState("pen"),
         button("wipe", () => {
           this.drag = null;
           this.strokes = [];
           this.follow();
           this.draw();
         }),
-        this.opener());
+        opener((file) => this.open(file)));
     }
 
     showSwitches() {
@@ -493,19 +483,16 @@
       for (const { frame } of Object.values(this.panes)) frame.classList.toggle("drawing", this.state.pen);
     }
 
-    opener() {
-      const input = element("input", { type: "file", accept: ".json,application/json", "aria-label": "open a flow" });
-      input.addEventListener("change", () => {
-        if (input.files.length) this.open(input.files[0]);
-        input.value = ""; // so that the same file can be opened again
-      });
-      return element("label", { class: "pill" }, input, element("span", { "aria-hidden": "true" }, "open a flow…"));
-    }
-
     // --- from layer to layer ---
 
+    // The reader chose a layer.
+    jump(layer) {
+      this.stop();
+      this.goTo(layer);
+    }
+
     goTo(layer) {
-      this.state.layer = Math.min(Math.max(layer, 0), this.last);
+      this.state.layer = clamp(layer, 0, this.last);
       this.report();
       this.writeAddress();
       if (matchMedia("(prefers-reduced-motion: reduce)").matches) return this.settle();
@@ -513,7 +500,7 @@
       const began = performance.now();
       cancelAnimationFrame(this.frame);
       const tick = (time) => {
-        const part = Math.min(Math.max((time - began) / TWEEN, 0), 1);
+        const part = clamp((time - began) / TWEEN, 0, 1);
         this.shown = from + (this.state.layer - from) * part;
         this.draw();
         if (part < 1) this.frame = requestAnimationFrame(tick);
@@ -565,7 +552,6 @@
       const layer = this.flow.layers[state.layer - 1];
       this.slider.value = state.layer;
       this.slider.setAttribute("aria-valuetext", `${state.layer} of ${last}`);
-      this.panes.data.title.textContent = "data x";
       this.panes.latent.title.textContent =
         state.layer === 0 ? "before the first layer: still x" : state.layer === last ? `after all ${last} layers: latent z` : `after layer ${state.layer} of ${last}: h`;
       this.now.textContent = layer
@@ -579,12 +565,7 @@
           const bar = element("i", { class: value < 0 ? "down" : "up" });
           const half = Number.isFinite(value) ? (50 * Math.abs(value)) / this.barScale : 50;
           bar.style.cssText = `height: ${half}%; ${value < 0 ? "top" : "bottom"}: 50%`;
-          const slot = element("span", { class: i === state.layer - 1 ? "here" : "" }, bar);
-          slot.addEventListener("click", () => {
-            this.stop();
-            this.goTo(i + 1);
-          });
-          return slot;
+          return element("span", { class: i === state.layer - 1 ? "here" : "", onclick: () => this.jump(i + 1) }, bar);
         }),
       );
 
@@ -622,7 +603,7 @@
     extent(name) {
       if (name === "data") return this.extents[0];
       const before = Math.floor(this.shown);
-      const [a, b] = [this.extents[before], this.extents[Math.min(before + 1, this.last)]];
+      const [a, b] = [this.extents[before], this.extents[Math.ceil(this.shown)]];
       return a + (b - a) * (this.shown - before);
     }
 
@@ -635,42 +616,36 @@
     // One pane at a position between 0 and the number of layers. Between two layers everything is on a straight line.
     drawPane(name, position) {
       const { canvas, handle } = this.panes[name];
-      const start = startDrawing(canvas);
-      if (!start) return;
-      const { pen, width: size } = start;
-      const css = getComputedStyle(this);
-      const colour = (property) => css.getPropertyValue(property).trim();
       const extent = this.extent(name);
-      const before = Math.floor(position);
+      const drawing = startDrawing(canvas, extent);
+      if (!drawing) return;
+      const { pen, width: size, colour, toPixels } = drawing;
+      const [before, after] = [Math.floor(position), Math.ceil(position)];
       const part = position - before;
-      const at = (states) => {
-        const [a, b] = [states[before], states[Math.min(before + 1, this.last)]];
-        return [0, 1].map((i) => (part ? a[i] + (b[i] - a[i]) * part : a[i]));
-      };
-      const toPixels = ([h1, h2]) => [(size / 2) * (1 + h1 / extent), (size / 2) * (1 - h2 / extent)];
+      const at = (states) => states[before].map((v, i) => (part ? v + (states[after][i] - v) * part : v));
       const trace = (points) => {
-        let drawing = false;
+        let drawn = false;
         pen.beginPath();
         for (const point of points) {
-          const [left, top] = toPixels(point);
-          const there = Math.abs(left) < 1e4 && Math.abs(top) < 1e4;
-          if (there) pen[drawing ? "lineTo" : "moveTo"](left, top); // what is nowhere leaves a gap
-          drawing = there;
+          const pixels = toPixels(point);
+          const there = pixels.every((v) => Math.abs(v) < 1e4);
+          if (there) pen[drawn ? "lineTo" : "moveTo"](...pixels); // what is nowhere leaves a gap
+          drawn = there;
         }
         pen.stroke();
       };
 
       if (this.state.density) {
-        for (const [k, share] of [[before, 1 - part], [Math.min(before + 1, this.last), part]]) {
+        for (const [k, share] of [[before, 1 - part], [after, part]]) {
           if (!share) continue;
           const across = (size * this.extents[k]) / extent; // the picture was made for that layer's pane
           pen.globalAlpha = share;
-          pen.drawImage(this.heat(k, colour("--accent"), colour("--bad")), (size - across) / 2, (size - across) / 2, across, across);
+          pen.drawImage(this.heat(k, colour), (size - across) / 2, (size - across) / 2, across, across);
         }
         pen.globalAlpha = 1;
       }
       if (this.state.grid) {
-        pen.strokeStyle = colour("--muted");
+        pen.strokeStyle = colour("muted");
         pen.globalAlpha = 0.55;
         pen.lineWidth = 1;
         for (const line of this.grid) trace(line.map(at));
@@ -678,56 +653,48 @@
       }
       if (this.state.points) {
         for (const states of this.points) {
-          const [left, top] = toPixels(at(states));
           pen.fillStyle = hue(states[0]);
-          pen.beginPath();
-          pen.arc(left, top, 2.6, 0, 2 * Math.PI);
-          pen.fill();
+          dot(pen, toPixels(at(states)), 2.6);
         }
       }
-      pen.strokeStyle = colour("--text");
+      pen.strokeStyle = colour("text");
       pen.lineWidth = 3;
       pen.lineJoin = pen.lineCap = "round";
       for (const line of this.lines) trace(line.map(at));
-      drawAxes(pen, size, extent, colour("--text"), name === "data" || !position ? "x" : position === this.last ? "z" : "h");
-      if (name === "latent") this.drawPath(pen, toPixels, trace, position, colour("--bad"), colour("--ground"));
+      drawAxes(drawing, extent, name === "data" || !position ? "x" : position === this.last ? "z" : "h");
+      if (name === "latent") this.drawPath(drawing, trace, position);
 
       // A point that left the pane, or is no number any more, waits at its edge, as a diamond.
-      const h = at(this.path.states);
+      const h = at(this.path.states).map((v) => v / extent);
       const edge = 1 - 28 / size;
-      const [left, top] = h.map((v) => (Number.isNaN(v) ? edge : Math.min(Math.max(v / extent, -edge), edge)));
-      const outside = !h.every((v) => Math.abs(v) <= extent);
+      const outside = !h.every((v) => Math.abs(v) <= 1);
+      const [left, top] = outside ? h.map((v) => (Number.isNaN(v) ? edge : clamp(v, -edge, edge))) : h;
       handle.classList.toggle("outside", outside);
-      handle.style.left = `${50 * (1 + (outside ? left : h[0] / extent))}%`;
-      handle.style.top = `${50 * (1 - (outside ? top : h[1] / extent))}%`;
+      handle.style.left = `${50 * (1 + left)}%`;
+      handle.style.top = `${50 * (1 - top)}%`;
     }
 
     // Where the point was after each layer; what it has still to go is fainter.
-    drawPath(pen, toPixels, trace, position, ink, ground) {
-      pen.strokeStyle = pen.fillStyle = ink;
-      pen.lineWidth = 2;
-      this.path.states.forEach((state, k) => {
+    drawPath({ pen, colour, toPixels }, trace, position) {
+      this.path.states.forEach((state, k, states) => {
         pen.globalAlpha = k <= position ? 1 : 0.4;
-        if (k) trace([this.path.states[k - 1], state]);
-        const [left, top] = toPixels(state);
-        pen.beginPath();
-        pen.arc(left, top, 3.5, 0, 2 * Math.PI);
-        pen.fill();
-        pen.strokeStyle = ground;
+        pen.strokeStyle = pen.fillStyle = colour("bad");
+        pen.lineWidth = 2;
+        if (k) trace([states[k - 1], state]);
+        dot(pen, toPixels(state), 3.5);
+        pen.strokeStyle = colour("ground");
         pen.lineWidth = 1;
         pen.stroke();
-        pen.strokeStyle = ink;
-        pen.lineWidth = 2;
       });
       pen.globalAlpha = 1;
     }
 
-    // The flow's density after k layers.
-    heat(k, colour, bad) {
+    // The flow's density after k layers, as a picture.
+    heat(k, colours) {
+      const [colour, extent] = [colours("accent"), this.extents[k]];
       const cached = this.heats[k];
-      const extent = this.extents[k];
       if (cached?.colour === colour && cached.extent === extent) return cached.picture;
-      const picture = densityPicture(this.flow.flow.density(extent, HEAT, k), HEAT, colour, bad);
+      const picture = densityPicture(this.flow.flow.density(extent, HEAT, k), HEAT, colours);
       this.heats[k] = { colour, extent, picture };
       return picture;
     }

@@ -9,7 +9,7 @@
 //   redraw: pictures, scales         names; a row's first picture is the original, in the others that scale is redrawn
 "use strict";
 {
-  const { button, choice, element } = PlaygroundPage;
+  const { arrow, button, choice, clamp, element } = PlaygroundPage;
   const STYLE = `${PlaygroundPage.STYLE}
     :host { --ring: var(--accent); container-type: normal; print-color-adjust: economy; }
     .tools { align-items: center; gap: .75rem 1.5rem; justify-content: center; margin: 0; }
@@ -29,9 +29,7 @@
     .options { display: contents; }
     label.pill span, button.plain { border-radius: 1.4rem; display: flex; justify-content: center; min-height: 2.75rem;
       min-width: 2.75rem; padding: .35rem .9rem; }
-    button.main { background: var(--accent); border-color: var(--accent); color: var(--ground); }
-    label.pill input:focus-visible + span, button:focus-visible, input:focus-visible, .pad:focus-visible {
-      outline: 3px solid var(--ring); outline-offset: 3px; }
+    :focus-visible, label.pill input:focus-visible + span { outline-offset: 3px; }
     output { color: var(--text); display: block; font-variant-numeric: tabular-nums; min-height: 1.4em; text-align: center; }
     @media (max-width: 40rem) { /* both on one screen: the eye is on the picture, the finger on the pad */
       .pad { width: 14rem; }
@@ -43,8 +41,6 @@
   // The caption stays; the sheet, which the figure shows without scripts, comes back on paper.
   const OUTSIDE = "@media screen { latent-sheet.ready figure > :not(figcaption) { display: none; } }";
   const BETWEEN = 4; // screen pixels between pictures that stand side by side
-
-  const clamp = (value, last) => Math.min(Math.max(value, 0), last);
 
   class LatentSheet extends HTMLElement {
     connectedCallback() {
@@ -105,8 +101,7 @@
     }
 
     range(label, last, moved) {
-      const input = element("input", { type: "range", min: 0, max: last, value: 0 });
-      input.addEventListener("input", () => moved(Number(input.value)));
+      const input = element("input", { type: "range", min: 0, max: last, value: 0, oninput: () => moved(Number(input.value)) });
       return { input, whole: element("label", {}, element("span", {}, label), input) };
     }
 
@@ -122,7 +117,7 @@
       const last = [this.columns - 1, this.rows - 1];
       const names = this.list("corners");
       const at = [0, 0];
-      const mixing = element("input", { type: "checkbox" });
+      const mixing = element("input", { type: "checkbox", onchange: () => move(...at) });
       const marker = element("i");
       marker.style.cssText = `height: ${100 / this.rows}%; width: ${100 / this.columns}%`;
       const map = element("canvas", { width: this.sheet.naturalWidth, height: this.sheet.naturalHeight });
@@ -134,8 +129,8 @@
       );
 
       const move = (column, row, aloud = false) => {
-        at[0] = clamp(column, last[0]);
-        at[1] = clamp(row, last[1]);
+        at[0] = clamp(column, 0, last[0]);
+        at[1] = clamp(row, 0, last[1]);
         const [x, y] = [at[0] / last[0], at[1] / last[1]];
         const weights = [(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x];
         const corners = [[0, 0], [last[0], 0], [0, last[1]], last].map((corner, i) => [...corner, weights[i]]);
@@ -153,7 +148,6 @@
         this.range("left to right", last[0], (column) => move(column, at[1])),
         this.range("top to bottom", last[1], (row) => move(at[0], row)),
       ];
-      mixing.addEventListener("change", () => move(...at));
 
       const point = (event) => {
         const box = map.getBoundingClientRect();
@@ -166,10 +160,10 @@
       });
       pad.addEventListener("pointermove", (event) => pad.hasPointerCapture(event.pointerId) && point(event));
       pad.addEventListener("keydown", (event) => {
-        const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
-        if (!step || event.ctrlKey || event.altKey || event.metaKey) return;
+        const step = arrow(event);
+        if (!step) return;
         event.preventDefault(); // the page would scroll
-        move(at[0] + step[0], at[1] + step[1], true);
+        move(at[0] + step[0], at[1] - step[1], true);
       });
 
       this.view.classList.add("beside");
@@ -183,7 +177,7 @@
       const [label, step, digits] = [this.getAttribute("label"), this.number("step"), this.number("digits", 1)];
       const across = this.number("across");
       const move = (row, aloud = false) => {
-        row = clamp(row, this.rows - 1);
+        row = clamp(row, 0, this.rows - 1);
         input.value = row;
         this.show(Array.from({ length: this.columns }, (_, column) => [[column, row]]), across);
         const value = (row * step).toFixed(digits);

@@ -7,8 +7,8 @@
 "use strict";
 {
   const {
-    STYLE, element, button, followLooks, number, minus, hue, startDrawing, drawAxes, densityPicture, quantile,
-    readAddress, writeAddress, clearAddress, followAddress,
+    STYLE, element, button, pill, opener, arrow, pointAt, followLooks, number, clamp, minus, hue,
+    startDrawing, dot, drawAxes, densityPicture, quantile, readAddress, writeAddress, clearAddress, followAddress,
   } = PlaygroundPage;
   const { makeData, entropyOf, volumePreservingOptimum, startWorker } = PlaygroundTraining;
 
@@ -85,7 +85,6 @@
   const MOST = 150; // points that a reader can draw
 
   const OWN_STYLE = `
-    .way { align-items: center; display: flex; flex-wrap: wrap; gap: .35rem; margin: .5rem 0 .25rem; }
     .title { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
     .pill, button.plain, select { font-size: .9rem; }
     @container (max-width: 30rem) {
@@ -96,8 +95,7 @@
     .settings label { align-items: center; display: flex; font-weight: 600; gap: .35rem; }
     @container (max-width: 30rem) {
       .settings { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); }
-      .settings label { flex-wrap: wrap; justify-content: space-between; }
-      select { max-width: 100%; }
+      .settings label { align-items: stretch; flex-direction: column; gap: 0; }
     }
     legend { align-self: center; padding-right: .35rem; }
     select { background: var(--ground); border: 1px solid var(--muted); border-radius: .3rem; color: var(--text); font-family: inherit; padding: .1rem .3rem; }
@@ -106,7 +104,7 @@
     .own { display: inline-flex; gap: .35rem; }
     .tools { margin-block: .5rem; }
     .way { scroll-margin-top: 4rem; }
-    button.main { background: var(--accent); border-color: var(--accent); color: var(--ground); min-width: 5.5rem; justify-content: center; }
+    button.main { min-width: 5.5rem; justify-content: center; }
     [hidden] { display: none !important; }
     .panes { gap: .35rem .75rem; grid-template-columns: repeat(2, minmax(0, 1fr)); }
     .title { font-size: .9rem; }
@@ -116,7 +114,6 @@
     .view { display: grid; gap: .5rem 1rem; }
     .charts { display: flex; flex-direction: column; min-height: 21rem; }
     @container (min-width: 38rem) { .view:not(.one) { grid-template-columns: minmax(0, 4fr) minmax(0, 3fr); } }
-    .pane:focus-visible { outline: 3px solid var(--ring); outline-offset: 2px; }
     .drawing { cursor: cell; touch-action: none; }
     .chart { flex: 3 1 0; height: 0; min-height: 0; width: 100%; }
     .chart.small { flex: 2 1 0; }
@@ -191,14 +188,14 @@
       for (const name of Object.keys(SETTINGS)) {
         state[name] = values(name).find((value) => String(value) === wanted.get(name === "data" ? "train" : name)) ?? FIRST[name];
       }
-      state.seed = Math.min(Math.max(Math.round(Number(wanted.get("seed") ?? FIRST.seed)) || 0, 0), 9999);
+      state.seed = clamp(Math.round(Number(wanted.get("seed") ?? FIRST.seed)) || 0, 0, 9999);
       state.broken = (wanted.get("broken") ?? "").split(",").filter((name) => Object.hasOwn(FAILURES, name));
       state.beside = wanted.get("beside") !== "0";
       state.own = (wanted.get("own") ?? "").replaceAll(/[^\w-]/g, "").slice(0, 2 * MOST);
       state.own = state.own.slice(0, 2 * Math.floor(state.own.length / 2));
       this.state = state;
       this.opened = null;
-      Object.assign(this.view, { samples: false, pen: state.data === "own" && !state.own });
+      Object.assign(this.view, { samples: false, pen: this.empty });
       this.begin();
     }
 
@@ -229,6 +226,11 @@
       return Array.from({ length: this.state.own.length / 2 }, (_, i) => [place(this.state.own[2 * i]), place(this.state.own[2 * i + 1])]);
     }
 
+    // The reader has still to draw the points.
+    get empty() {
+      return this.state.data === "own" && !this.state.own;
+    }
+
     get base() {
       return this.opened?.description.base ?? this.state.base;
     }
@@ -241,8 +243,7 @@
 
     // A new session in the worker, with everything that depends on the choices.
     begin() {
-      const { state } = this;
-      const { broken } = this;
+      const { state, broken } = this;
       this.variants = broken.length && state.beside ? [[], broken] : [broken];
       this.names = this.variants.map((failures) => (failures.length ? "broken" : (this.opened?.name ?? "sound")));
       this.flows = this.variants.map(() => ({ losses: [], norms: [], stopped: null }));
@@ -250,15 +251,14 @@
       this.over = false;
       this.session += 1;
       this.extent = EXTENT[state.data] ?? WIDE;
-      const empty = state.data === "own" && !state.own;
-      if (empty) this.running = false;
+      if (this.empty) this.running = false;
       this.layPanes();
-      this.findLimits(empty);
+      this.findLimits();
       this.tellStory();
       this.facts.replaceChildren();
       this.error.textContent = "";
-      this.now.textContent = empty ? "Draw points in the data's pane: with the pen, or with the arrow keys and the space bar." : FIRST_WORDS;
-      if (empty || !this.worker) return this.draw();
+      this.now.textContent = this.empty ? "Draw points in the data's pane: with the pen, or with the arrow keys and the space bar." : FIRST_WORDS;
+      if (this.empty || !this.worker) return this.draw();
       const choices = { ...state, own: this.points, base: this.base };
       this.worker.postMessage({
         begin: [choices, this.variants, this.opened?.description ?? null],
@@ -267,11 +267,11 @@
     }
 
     // The lines of the loss's chart, in nats.
-    findLimits(empty) {
+    findLimits() {
       const { broken, base } = this;
       this.limits = [];
       this.entropy = null;
-      if (empty) return;
+      if (this.empty) return;
       const draw = (at, name) => this.limits.push({ at, text: `${name}: ${number(at)}` });
       const set = makeData(this.state.data, this.points);
       const changed = broken.some((name) => name === "column" || name === "noise"); // the broken flow's data are others
@@ -294,7 +294,7 @@
 
     train(on) {
       this.wake();
-      this.running = on && !this.over && !(this.state.data === "own" && !this.state.own);
+      this.running = on && !this.over && !this.empty;
       this.setPace(this.running);
       this.showChoices();
       this.writeAddress();
@@ -345,13 +345,13 @@
     failures() {
       this.switches = {};
       const pills = Object.entries(FAILURES).map(([name, { name: text, excludes }]) => {
-        const input = (this.switches[name] = element("input", { type: "checkbox" }));
-        input.addEventListener("change", () => {
+        const onchange = () => {
           const others = this.state.broken.filter((other) => other !== name && !(input.checked && other === excludes));
           this.change({ broken: input.checked ? [...others, name] : others });
           this.say(this.story.textContent);
-        });
-        return element("label", { class: "pill broken" }, input, element("span", {}, text));
+        };
+        const input = (this.switches[name] = element("input", { type: "checkbox", onchange }));
+        return pill(input, text, "pill broken");
       });
       return element("fieldset", {}, element("legend", {}, "Broken"), ...pills);
     }
@@ -359,13 +359,13 @@
     select(name) {
       const { title, options } = SETTINGS[name];
       const texts = Array.isArray(options) ? options.map(String) : Object.values(options);
-      const input = element("select", {}, ...values(name).map((value, i) => element("option", { value }, texts[i])));
-      input.addEventListener("change", () => {
+      const onchange = () => {
         const value = values(name)[input.selectedIndex];
         if (name !== "data" && name !== "rate") this.opened = null;
         if (value === "own" && !this.state.own) this.view.pen = true;
         this.change({ [name]: value });
-      });
+      };
+      const input = element("select", { onchange }, ...values(name).map((value, i) => element("option", { value }, texts[i])));
       this.selects[name] = input;
       return element("label", {}, title, input);
     }
@@ -397,11 +397,6 @@
     }
 
     tools() {
-      const input = element("input", { type: "file", accept: ".json,application/json", "aria-label": "open a flow" });
-      input.addEventListener("change", () => {
-        if (input.files.length) this.open(input.files[0]);
-        input.value = ""; // so that the same file can be opened again
-      });
       this.penTools = element("span", { class: "own" },
         this.toggle("pen", "pen", () => {
           this.view.samples = false;
@@ -421,13 +416,11 @@
         this.penTools,
         (this.saver = button("", () => this.write((description) => this.save(description)), { title: "as JSON, for nflows_lib" })),
         (this.inside = button("", () => this.write((description) => this.lookInside(description)), { title: "hand the flow to the playground on this page" })),
-        element("label", { class: "pill" }, input, element("span", { "aria-hidden": "true" }, "open a flow…")));
+        opener((file) => this.open(file)));
     }
 
     showChoices() {
-      const { state, view } = this;
-      const empty = state.data === "own" && !state.own;
-      const { broken } = this;
+      const { state, view, broken } = this;
       for (const [name, input] of Object.entries(this.selects)) input.value = this.opened && name !== "data" && name !== "rate" ? "" : state[name];
       for (const [name, one] of Object.entries(this.toggles)) one.setAttribute("aria-pressed", view[name]);
       for (const [name, input] of Object.entries(this.switches)) {
@@ -444,7 +437,7 @@
       this.penTools.hidden = state.data !== "own";
       this.inside.hidden = !document.querySelector("flow-playground");
       this.player.textContent = this.running ? "Pause" : "Train";
-      this.player.disabled = this.stepper.disabled = empty || this.over;
+      this.player.disabled = this.stepper.disabled = this.empty || this.over;
       for (const [{ canvas }] of this.panes ?? []) {
         const frame = canvas.parentElement;
         frame.classList.toggle("drawing", this.drawing);
@@ -489,43 +482,33 @@
 
     // Points of the reader's own, by mouse, finger or pen; by keyboard the arrow keys move a place, and the space bar puts a point there.
     letDraw(frame, canvas) {
+      const put = (event) => this.put(pointAt(event, canvas, this.extent));
       frame.addEventListener("pointerdown", (event) => {
         if (!this.drawing || event.button !== 0 || !event.isPrimary) return;
         event.preventDefault();
         frame.setPointerCapture(event.pointerId);
-        this.put(this.where(event, canvas));
+        put(event);
       });
-      frame.addEventListener("pointermove", (event) => {
-        if (this.drawing && frame.hasPointerCapture(event.pointerId)) this.put(this.where(event, canvas));
-      });
+      frame.addEventListener("pointermove", (event) => this.drawing && frame.hasPointerCapture(event.pointerId) && put(event));
       frame.addEventListener("lostpointercapture", () => this.change({}));
       frame.addEventListener("keydown", (event) => {
-        if (!this.drawing) return;
-        const [across, up] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key] ?? [0, 0];
-        if (event.key !== " " && !across && !up) return;
+        const step = arrow(event);
+        if (!this.drawing || (event.key !== " " && !step)) return;
         event.preventDefault();
         this.cursor ??= [0, 0];
-        if (event.key === " ") {
+        if (!step) {
           this.put(this.cursor);
           return this.change({});
         }
-        this.cursor = [this.cursor[0] + 2 * PLACE * across, this.cursor[1] + 2 * PLACE * up].map((v) => Math.min(Math.max(v, -3), 3));
+        this.cursor = this.cursor.map((v, i) => clamp(v + 2 * PLACE * step[i], -3, 3));
         this.draw();
         this.say(`Place ${this.cursor.map((v) => minus(v.toFixed(1))).join(", ")}.`);
       });
     }
 
-    where(event, canvas) {
-      const box = canvas.getBoundingClientRect();
-      return [
-        this.extent * ((2 * (event.clientX - box.left)) / box.width - 1),
-        this.extent * (1 - (2 * (event.clientY - box.top)) / box.height),
-      ];
-    }
-
     // A point at the nearest place, unless the last one is there or the drawing is full.
     put(at) {
-      const digits = at.map((v) => DIGITS[Math.min(Math.max(Math.round(v / PLACE + 31.5), 0), 63)]).join("");
+      const digits = at.map((v) => DIGITS[clamp(Math.round(v / PLACE + 31.5), 0, 63)]).join("");
       if (this.state.own.length >= 2 * MOST || this.state.own.endsWith(digits)) return;
       this.state.own += digits;
       this.draw();
@@ -566,9 +549,7 @@
     // Go on with a flow from a file. A file that cannot be read changes nothing.
     async open(file) {
       try {
-        const json = JSON.parse(await file.text());
-        if (new PlaygroundFlow(json).dims !== 2) throw new Error(`expected points in the plane, got ${json.dims} dimensions`);
-        this.opened = { name: file.name, description: PlaygroundFlow.decode(json) };
+        this.opened = await PlaygroundFlow.read(file);
       } catch (error) {
         this.error.textContent = `${file.name} holds no flow that can be trained: ${error.message}.`;
         return;
@@ -628,34 +609,31 @@
 
     draw() {
       if (!this.panes) return;
-      const css = getComputedStyle(this);
-      const colour = (name) => css.getPropertyValue(`--${name}`).trim();
       // One scale of shading for all panes: that of the first flow.
       const [{ density }] = this.flows;
       this.darkest = density && quantile(density, 0.99);
       this.panes.forEach(([data, latent], i) => {
-        this.drawPane(data.canvas, this.flows[i], true, colour);
-        this.drawPane(latent.canvas, this.flows[i], false, colour);
+        this.drawPane(data.canvas, this.flows[i], true);
+        this.drawPane(latent.canvas, this.flows[i], false);
         const what = this.view.samples ? "samples" : "data";
         data.canvas.setAttribute("aria-label", `The density of the flow (${this.names[i]}) after ${this.steps} steps, and its ${what}.`);
         latent.canvas.setAttribute("aria-label", `The latents of the ${what} after ${this.steps} steps (${this.names[i]}), on circles of the base.`);
       });
-      this.drawChart(this.chart, "losses", this.limits, colour);
+      this.drawChart(this.chart, "losses", this.limits);
       const clipped = this.variants.filter((failures) => !failures.includes("clipping")).length;
       const clip = { at: 5, text: clipped < this.flows.length ? "the sound flow's is clipped to 5" : "clipped to 5" };
-      this.drawChart(this.normChart, "norms", clipped ? [clip] : [], colour);
+      this.drawChart(this.normChart, "norms", clipped ? [clip] : []);
     }
 
-    drawPane(canvas, flow, isData, colour) {
+    drawPane(canvas, flow, isData) {
       const std = STD[this.base];
       const extent = isData ? this.extent : WIDE * std;
-      const start = startDrawing(canvas);
-      if (!start) return;
-      const { pen, width: size } = start;
-      const toPixels = ([a, b]) => [(size / 2) * (1 + a / extent), (size / 2) * (1 - b / extent)];
+      const drawing = startDrawing(canvas, extent);
+      if (!drawing) return;
+      const { pen, width: size, colour, toPixels } = drawing;
       if (isData && flow.density) {
         pen.imageSmoothingEnabled = true;
-        pen.drawImage(densityPicture(flow.density, SIDE, colour("accent"), colour("bad"), this.darkest), 0, 0, size, size);
+        pen.drawImage(densityPicture(flow.density, SIDE, colour, this.darkest), 0, 0, size, size);
       }
       if (!isData) {
         pen.strokeStyle = colour("muted");
@@ -671,11 +649,8 @@
       const [shown, from] = isData ? [points, this.view.samples ? latents : points] : [latents, this.view.samples ? latents : points];
       const n = (shown?.length ?? 0) / 2;
       for (let b = 0; b < n; b++) {
-        const [left, top] = toPixels([shown[b], shown[n + b]]);
         pen.fillStyle = hue([from[b], from[n + b]]);
-        pen.beginPath();
-        pen.arc(left, top, size < 250 ? 1.7 : 2.4, 0, 2 * Math.PI);
-        pen.fill();
+        dot(pen, toPixels([shown[b], shown[n + b]]), size < 250 ? 1.7 : 2.4);
       }
       if (isData && this.drawing) {
         pen.fillStyle = colour("text");
@@ -686,56 +661,33 @@
           pen.fillRect(left - 0.75, top - 8, 1.5, 16);
         }
       }
-      drawAxes(pen, size, extent, colour("text"), isData ? "x" : "z");
-      if (!flow.density) return;
+      drawAxes(drawing, extent, isData ? "x" : "z");
       pen.textAlign = "right";
-      label(pen, isData ? `darkest: p ≥ ${tiny(this.darkest)}` : "rings: 1, 2, 3 std", size - 6, 14, colour);
+      if (flow.density) label(drawing, isData ? `darkest: p ≥ ${tiny(this.darkest)}` : "rings: 1, 2, 3 std", size - 6, 14);
     }
 
     // The loss or the gradient's norm against the step, of each flow: in each column of pixels the mean, and from lowest to highest
     // a band. The axis of the losses shows what matters; what leaves it at the top is told in words.
-    drawChart(canvas, what, limits, colour) {
-      const start = startDrawing(canvas);
-      if (!start) return;
-      const { pen, width, height } = start;
+    drawChart(canvas, what, limits) {
+      const drawing = startDrawing(canvas);
+      if (!drawing) return;
+      const { pen, width, height, colour } = drawing;
       const isLoss = what === "losses";
       const [left, right, top, bottom] = [44, width - 8, 20, height - 20];
       const steps = Math.max(200, this.steps);
       const columns = this.flows.map((flow) => binned(flow[what], steps, Math.max(1, Math.floor(right - left))));
-      const means = columns.flat().map(({ mean }) => mean).filter(Number.isFinite);
-      let low, high;
-      if (isLoss) {
-        const first = Math.max(...this.flows.map((flow) => flow.losses[0] ?? 4));
-        const lines = limits.map(({ at }) => at);
-        // The first steps, and single leaps, may leave the chart at the top.
-        const usual = means.sort((a, b) => a - b)[Math.floor(0.9 * means.length)] ?? first;
-        low = Math.min(...lines, means[0] ?? first);
-        high = Math.max(...lines, Math.min(usual, first), low + 0.5);
-        [low, high] = [low - 0.1 * (high - low), high + 0.25 * (high - low)];
-      } else {
-        [low, high] = [-1, 2];
-        for (const { most, least } of columns.flat()) {
-          if (Number.isFinite(most)) [low, high] = [Math.min(low, Math.log10(least)), Math.max(high, Math.min(Math.log10(most), 12))];
-        }
-        [low, high] = [Math.max(low, -3) - 0.1, high + 0.1];
-      }
-      const scale = (value) => {
-        const v = isLoss ? value : Math.log10(value);
-        return Math.min(Math.max(bottom - ((v - low) / (high - low)) * (bottom - top), top), bottom);
-      };
+      const [low, high] = isLoss ? this.lossRange(columns.flat(), limits) : normRange(columns.flat());
+      const place = (v) => bottom - ((v - low) / (high - low)) * (bottom - top); // of a loss, or of a norm's logarithm
+      const scale = (value) => clamp(place(isLoss ? value : Math.log10(value)), top, bottom);
       // Axes.
       pen.font = "12px sans-serif";
       pen.fillStyle = colour("text");
       pen.strokeStyle = colour("border");
       pen.lineWidth = 1;
       for (const tick of ticks(low, high, isLoss ? 5 : 3, !isLoss)) {
-        const y = bottom - ((tick - low) / (high - low)) * (bottom - top);
-        pen.beginPath();
-        pen.moveTo(left, y);
-        pen.lineTo(right, y);
-        pen.stroke();
+        drawRow(pen, left, right, place(tick));
         pen.textAlign = "right";
-        pen.fillText(isLoss ? minus(Number(tick.toFixed(2))) : power(tick), left - 5, y + 4);
+        pen.fillText(isLoss ? minus(Number(tick.toFixed(2))) : power(tick), left - 5, place(tick) + 4);
       }
       for (const tick of ticks(0, steps, 4)) {
         pen.textAlign = tick > 0.9 * steps ? "right" : "center";
@@ -746,17 +698,14 @@
       pen.fillText(isLoss ? "loss as trained (nats)" : "gradient's norm (log scale)", left, 12);
       // Curves, broken ones dashed, since colour alone would not tell them apart.
       columns.forEach((bins, i) => {
-        const broken = this.variants[i].length > 0;
-        pen.fillStyle = pen.strokeStyle = colour(broken ? "bad" : "accent");
+        this.takePen(drawing, i);
         pen.globalAlpha = 0.2;
         for (const { x, least, most } of bins) {
-          if (most === undefined || Number.isNaN(least + most)) continue;
+          if (Number.isNaN(least + most)) continue;
           const [from, to] = [scale(most), scale(Math.max(least, isLoss ? -Infinity : 1e-12))];
           pen.fillRect(left + x, from, 1, Math.max(to - from, 1));
         }
         pen.globalAlpha = 1;
-        pen.lineWidth = 1.8;
-        pen.setLineDash(broken ? [7, 3] : []);
         pen.beginPath();
         let inside = false;
         for (const { x, mean } of bins) {
@@ -765,12 +714,9 @@
           inside = there;
         }
         pen.stroke();
-        pen.setLineDash([]);
-        const most = bins.reduce((largest, bin) => (bin.most > largest && bin.x > 0.1 * (right - left) ? bin.most : largest), high);
-        if (isLoss && most > 2 * high - low) {
-          pen.textAlign = "right";
-          label(pen, `▲ up to ${large(most)}`, right, top + 12 + 14 * i, colour, pen.fillStyle);
-        }
+        const most = Math.max(...bins.filter(({ x }) => x > 0.1 * (right - left)).map((bin) => bin.most));
+        pen.textAlign = "right";
+        if (isLoss && most > 2 * high - low) label(drawing, `▲ up to ${large(most)}`, right, top + 12 + 14 * i, pen.fillStyle);
         const { stopped } = this.flows[i];
         if (stopped) {
           pen.font = "700 15px sans-serif";
@@ -779,41 +725,71 @@
       });
       const last = (flow, i) => `${this.names[i]} ${number(flow[what].at(-1) ?? NaN)}`;
       canvas.setAttribute("aria-label", `The ${isLoss ? "loss" : "gradient's norm"} after ${this.steps} steps: ${this.flows.map(last).join(", ")}.`);
-      this.drawLimits(pen, limits, { left, right, scale, bottom }, colour);
+      this.drawLimits(drawing, limits, { left, right, scale, bottom });
+    }
+
+    // From the lowest to the highest loss of the chart. The first steps, and single leaps, may leave it at the top.
+    lossRange(bins, limits) {
+      const lines = limits.map(({ at }) => at);
+      const means = bins.map(({ mean }) => mean).filter(Number.isFinite).sort((a, b) => a - b);
+      const first = Math.max(...this.flows.map((flow) => flow.losses[0] ?? 4));
+      const usual = means[Math.floor(0.9 * means.length)] ?? first;
+      const low = Math.min(...lines, means[0] ?? first);
+      const high = Math.max(...lines, Math.min(usual, first), low + 0.5);
+      return [low - 0.1 * (high - low), high + 0.25 * (high - low)];
+    }
+
+    // The colour and the dashes of a flow's line.
+    takePen({ pen, colour }, i) {
+      const broken = this.variants[i].length > 0;
+      pen.fillStyle = pen.strokeStyle = colour(broken ? "bad" : "accent");
+      pen.setLineDash(broken ? [7, 3] : []);
+      pen.lineWidth = 1.8;
     }
 
     // Horizontal lines, each with its name below it, or further down where another name stands; above it at the chart's end.
-    drawLimits(pen, limits, { left, right, scale, bottom }, colour) {
+    drawLimits(drawing, limits, { left, right, scale, bottom }) {
+      const { pen, colour } = drawing;
       pen.strokeStyle = colour("text");
       pen.lineWidth = 1;
       pen.setLineDash([2, 3]);
-      for (const { at } of limits) {
-        pen.beginPath();
-        pen.moveTo(left, scale(at));
-        pen.lineTo(right, scale(at));
-        pen.stroke();
-      }
-      pen.setLineDash([]);
+      for (const { at } of limits) drawRow(pen, left, right, scale(at));
       pen.textAlign = "right";
       let free = 0;
       for (const { at, text } of [...limits].sort((a, b) => b.at - a.at)) {
         const under = Math.max(scale(at) + 12, free);
         const y = under > bottom - 2 ? scale(at) - 4 : under;
         free = y + 13;
-        label(pen, text, right, y, colour);
+        label(drawing, text, right, y);
       }
     }
   }
 
   // Text on a chart, on the ground's colour, which keeps it readable on curves.
-  function label(pen, text, x, y, colour, ink = colour("text")) {
+  function label({ pen, colour }, text, x, y, ink = colour("text")) {
     pen.font = "12px sans-serif";
     pen.lineJoin = "round";
     pen.lineWidth = 4;
     pen.strokeStyle = colour("ground");
+    pen.setLineDash([]);
     pen.strokeText(text, x, y);
     pen.fillStyle = ink;
     pen.fillText(text, x, y);
+  }
+
+  // From the lowest to the highest logarithm of a norm in the chart.
+  function normRange(bins) {
+    const found = bins.filter(({ most }) => Number.isFinite(most));
+    const low = Math.min(-1, ...found.map(({ least }) => Math.log10(least)));
+    const high = Math.max(2, ...found.map(({ most }) => Math.min(Math.log10(most), 12)));
+    return [Math.max(low, -3) - 0.1, high + 0.1];
+  }
+
+  function drawRow(pen, from, to, y) {
+    pen.beginPath();
+    pen.moveTo(from, y);
+    pen.lineTo(to, y);
+    pen.stroke();
   }
 
   // The values of a setting, as the state holds them.

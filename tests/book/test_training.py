@@ -471,17 +471,20 @@ def test_every_failure_is_a_switch_with_its_entry(page: Page) -> None:
     offered = {}
     for model, data_set in itertools.product(("nice", "realnvp"), ("moons", "numbers")):
         go(page, f"train={data_set}&model={model}")
-        pills = page.locator("flow-trainer label.pill.broken")
-        offered[model, data_set] = {pill.inner_text() for pill in pills.all() if pill.is_visible()}
-        for name in sorted(offered[model, data_set]):
-            page.locator("flow-trainer").get_by_label(name, exact=True).check()
-            entry = page.locator("flow-trainer .story a").last.get_attribute("href").removeprefix("clinic.html#")
+        offered[model, data_set] = names = page.evaluate(
+            f"Object.entries({IT}.switches).filter(([, input]) => !input.disabled).map(([name]) => name)"
+        )
+        for name in names:
+            page.evaluate(f"{IT}.switches.{name}.click()")
+            assert page.evaluate(f"[{IT}.broken, {IT}.names]") == [[name], ["sound", "broken"]]
+            entry = page.locator("flow-trainer .story a").get_attribute("href").removeprefix("clinic.html#")
             assert f"({entry})=" in clinic
-            assert page.evaluate(f"{IT}.variants.length") == 2
-            page.locator("flow-trainer").get_by_label(name, exact=True).uncheck()
-    everywhere = set.intersection(*offered.values())
-    assert offered["nice", "moons"] - everywhere == {"no scaling layer", "output not masked", "a repeated column"}
-    assert offered["realnvp", "numbers"] - everywhere == {"no tanh", "no noise"}
+            page.evaluate(f"{IT}.switches.{name}.click()")
+    everywhere = set.intersection(*map(set, offered.values()))
+    assert everywhere == {"alternation", "logdet", "sign", "clipping", "rate"}
+    assert set(offered["nice", "moons"]) - everywhere == {"scaling", "mask", "column"}
+    assert set(offered["realnvp", "numbers"]) - everywhere == {"tanh", "noise"}
+    assert page.locator("flow-trainer").get_by_label("output not masked (NICE)", exact=True).is_disabled()
     left_out, subtracted = (
         page.locator("flow-trainer").get_by_label(name, exact=True)
         for name in ("log-det left out of the loss", "log-det subtracted")
@@ -561,7 +564,7 @@ def test_a_trained_flow_is_saved_read_by_the_library_and_opened_again(page: Page
         go(page, f"train=moons&model={model}&base=logistic")
         steps(page, 60)
         with page.expect_download() as download:
-            press(page, "save as JSON")
+            press(page, "save the flow")
         file = tmp_path / f"{model}.json"
         download.value.save_as(file)
         flow = export.from_json(json.loads(file.read_text()))
@@ -586,7 +589,7 @@ def test_a_trained_flow_is_saved_read_by_the_library_and_opened_again(page: Page
     before = shown(page)[0]["nll"]
     steps(page, 50)
     assert shown(page)[0]["nll"] < before - 0.2
-    press(page, "look inside")
+    press(page, "look inside the flow")
     page.wait_for_function("document.querySelector('flow-playground').opened")
     assert page.evaluate("document.querySelector('flow-playground').flow.layers.length") == 4
 
@@ -595,10 +598,10 @@ def test_what_the_library_cannot_read_is_not_saved(page: Page, tmp_path: Path) -
     alert = page.locator("flow-trainer [role=alert]")
     for address, complaint in {
         "train=moons&broken=mask": "kind is none of scaling, additive, affine",
-        "train=moons&model=realnvp&broken=tanh": "an affine coupling without a gain",
+        "train=moons&model=realnvp&broken=tanh": "no affine coupling without a tanh",
     }.items():
         go(page, address)
-        press(page, "save as JSON")
+        press(page, "save the broken flow")
         alert.get_by_text(complaint).wait_for()
     (tmp_path / "none.json").write_text("{}")
     page.locator("flow-trainer input[type=file]").set_input_files(tmp_path / "none.json")
@@ -608,8 +611,8 @@ def test_what_the_library_cannot_read_is_not_saved(page: Page, tmp_path: Path) -
 def test_a_run_that_ends_is_told(page: Page) -> None:
     go(page, "train=moons&model=realnvp&broken=tanh,clipping")
     steps(page, 60)
-    assert "stopped at step 49: the loss was no finite number" in page.locator("flow-trainer .now").inner_text()
-    assert "no number" in page.locator("flow-trainer table").inner_text()
+    assert "broken stopped at step 49, as the loss was no finite number" in page.locator("flow-trainer .now").inner_text()
+    assert "broken (step 49)" in page.locator("flow-trainer table").inner_text()
     press(page, "beside a sound flow")
     page.wait_for_function(f"{IT}.flows.length === 1 && {IT}.flows[0].density")
     press(page, "Train")
