@@ -66,28 +66,20 @@
       const states = Array(this.layers.length + 1);
       const logDets = Array(this.layers.length);
       states[k] = [...h];
-      for (let i = k - 1; i >= 0; i--) states[i] = this.inverse(i, states[i + 1]);
-      for (let i = 0; i < this.layers.length; i++) {
-        const [next, logDet] = this.forward(i, states[i]);
-        states[i + 1] ??= next;
-        logDets[i] = logDet;
+      for (let i = k - 1; i >= 0; i--) {
+        const x = Float64Array.from(states[i + 1]);
+        this.layers[i].inverse(x, 1);
+        states[i] = Array.from(x);
       }
+      this.layers.forEach((layer, i) => {
+        const [next, logDet] = [new Float64Array(this.dims), [0]];
+        layer.forward(Float64Array.from(states[i]), next, logDet, 1);
+        states[i + 1] ??= Array.from(next);
+        logDets[i] = logDet[0];
+      });
       const logDet = logDets.reduce((total, v) => total + v, 0);
       const logBase = this.flow.logBase(states.at(-1), 0, 1);
       return { states, logDets, logDet, logBase, logProb: logBase + logDet };
-    }
-
-    // One layer on one vector: the next state, and its log-det.
-    forward(i, h) {
-      const [next, logDet] = [new Float64Array(this.dims), [0]];
-      this.layers[i].forward(Float64Array.from(h), next, logDet, 1);
-      return [Array.from(next), logDet[0]];
-    }
-
-    inverse(i, h) {
-      const x = Float64Array.from(h);
-      this.layers[i].inverse(x, 1);
-      return Array.from(x);
     }
   };
 

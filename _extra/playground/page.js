@@ -6,7 +6,7 @@
       --ground: var(--pst-color-background, #fff); --surface: var(--pst-color-surface, #f3f4f5);
       --border: var(--pst-color-border, #c9c9c9); --accent: var(--pst-color-primary, #0a7d91);
       --bad: var(--pst-color-danger, #b4233a); --ring: var(--pst-color-link, #0a7d91);
-      color: var(--text); container-type: inline-size; display: block; font-size: 1rem; line-height: 1.4;
+      accent-color: var(--accent); color: var(--text); container-type: inline-size; display: block; font-size: 1rem; line-height: 1.4;
       margin-block: 1.5rem; scroll-margin-top: 4rem; }
     * { box-sizing: border-box; }
     fieldset { border: 0; display: flex; flex-wrap: wrap; gap: .25rem; margin: 0; min-width: 0; padding: 0; }
@@ -24,6 +24,8 @@
     label.pill.broken input:checked + span { background: var(--bad); border-color: var(--bad); }
     :focus-visible, label.pill input:focus-visible + span { outline: 3px solid var(--ring); outline-offset: 2px; }
     button.plain { cursor: pointer; }
+    select, input[type="number"] { background: var(--ground); border: 1px solid var(--muted); border-radius: .3rem; color: var(--text);
+      font-family: inherit; padding: .1rem .3rem; }
     .way { align-items: center; display: flex; flex-wrap: wrap; gap: .35rem; margin: .5rem 0 .25rem; }
     .now { margin: .5rem 0; min-height: 1.4em; }
     .panes { display: grid; gap: .5rem 1rem; grid-template-columns: minmax(0, 40svh); justify-content: center; }

@@ -14,7 +14,7 @@
     data: "moons", model: "realnvp", without: "nothing", layer: Infinity, x: null,
     points: true, grid: true, density: true, gridOn: "data", pen: false,
   };
-  const GRID = { reach: 3, lines: 13, pieces: 24 }; // from -reach to reach, so many lines each way, in so many pieces
+  const GRID = { reach: 3, squares: 12, pieces: 24 }; // from -reach to reach, so many squares each way; pieces of a line
   const FINE = 0.03; // of half a pane: pieces of a line that are longer, in any layer, are halved
   const HALVINGS = 9; // at most
   const CLOSE = 16; // pixels between the ends of what the pen drew that make it a closed line
@@ -26,26 +26,14 @@
 
   const STORIES = {
     nice: {
-      nothing:
-        "Each coupling shears the plane: it slides points along one axis, by an amount that depends on the other coordinate. " +
-        "Shears keep areas. Only the last layer, the scaling, changes areas, by the same factor everywhere.",
-      scaling:
-        "Without the scaling layer nothing can change an area: the log-det is 0 wherever you drag the point. " +
-        "The cloud of points keeps the area that it has, which is not the Gaussian's.",
-      alternation:
-        "Every coupling has the same mask: x₁ decides and x₂ moves, in all couplings. Before the scaling the path only goes up " +
-        "and down, and the latent's first coordinate is x₁ itself, scaled.",
+      nothing: "Each coupling shears the plane: it slides points along one axis, by an amount that depends on the other coordinate. Shears keep areas. Only the last layer, the scaling, changes areas, by the same factor everywhere.",
+      scaling: "Without the scaling layer nothing can change an area: the log-det is 0 wherever you drag the point. The cloud of points keeps the area that it has, which is not the Gaussian's.",
+      alternation: "Every coupling has the same mask: x₁ decides and x₂ moves, in all couplings. Before the scaling the path only goes up and down, and the latent's first coordinate is x₁ itself, scaled.",
     },
     realnvp: {
-      nothing:
-        "Each coupling slides and stretches points along one axis, by amounts that depend on the other coordinate. Areas change " +
-        "from place to place, and the log-det changes with them: compare it in the middle of the data and outside of them.",
-      alternation:
-        "Every coupling has the same mask. Each one slides and stretches x₂ as x₁ says, but x₁ itself comes out as it went in, " +
-        "whatever its distribution.",
-      tanh:
-        "The log-scale is what the network says, without g tanh(·) around it. Drag the point away from the data: one layer's " +
-        "exponential feeds the next, and soon z and log p are no finite numbers any more (the hatched area).",
+      nothing: "Each coupling slides and stretches points along one axis, by amounts that depend on the other coordinate. Areas change from place to place, and the log-det changes with them: compare it in the middle of the data and outside of them.",
+      alternation: "Every coupling has the same mask. Each one slides and stretches x₂ as x₁ says, but x₁ itself comes out as it went in, whatever its distribution.",
+      tanh: "The log-scale is what the network says, without g tanh(·) around it. Drag the point away from the data: one layer's exponential feeds the next, and soon z and log p are no finite numbers any more (the hatched area).",
     },
   };
   // What is peculiar to one flow.
@@ -64,21 +52,19 @@
     .handle.outside::before { border-radius: 0; transform: rotate(45deg); }
     .handle:focus-visible { outline-offset: -8px; }
     .way { margin-top: .75rem; }
-    .way input { accent-color: var(--accent); flex: 1; min-height: 2.5rem; min-width: 3.5rem; }
+    .way input { flex: 1; min-height: 2.5rem; min-width: 3.5rem; }
     .now { min-height: 2.8em; }
-    .bars { align-items: stretch; border-bottom: 1px solid var(--border); border-top: 1px solid var(--border); display: flex; gap: 2px; height: 5.5rem;
-      margin: .25rem 0; padding: 0; }
+    .bars { border-block: 1px solid var(--border); display: flex; gap: 2px; height: 5.5rem; margin: .25rem 0; }
     .bars span { border-radius: .2rem; cursor: pointer; flex: 1; overflow: hidden; position: relative; }
     .bars span.here { background: var(--surface); }
     .bars i { background: var(--accent); left: 15%; position: absolute; right: 15%; }
     .bars i.down { background: var(--bad); }
-    .bars span::after { background: var(--border); content: ""; height: 1px; left: 0; position: absolute; right: 0; top: 50%; }
-    .numbers { align-items: start; display: grid; gap: .5rem 1.5rem; grid-template-columns: 1fr; }
+    .bars span::after { background: var(--border); content: ""; height: 1px; inset: 50% 0 auto; position: absolute; }
+    .numbers { display: grid; gap: .5rem 1.5rem; }
     @container (min-width: 34rem) { .numbers { grid-template-columns: 1fr 1fr; } }
     .point { align-items: center; display: flex; gap: .35rem; margin-bottom: .35rem; }
     .point b { flex: none; width: 4.5rem; }
-    .point input { background: var(--ground); border: 1px solid var(--muted); border-radius: .3rem; color: var(--text); font: inherit;
-      flex: 1; max-width: 7rem; min-height: 2.5rem; min-width: 4rem; padding: .1rem .4rem; }
+    .point input { flex: 1; font-size: inherit; max-width: 7rem; min-height: 2.5rem; min-width: 4rem; }
     .sum { font-variant-numeric: tabular-nums; margin: .25rem 0; white-space: pre-line; }
     @media (forced-colors: active) {
       .bars i, .handle::before { background: Highlight; forced-color-adjust: none; }
@@ -193,13 +179,13 @@
     tell(flows) {
       const { data, model, without } = this.state;
       const [flow, whole] = [flows[without], flows.nothing];
-      const said = [STORIES[model][without], REMARKS[`${data} ${model} ${without}`]];
-      said.push(`Its log p is ${number(flow.log_prob)} nats on average over new points`);
-      said.push(flow === whole ? "." : `; with nothing left out it is ${number(whole.log_prob)}.`);
-      if (flow.lr < whole.lr) {
-        said.push(`At the learning rate of the other flows, ${whole.lr}, its loss did not stay finite; this flow was trained at ${flow.lr}.`);
-      }
-      return said.filter(Boolean).join(" ").replaceAll(/ ([.;])/g, "$1");
+      const compared = flow === whole ? "" : `; with nothing left out it is ${number(whole.log_prob)}`;
+      return [
+        STORIES[model][without],
+        REMARKS[`${data} ${model} ${without}`],
+        `Its log p is ${number(flow.log_prob)} nats on average over new points${compared}.`,
+        flow.lr < whole.lr && `At the learning rate of the other flows, ${whole.lr}, its loss did not stay finite; this flow was trained at ${flow.lr}.`,
+      ].filter(Boolean).join(" ");
     }
 
     // Open a flow from a file that nflows_lib.experiments.export wrote. A file that cannot be read changes nothing.
@@ -249,13 +235,10 @@
     // The grid, straight in the data or in the latent.
     layGrid() {
       const k = this.state.gridOn === "data" ? 0 : this.last;
-      const at = (i, n) => GRID.reach * ((2 * i) / n - 1);
-      this.grid = [0, 1].flatMap((across) =>
-        Array.from({ length: GRID.lines }, (_, line) => {
-          const points = Array.from({ length: GRID.pieces + 1 }, (_, i) => [at(line, GRID.lines - 1), at(i, GRID.pieces)]);
-          return this.line(across ? points : points.map((h) => h.reverse()), k);
-        }),
-      );
+      const places = (n) => Array.from({ length: n + 1 }, (_, i) => GRID.reach * ((2 * i) / n - 1));
+      const up = places(GRID.squares).map((a) => places(GRID.pieces).map((b) => [a, b]));
+      const across = up.map((line) => line.map(([a, b]) => [b, a]));
+      this.grid = [...across, ...up].map((points) => this.line(points, k));
     }
 
     samples() {
@@ -287,10 +270,9 @@
     build() {
       this.radios = {};
       this.switches = []; // buttons, each with what it says
-      const root = this.shadowRoot;
-      root.append(element("style", {}, STYLE));
       const titles = Object.fromEntries(Object.entries(SETS).map(([name, set]) => [name, set.title]));
-      root.append(
+      this.shadowRoot.append(
+        element("style", {}, STYLE),
         element("div", { class: "choices" },
           this.radioGroup("Data", "data", titles),
           this.radioGroup("Model", "model", MODELS),
@@ -306,8 +288,7 @@
             (this.bars = element("div", { class: "bars", "aria-hidden": "true" })))),
         this.tools(),
         (this.error = element("p", { class: "error", role: "alert" })),
-        (this.spoken = element("p", { class: "hidden", role: "status" })),
-      );
+        (this.spoken = element("p", { class: "hidden", role: "status" })));
     }
 
     radioGroup(title, name, options) {
@@ -321,8 +302,9 @@
         this.say(this.story.textContent);
       });
       this.radios[name] = radios;
-      if (name !== "without") return fieldset;
-      for (const [value, radio] of Object.entries(radios)) radio.parentElement.classList.toggle("broken", value !== "nothing");
+      for (const [value, radio] of Object.entries(radios)) {
+        radio.parentElement.classList.toggle("broken", name === "without" && value !== "nothing");
+      }
       return fieldset;
     }
 

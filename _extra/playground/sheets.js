@@ -22,13 +22,12 @@
     .row { align-items: center; display: flex; flex-wrap: wrap; gap: .25rem .75rem; justify-content: center; }
     .row label > span { min-width: 7rem; }
     .row label { align-items: center; display: flex; flex: 1; gap: .75rem; min-height: 2.75rem; min-width: 0; }
-    input[type="range"] { accent-color: var(--accent); cursor: pointer; flex: 1; height: 2.75rem; margin: 0; min-width: 6rem; }
-    input[type="checkbox"] { accent-color: var(--accent); height: 1.5rem; width: 1.5rem; }
+    input[type="range"] { cursor: pointer; flex: 1; height: 2.75rem; margin: 0; min-width: 6rem; }
+    input[type="checkbox"] { height: 1.5rem; width: 1.5rem; }
     fieldset { gap: .4rem; justify-content: center; margin: .25rem 0; }
     legend { font-weight: inherit; line-height: 2.75rem; padding: 0 .5rem 0 0; }
     .options { display: contents; }
-    label.pill span, button.plain { border-radius: 1.4rem; display: flex; justify-content: center; min-height: 2.75rem;
-      min-width: 2.75rem; padding: .35rem .9rem; }
+    label.pill span, button.plain { justify-content: center; min-height: 2.75rem; min-width: 2.75rem; }
     :focus-visible, label.pill input:focus-visible + span { outline-offset: 3px; }
     output { color: var(--text); display: block; font-variant-numeric: tabular-nums; min-height: 1.4em; text-align: center; }
     @media (max-width: 40rem) { /* both on one screen: the eye is on the picture, the finger on the pad */
@@ -111,6 +110,11 @@
       return fieldset;
     }
 
+    // What a mode adds to the page: the picture, perhaps something beside it, and controls.
+    part(controls, ...beside) {
+      return element("div", { class: "tools" }, this.view, ...beside, element("div", { class: "controls" }, this.status, ...controls));
+    }
+
     // --- the three modes, each gives its part of the page ---
 
     pad() {
@@ -170,7 +174,7 @@
       move(...(this.getAttribute("start") ?? "0,0").split(",").map(Number));
       const mix = element("label", {}, mixing, "mix the corners' pixels instead");
       const controls = [...sliders.map(({ whole }) => whole), mix].map((whole) => element("div", { class: "row" }, whole));
-      return element("div", { class: "tools" }, this.view, pad, element("div", { class: "controls" }, this.status, ...controls));
+      return this.part(controls, pad);
     }
 
     slider() {
@@ -187,16 +191,9 @@
       const { input, whole } = this.range(label, this.rows - 1, move);
       const by = (change) => () => move(Number(input.value) + change, true);
       move(this.number("start", 0));
-      return element(
-        "div", { class: "tools" }, this.view,
-        element(
-          "div", { class: "controls" }, this.status,
-          element(
-            "div", { class: "row" },
-            button("◀", by(-1), { "aria-label": `lower ${label}` }), whole, button("▶", by(1), { "aria-label": `higher ${label}` }),
-          ),
-        ),
-      );
+      const lower = button("◀", by(-1), { "aria-label": `lower ${label}` });
+      const higher = button("▶", by(1), { "aria-label": `higher ${label}` });
+      return this.part([element("div", { class: "row" }, lower, whole, higher)]);
     }
 
     redraw() {
@@ -210,15 +207,12 @@
         this.say(`Left: the original. Right: ${scale}.`, true);
       };
       move({});
-      return element(
-        "div", { class: "tools" }, this.view,
-        element(
-          "div", { class: "controls" }, this.status,
-          this.radios("picture", pictures, now.picture, (picture) => move({ picture })),
-          this.radios("scale", scales, now.scale, (scale) => move({ scale })),
-          element("div", { class: "row" }, button("next draw", () => move({ draw: (now.draw % (this.columns - 1)) + 1 }), { class: "plain main" })),
-        ),
-      );
+      const next = button("next draw", () => move({ draw: (now.draw % (this.columns - 1)) + 1 }), { class: "plain main" });
+      return this.part([
+        this.radios("picture", pictures, now.picture, (picture) => move({ picture })),
+        this.radios("scale", scales, now.scale, (scale) => move({ scale })),
+        element("div", { class: "row" }, next),
+      ]);
     }
   }
 

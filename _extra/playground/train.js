@@ -384,7 +384,7 @@ globalThis.PlaygroundTraining = (function mathematics() {
       };
       this.layers = layers.map((layer) => KINDS[layer.kind](layer, dims, take));
       this.parameters = blocks; // in the order of the layers; a coupling's gain comes before its network
-      this.states = layers.map(() => null);
+      this.states = [];
     }
 
     write() {
@@ -463,7 +463,7 @@ globalThis.PlaygroundTraining = (function mathematics() {
   class Adam {
     constructor(parameters, rate, clip = null) {
       Object.assign(this, { parameters, rate, clip, steps: 0 });
-      this.moments = parameters.map(({ values }) => [new Float64Array(values.length), new Float64Array(values.length)]);
+      this.moments = parameters.map(({ values }) => [0, 1].map(() => new Float64Array(values.length)));
     }
 
     gradientNorm() {
@@ -650,6 +650,7 @@ globalThis.PlaygroundTraining = (function mathematics() {
   }
 
   return {
-    BASES, ACTIVATIONS, Random, TrainableFlow, Adam, Session, makeData, entropyOf, volumePreservingOptimum, serve, startWorker,
+    BASES, ACTIVATIONS, Random, TrainableFlow, Adam, Session, makeData, entropyOf, volumePreservingOptimum, mean, serve,
+    startWorker,
   };
 })();

@@ -10,7 +10,7 @@
     STYLE, element, button, pill, opener, arrow, pointAt, followLooks, number, clamp, minus, hue,
     startDrawing, dot, drawAxes, densityPicture, quantile, readAddress, writeAddress, clearAddress, followAddress,
   } = PlaygroundPage;
-  const { makeData, entropyOf, volumePreservingOptimum, startWorker } = PlaygroundTraining;
+  const { makeData, entropyOf, volumePreservingOptimum, mean, startWorker } = PlaygroundTraining;
 
   const SETTINGS = {
     data: {
@@ -98,7 +98,6 @@
       .settings label { align-items: stretch; flex-direction: column; gap: 0; }
     }
     legend { align-self: center; padding-right: .35rem; }
-    select { background: var(--ground); border: 1px solid var(--muted); border-radius: .3rem; color: var(--text); font-family: inherit; padding: .1rem .3rem; }
     button:disabled, label.pill:has(input:disabled) { cursor: default; opacity: .5; }
     label.pill input:disabled { cursor: default; }
     .own { display: inline-flex; gap: .35rem; }
@@ -191,8 +190,7 @@
       state.seed = clamp(Math.round(Number(wanted.get("seed") ?? FIRST.seed)) || 0, 0, 9999);
       state.broken = (wanted.get("broken") ?? "").split(",").filter((name) => Object.hasOwn(FAILURES, name));
       state.beside = wanted.get("beside") !== "0";
-      state.own = (wanted.get("own") ?? "").replaceAll(/[^\w-]/g, "").slice(0, 2 * MOST);
-      state.own = state.own.slice(0, 2 * Math.floor(state.own.length / 2));
+      state.own = (wanted.get("own") ?? "").match(/^([\w-]{2})*/)[0].slice(0, 2 * MOST);
       this.state = state;
       this.opened = null;
       Object.assign(this.view, { samples: false, pen: this.empty });
@@ -223,7 +221,7 @@
 
     get points() {
       const place = (digit) => PLACE * (DIGITS.indexOf(digit) - 31.5);
-      return Array.from({ length: this.state.own.length / 2 }, (_, i) => [place(this.state.own[2 * i]), place(this.state.own[2 * i + 1])]);
+      return (this.state.own.match(/../g) ?? []).map((digits) => [...digits].map(place));
     }
 
     // The reader has still to draw the points.
@@ -585,7 +583,7 @@
       this.now.textContent = this.steps ? this.summary() : FIRST_WORDS;
       const rows = [
         ["−log p of 2,000 new points, nats", ({ nll }) => number(nll)],
-        ["loss as trained, mean of 100 steps", ({ losses }) => (losses.length ? number(recent(losses)) : "–")],
+        ["loss as trained, mean of 100 steps", ({ losses }) => (losses.length ? number(mean(losses.slice(-100))) : "–")],
         ["log-det, mean", ({ logDet }) => number(logDet)],
         ["latents' mean", ({ latentMean }) => latentMean.map(number).join(", ")],
         ["latents' standard deviation", ({ latentStd }) => latentStd.map(tiny).join(", ")],
@@ -631,10 +629,7 @@
       const drawing = startDrawing(canvas, extent);
       if (!drawing) return;
       const { pen, width: size, colour, toPixels } = drawing;
-      if (isData && flow.density) {
-        pen.imageSmoothingEnabled = true;
-        pen.drawImage(densityPicture(flow.density, SIDE, colour, this.darkest), 0, 0, size, size);
-      }
+      if (isData && flow.density) pen.drawImage(densityPicture(flow.density, SIDE, colour, this.darkest), 0, 0, size, size);
       if (!isData) {
         pen.strokeStyle = colour("muted");
         pen.globalAlpha = 0.5;
@@ -823,11 +818,6 @@
     const found = [];
     for (let tick = Math.ceil(low / step) * step; tick <= high; tick += step) found.push(Number(tick.toPrecision(12)));
     return found;
-  }
-
-  function recent(losses) {
-    const last = losses.slice(-100);
-    return last.reduce((total, loss) => total + loss, 0) / last.length;
   }
 
   function count(steps) {
