@@ -196,19 +196,21 @@
   // the denser; hatched with the colour of what is bad where it is no finite number. Thin ridges are far denser than the rest, so
   // the darkest colour begins at what 1 in 100 cells exceeds, unless a density for it is given.
   function densityPicture(density, side, colour, darkest = quantile(density, 0.99)) {
-    const top = darkest || 1;
     const picture = element("canvas", { width: side, height: side });
     const pen = picture.getContext("2d");
-    const lost = (i) => !Number.isFinite(density[i]) && ((i % side) + Math.floor(i / side)) % 6 < 2;
     pen.fillStyle = colour("accent");
     pen.fillRect(0, 0, side, side);
-    pen.fillStyle = colour("bad");
-    density.forEach((_, i) => lost(i) && pen.fillRect(i % side, Math.floor(i / side), 1, 1));
     const pixels = pen.getImageData(0, 0, side, side);
     density.forEach((p, i) => {
-      pixels.data[4 * i + 3] = Number.isFinite(p) ? 190 * Math.sqrt(Math.min(p / top, 1)) : lost(i) ? 130 : 0;
+      pixels.data[4 * i + 3] = Number.isFinite(p) ? 190 * Math.sqrt(Math.min(p / (darkest || 1), 1)) : 0;
     });
     pen.putImageData(pixels, 0, 0);
+    pen.fillStyle = colour("bad");
+    pen.globalAlpha = 0.5;
+    density.forEach((p, i) => {
+      const [column, row] = [i % side, Math.floor(i / side)];
+      if (!Number.isFinite(p) && (column + row) % 6 < 2) pen.fillRect(column, row, 1, 1);
+    });
     return picture;
   }
 

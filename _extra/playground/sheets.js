@@ -9,7 +9,7 @@
 //   redraw: pictures, scales         names; a row's first picture is the original, in the others that scale is redrawn
 "use strict";
 {
-  const { arrow, button, choice, clamp, element } = PlaygroundPage;
+  const { arrow, button, choice, clamp, element, pointAt } = PlaygroundPage;
   const STYLE = `${PlaygroundPage.STYLE}
     :host { --ring: var(--accent); container-type: normal; print-color-adjust: economy; }
     .tools { align-items: center; gap: .75rem 1.5rem; justify-content: center; margin: 0; }
@@ -120,22 +120,14 @@
     pad() {
       const last = [this.columns - 1, this.rows - 1];
       const names = this.list("corners");
-      const at = [0, 0];
+      let at;
       const mixing = element("input", { type: "checkbox", onchange: () => move(...at) });
-      const marker = element("i");
-      marker.style.cssText = `height: ${100 / this.rows}%; width: ${100 / this.columns}%`;
+      const marker = element("i", { style: `height: ${100 / this.rows}%; width: ${100 / this.columns}%` });
       const map = element("canvas", { width: this.sheet.naturalWidth, height: this.sheet.naturalHeight });
       map.getContext("2d").drawImage(this.sheet, 0, 0);
-      const pad = element(
-        "div",
-        { class: "pad", role: "application", tabindex: 0, "aria-label": "pad: the arrow keys move between the corners" },
-        map, marker,
-      );
-
       const move = (column, row, aloud = false) => {
-        at[0] = clamp(column, 0, last[0]);
-        at[1] = clamp(row, 0, last[1]);
-        const [x, y] = [at[0] / last[0], at[1] / last[1]];
+        at = [clamp(column, 0, last[0]), clamp(row, 0, last[1])];
+        const [x, y] = at.map((place, i) => place / last[i]);
         const weights = [(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x];
         const corners = [[0, 0], [last[0], 0], [0, last[1]], last].map((corner, i) => [...corner, weights[i]]);
         this.show([mixing.checked ? corners.filter((corner) => corner[2] > 0) : [at]]);
@@ -154,21 +146,23 @@
       ];
 
       const point = (event) => {
-        const box = map.getBoundingClientRect();
-        const place = (from, size, n) => Math.floor((n * from) / size);
-        move(place(event.clientX - box.left, box.width, this.columns), place(event.clientY - box.top, box.height, this.rows));
+        const [right, up] = pointAt(event, map, 1); // from -1 to 1
+        move(Math.floor((this.columns * (1 + right)) / 2), Math.floor((this.rows * (1 - up)) / 2));
       };
-      pad.addEventListener("pointerdown", (event) => {
-        pad.setPointerCapture(event.pointerId);
-        point(event);
-      });
-      pad.addEventListener("pointermove", (event) => pad.hasPointerCapture(event.pointerId) && point(event));
-      pad.addEventListener("keydown", (event) => {
-        const step = arrow(event);
-        if (!step) return;
-        event.preventDefault(); // the page would scroll
-        move(at[0] + step[0], at[1] - step[1], true);
-      });
+      const pad = element("div", {
+        class: "pad", role: "application", tabindex: 0, "aria-label": "pad: the arrow keys move between the corners",
+        onpointerdown: (event) => {
+          pad.setPointerCapture(event.pointerId);
+          point(event);
+        },
+        onpointermove: (event) => pad.hasPointerCapture(event.pointerId) && point(event),
+        onkeydown: (event) => {
+          const step = arrow(event);
+          if (!step) return;
+          event.preventDefault(); // the page would scroll
+          move(at[0] + step[0], at[1] - step[1], true);
+        },
+      }, map, marker);
 
       this.view.classList.add("beside");
       move(...(this.getAttribute("start") ?? "0,0").split(",").map(Number));
@@ -203,8 +197,7 @@
         Object.assign(now, changes);
         const row = now.picture * scales.length + now.scale;
         this.show([[[0, row]], [[now.draw, row]]], 2);
-        const scale = `scale ${now.scale + 1} drawn again, ${now.draw} of ${this.columns - 1}`;
-        this.say(`Left: the original. Right: ${scale}.`, true);
+        this.say(`Left: the original. Right: scale ${now.scale + 1} drawn again, ${now.draw} of ${this.columns - 1}.`, true);
       };
       move({});
       const next = button("next draw", () => move({ draw: (now.draw % (this.columns - 1)) + 1 }), { class: "plain main" });

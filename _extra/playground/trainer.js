@@ -85,15 +85,13 @@
   const MOST = 150; // points that a reader can draw
 
   const OWN_STYLE = `
-    .title { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+    .title { font-size: .9rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
     .pill, button.plain, select { font-size: .9rem; }
-    @container (max-width: 30rem) {
-      label.pill:has(input:disabled) { display: none; }
-    }
     label.pill span, button.plain, select { min-height: 2.25rem; }
     .settings { display: flex; flex-wrap: wrap; gap: .35rem 1rem; margin-bottom: .5rem; }
     .settings label { align-items: center; display: flex; font-weight: 600; gap: .35rem; }
     @container (max-width: 30rem) {
+      label.pill:has(input:disabled) { display: none; }
       .settings { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); }
       .settings label { align-items: stretch; flex-direction: column; gap: 0; }
     }
@@ -106,10 +104,9 @@
     button.main { min-width: 5.5rem; justify-content: center; }
     [hidden] { display: none !important; }
     .panes { gap: .35rem .75rem; grid-template-columns: repeat(2, minmax(0, 1fr)); }
-    .title { font-size: .9rem; }
     .title::before { border-top: 3px solid var(--accent); content: ""; display: inline-block; margin-right: .4rem; vertical-align: .25em; width: 1.5rem; }
     .title.broken::before { border-top: 3px dashed var(--bad); }
-    .now { margin: .5rem 0; min-height: 2.8em; }
+    .now { min-height: 2.8em; }
     .view { display: grid; gap: .5rem 1rem; }
     .charts { display: flex; flex-direction: column; min-height: 21rem; }
     @container (min-width: 38rem) { .view:not(.one) { grid-template-columns: minmax(0, 4fr) minmax(0, 3fr); } }
@@ -385,32 +382,24 @@
     }
 
     toggle(text, name, act, attributes = {}) {
-      const one = button(text, () => {
+      this.toggles[name] = button(text, () => {
         this.view[name] = !this.view[name];
-        this.showChoices();
         act();
+        this.showChoices();
+        this.draw();
       }, attributes);
-      this.toggles[name] = one;
-      return one;
+      return this.toggles[name];
     }
 
     tools() {
       this.penTools = element("span", { class: "own" },
-        this.toggle("pen", "pen", () => {
-          this.view.samples = false;
-          this.showChoices();
-          this.draw();
-        }),
+        this.toggle("pen", "pen", () => (this.view.samples = false)),
         button("wipe", () => {
           this.view.pen = true;
           this.change({ own: "" });
         }));
       return element("div", { class: "tools" },
-        this.toggle("samples instead of data", "samples", () => {
-          this.view.pen = false;
-          this.showChoices();
-          this.draw();
-        }),
+        this.toggle("samples instead of data", "samples", () => (this.view.pen = false)),
         this.penTools,
         (this.saver = button("", () => this.write((description) => this.save(description)), { title: "as JSON, for nflows_lib" })),
         (this.inside = button("", () => this.write((description) => this.lookInside(description)), { title: "hand the flow to the playground on this page" })),
@@ -619,7 +608,7 @@
       });
       this.drawChart(this.chart, "losses", this.limits);
       const clipped = this.variants.filter((failures) => !failures.includes("clipping")).length;
-      const clip = { at: 5, text: clipped < this.flows.length ? "the sound flow's is clipped to 5" : "clipped to 5" };
+      const clip = { at: Math.log10(5), text: clipped < this.flows.length ? "the sound flow's is clipped to 5" : "clipped to 5" };
       this.drawChart(this.normChart, "norms", clipped ? [clip] : []);
     }
 
@@ -640,8 +629,9 @@
         }
         pen.globalAlpha = 1;
       }
-      const [points, latents] = this.view.samples ? [flow.samples, flow.noise] : [flow.points, flow.latents];
-      const [shown, from] = isData ? [points, this.view.samples ? latents : points] : [latents, this.view.samples ? latents : points];
+      const { samples } = this.view;
+      const [points, latents] = samples ? [flow.samples, flow.noise] : [flow.points, flow.latents];
+      const [shown, from] = [isData ? points : latents, samples ? latents : points];
       const n = (shown?.length ?? 0) / 2;
       for (let b = 0; b < n; b++) {
         pen.fillStyle = hue([from[b], from[n + b]]);
@@ -670,10 +660,10 @@
       const isLoss = what === "losses";
       const [left, right, top, bottom] = [44, width - 8, 20, height - 20];
       const steps = Math.max(200, this.steps);
-      const columns = this.flows.map((flow) => binned(flow[what], steps, Math.max(1, Math.floor(right - left))));
+      // Of the losses, or of the norms' logarithms.
+      const columns = this.flows.map((flow) => binned(isLoss ? flow[what] : flow[what].map(Math.log10), steps, Math.max(1, Math.floor(right - left))));
       const [low, high] = isLoss ? this.lossRange(columns.flat(), limits) : normRange(columns.flat());
-      const place = (v) => bottom - ((v - low) / (high - low)) * (bottom - top); // of a loss, or of a norm's logarithm
-      const scale = (value) => clamp(place(isLoss ? value : Math.log10(value)), top, bottom);
+      const place = (v) => clamp(bottom - ((v - low) / (high - low)) * (bottom - top), top, bottom);
       // Axes.
       pen.font = "12px sans-serif";
       pen.fillStyle = colour("text");
@@ -697,15 +687,14 @@
         pen.globalAlpha = 0.2;
         for (const { x, least, most } of bins) {
           if (Number.isNaN(least + most)) continue;
-          const [from, to] = [scale(most), scale(Math.max(least, isLoss ? -Infinity : 1e-12))];
-          pen.fillRect(left + x, from, 1, Math.max(to - from, 1));
+          pen.fillRect(left + x, place(most), 1, Math.max(place(least) - place(most), 1));
         }
         pen.globalAlpha = 1;
         pen.beginPath();
         let inside = false;
         for (const { x, mean } of bins) {
           const there = Number.isFinite(mean) && (!isLoss || mean <= high);
-          if (there) pen[inside ? "lineTo" : "moveTo"](left + x, scale(mean));
+          if (there) pen[inside ? "lineTo" : "moveTo"](left + x, place(mean));
           inside = there;
         }
         pen.stroke();
@@ -720,7 +709,7 @@
       });
       const last = (flow, i) => `${this.names[i]} ${number(flow[what].at(-1) ?? NaN)}`;
       canvas.setAttribute("aria-label", `The ${isLoss ? "loss" : "gradient's norm"} after ${this.steps} steps: ${this.flows.map(last).join(", ")}.`);
-      this.drawLimits(drawing, limits, { left, right, scale, bottom });
+      this.drawLimits(drawing, limits, { left, right, place, bottom });
     }
 
     // From the lowest to the highest loss of the chart. The first steps, and single leaps, may leave it at the top.
@@ -743,17 +732,17 @@
     }
 
     // Horizontal lines, each with its name below it, or further down where another name stands; above it at the chart's end.
-    drawLimits(drawing, limits, { left, right, scale, bottom }) {
+    drawLimits(drawing, limits, { left, right, place, bottom }) {
       const { pen, colour } = drawing;
       pen.strokeStyle = colour("text");
       pen.lineWidth = 1;
       pen.setLineDash([2, 3]);
-      for (const { at } of limits) drawRow(pen, left, right, scale(at));
+      for (const { at } of limits) drawRow(pen, left, right, place(at));
       pen.textAlign = "right";
       let free = 0;
       for (const { at, text } of [...limits].sort((a, b) => b.at - a.at)) {
-        const under = Math.max(scale(at) + 12, free);
-        const y = under > bottom - 2 ? scale(at) - 4 : under;
+        const under = Math.max(place(at) + 12, free);
+        const y = under > bottom - 2 ? place(at) - 4 : under;
         free = y + 13;
         label(drawing, text, right, y);
       }
@@ -775,9 +764,9 @@
   // From the lowest to the highest logarithm of a norm in the chart.
   function normRange(bins) {
     const found = bins.filter(({ most }) => Number.isFinite(most));
-    const low = Math.min(-1, ...found.map(({ least }) => Math.log10(least)));
-    const high = Math.max(2, ...found.map(({ most }) => Math.min(Math.log10(most), 12)));
-    return [Math.max(low, -3) - 0.1, high + 0.1];
+    const low = Math.min(-1, ...found.map(({ least }) => least));
+    const high = Math.max(2, ...found.map(({ most }) => most));
+    return [Math.max(low, -3) - 0.1, Math.min(high, 12) + 0.1];
   }
 
   function drawRow(pen, from, to, y) {
