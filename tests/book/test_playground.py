@@ -743,7 +743,7 @@ def test_play_stops_at_the_last_layer_and_begins_again(page: Page) -> None:
 def test_samples_are_the_flows_own(page: Page) -> None:
     """When another flow is chosen, the samples are that flow's."""
     go(page, "data=moons&model=realnvp&without=nothing&layer=0")
-    samples = page.get_by_role("button", name="samples instead of data")
+    samples = page.locator("flow-playground").get_by_role("button", name="samples instead of data")
     samples.click()
     for name in ("moons", "circles"):
         page.get_by_label(playground.SETS[name][0], exact=True).check()
