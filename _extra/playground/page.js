@@ -21,7 +21,7 @@
       border-radius: 1.25rem; color: var(--text); display: inline-flex; font: inherit; min-height: 2.5rem; padding: .3rem .8rem; }
     label.pill input:checked + span, button.plain[aria-pressed="true"], button.main {
       background: var(--accent); border-color: var(--accent); color: var(--ground); }
-    label.pill.broken input:checked + span { background: var(--bad); border-color: var(--bad); }
+    .broken input:checked:not([value="nothing"]) + span { background: var(--bad); border-color: var(--bad); }
     :focus-visible, label.pill input:focus-visible + span { outline: 3px solid var(--ring); outline-offset: 2px; }
     button.plain { cursor: pointer; }
     select, input[type="number"] { background: var(--ground); border: 1px solid var(--muted); border-radius: .3rem; color: var(--text);
@@ -52,9 +52,11 @@
 
   // --- parts of a page ---
 
-  // An attribute that is a function, such as onclick, is called at that event.
+  // The tag may name classes: "p.story.broken". An attribute that is a function, such as onclick, is called at that event.
   function element(tag, attributes = {}, ...children) {
-    const made = document.createElement(tag);
+    const [name, ...classes] = tag.split(".");
+    const made = document.createElement(name);
+    if (classes.length) made.className = classes.join(" ");
     for (const [name, value] of Object.entries(attributes)) {
       if (typeof value === "function") made.addEventListener(name.slice(2), value);
       else made.setAttribute(name, value);
@@ -64,12 +66,11 @@
   }
 
   function button(text, onclick, attributes = {}) {
-    return element("button", { type: "button", class: "plain", onclick, ...attributes }, text);
+    return element("button.plain", { type: "button", onclick, ...attributes }, text);
   }
 
-  // A radio button or a switch that looks like a button.
-  function pill(input, text, kind = "pill") {
-    return element("label", { class: kind }, input, element("span", {}, text));
+  function pill(input, text) {
+    return element("label.pill", {}, input, element("span", {}, text));
   }
 
   // One of several options, which are texts by value: the fieldset, and the radio button of each value.
@@ -79,7 +80,7 @@
       radios[value] = element("input", { type: "radio", name, value, onchange: () => onChange(value) });
       return pill(radios[value], text);
     });
-    return { fieldset: element("fieldset", {}, element("legend", {}, title), element("div", { class: "options" }, ...pills)), radios };
+    return { fieldset: element("fieldset", {}, element("legend", {}, title), element("div.options", {}, ...pills)), radios };
   }
 
   // A button with which the reader chooses a file.
@@ -89,7 +90,7 @@
       input.value = ""; // so that the same file can be opened again
     };
     const input = element("input", { type: "file", accept: ".json,application/json", "aria-label": "open a flow", onchange });
-    return element("label", { class: "pill" }, input, element("span", { "aria-hidden": "true" }, "open a flow…"));
+    return element("label.pill", {}, input, element("span", { "aria-hidden": "true" }, "open a flow…"));
   }
 
   // Where an arrow key leads, as steps to the right and up; null for another key.

@@ -273,22 +273,22 @@
       const titles = Object.fromEntries(Object.entries(SETS).map(([name, set]) => [name, set.title]));
       this.shadowRoot.append(
         element("style", {}, STYLE),
-        element("div", { class: "choices" },
+        element("div.choices", {},
           this.radioGroup("Data", "data", titles),
           this.radioGroup("Model", "model", MODELS),
           this.radioGroup("Left out", "without", FAILURES)),
         this.way(),
-        element("div", { class: "panes" }, this.pane("data"), this.pane("latent")),
-        (this.now = element("p", { class: "now" })),
-        (this.story = element("p", { class: "story" })),
-        element("div", { class: "numbers" },
-          element("div", {}, this.pointInputs("data", "x"), this.pointInputs("latent", "z"), (this.sum = element("p", { class: "sum" }))),
+        element("div.panes", {}, this.pane("data"), this.pane("latent")),
+        (this.now = element("p.now")),
+        (this.story = element("p.story")),
+        element("div.numbers", {},
+          element("div", {}, this.pointInputs("data", "x"), this.pointInputs("latent", "z"), (this.sum = element("p.sum"))),
           element("div", {},
-            element("p", { class: "sum" }, "What each layer adds to log p, in nats:"),
-            (this.bars = element("div", { class: "bars", "aria-hidden": "true" })))),
+            element("p.sum", {}, "What each layer adds to log p, in nats:"),
+            (this.bars = element("div.bars", { "aria-hidden": "true" })))),
         this.tools(),
-        (this.error = element("p", { class: "error", role: "alert" })),
-        (this.spoken = element("p", { class: "hidden", role: "status" })));
+        (this.error = element("p.error", { role: "alert" })),
+        (this.spoken = element("p.hidden", { role: "status" })));
     }
 
     radioGroup(title, name, options) {
@@ -302,9 +302,7 @@
         this.say(this.story.textContent);
       });
       this.radios[name] = radios;
-      for (const [value, radio] of Object.entries(radios)) {
-        radio.parentElement.classList.toggle("broken", name === "without" && value !== "nothing");
-      }
+      if (name === "without") fieldset.classList.add("broken");
       return fieldset;
     }
 
@@ -318,8 +316,8 @@
       const ours = (event) => this.drag?.frame === frame && frame.hasPointerCapture(event.pointerId);
       const canvas = element("canvas", { role: "img" });
       // An application, as for a screen reader a button would keep the arrow keys to itself.
-      const handle = element("div", {
-        role: "application", tabindex: 0, class: "handle",
+      const handle = element("div.handle", {
+        role: "application", tabindex: 0,
         onkeydown: (event) => {
           const step = arrow(event);
           if (!step) return;
@@ -329,8 +327,7 @@
           if (h.every(Number.isFinite)) this.place(name, h.map((v, i) => v + size * step[i]));
         },
       });
-      const frame = element("div", {
-        class: "pane",
+      const frame = element("div.pane", {
         onpointerdown: (event) => {
           if (event.button !== 0 || !event.isPrimary) return;
           this.settle();
@@ -358,7 +355,7 @@
           this.drag = null;
         },
       }, canvas, handle);
-      const title = element("p", { class: "title" }, "data x");
+      const title = element("p.title", {}, "data x");
       this.panes = { ...this.panes, [name]: { canvas, handle, title, frame } };
       return element("div", {}, title, frame);
     }
@@ -393,7 +390,7 @@
       const oninput = () => this.jump(Number(this.slider.value));
       this.slider = element("input", { type: "range", min: 0, value: 0, step: 1, "aria-label": "layers passed", oninput });
       this.player = button("Play", () => (this.playing ? this.stop() : this.play(1)));
-      return element("div", { class: "way" },
+      return element("div.way", {},
         this.player,
         button("Sample", () => this.sample(), { title: "draw new points from the Gaussian and send them back through the layers" }),
         button("◀", () => this.jump(this.state.layer - 1), { "aria-label": "one layer back" }),
@@ -422,7 +419,7 @@
         return input;
       });
       this.panes[pane].inputs = inputs;
-      return element("div", { class: "point" }, element("b", {}, `${pane} ${letter}`), ...inputs);
+      return element("div.point", {}, element("b", {}, `${pane} ${letter}`), ...inputs);
     }
 
     tools() {
@@ -437,7 +434,7 @@
         return one;
       };
       const toggleState = (name) => toggle(name, () => state[name], (on) => (state[name] = on));
-      return element("div", { class: "tools" },
+      return element("div.tools", {},
         toggleState("points"),
         toggleState("grid"),
         toggleState("density"),
@@ -544,10 +541,10 @@
       this.fill("latent", path.states[last]);
       this.bars.replaceChildren(
         ...path.logDets.map((value, i) => {
-          const bar = element("i", { class: value < 0 ? "down" : "up" });
           const half = Number.isFinite(value) ? (50 * Math.abs(value)) / this.barScale : 50;
-          bar.style.cssText = `height: ${half}%; ${value < 0 ? "top" : "bottom"}: 50%`;
-          return element("span", { class: i === state.layer - 1 ? "here" : "", onclick: () => this.jump(i + 1) }, bar);
+          const [way, from] = value < 0 ? ["down", "top"] : ["up", "bottom"];
+          const bar = element(`i.${way}`, { style: `height: ${half}%; ${from}: 50%` });
+          return element(i === state.layer - 1 ? "span.here" : "span", { onclick: () => this.jump(i + 1) }, bar);
         }),
       );
 

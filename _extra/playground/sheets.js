@@ -64,7 +64,7 @@
       [this.columns, this.rows, this.gap] = [this.number("columns"), this.number("rows"), this.number("gap", 0)];
       this.width = (this.sheet.naturalWidth + this.gap) / this.columns - this.gap; // of one picture
       this.height = (this.sheet.naturalHeight + this.gap) / this.rows - this.gap;
-      this.view = element("canvas", { class: "view", role: "img", "aria-label": `A part of the sheet, enlarged. ${this.alt}` });
+      this.view = element("canvas.view", { role: "img", "aria-label": `A part of the sheet, enlarged. ${this.alt}` });
       this.status = element("output");
       this.attachShadow({ mode: "open" }).append(element("style", {}, STYLE), this[this.getAttribute("mode")](), element("slot"));
       this.classList.add("ready");
@@ -112,7 +112,7 @@
 
     // What a mode adds to the page: the picture, perhaps something beside it, and controls.
     part(controls, ...beside) {
-      return element("div", { class: "tools" }, this.view, ...beside, element("div", { class: "controls" }, this.status, ...controls));
+      return element("div.tools", {}, this.view, ...beside, element("div.controls", {}, this.status, ...controls));
     }
 
     // --- the three modes, each gives its part of the page ---
@@ -149,8 +149,8 @@
         const [right, up] = pointAt(event, map, 1); // from -1 to 1
         move(Math.floor((this.columns * (1 + right)) / 2), Math.floor((this.rows * (1 - up)) / 2));
       };
-      const pad = element("div", {
-        class: "pad", role: "application", tabindex: 0, "aria-label": "pad: the arrow keys move between the corners",
+      const pad = element("div.pad", {
+        role: "application", tabindex: 0, "aria-label": "pad: the arrow keys move between the corners",
         onpointerdown: (event) => {
           pad.setPointerCapture(event.pointerId);
           point(event);
@@ -167,7 +167,7 @@
       this.view.classList.add("beside");
       move(...(this.getAttribute("start") ?? "0,0").split(",").map(Number));
       const mix = element("label", {}, mixing, "mix the corners' pixels instead");
-      const controls = [...sliders.map(({ whole }) => whole), mix].map((whole) => element("div", { class: "row" }, whole));
+      const controls = [...sliders.map(({ whole }) => whole), mix].map((whole) => element("div.row", {}, whole));
       return this.part(controls, pad);
     }
 
@@ -187,7 +187,7 @@
       move(this.number("start", 0));
       const lower = button("◀", by(-1), { "aria-label": `lower ${label}` });
       const higher = button("▶", by(1), { "aria-label": `higher ${label}` });
-      return this.part([element("div", { class: "row" }, lower, whole, higher)]);
+      return this.part([element("div.row", {}, lower, whole, higher)]);
     }
 
     redraw() {
@@ -204,7 +204,7 @@
       return this.part([
         this.radios("picture", pictures, now.picture, (picture) => move({ picture })),
         this.radios("scale", scales, now.scale, (scale) => move({ scale })),
-        element("div", { class: "row" }, next),
+        element("div.row", {}, next),
       ]);
     }
   }

@@ -9,7 +9,8 @@
 // The one name that this file adds to the page.
 globalThis.PlaygroundTraining = (function mathematics() {
   "use strict";
-  const LOG_2PI = Math.log(2 * Math.PI);
+  const { PI, abs, ceil, cos, exp, floor, log, log1p, max, min, sin, sqrt, tanh } = Math;
+  const LOG_2PI = log(2 * PI);
 
   // --- random numbers ---
 
@@ -32,7 +33,7 @@ globalThis.PlaygroundTraining = (function mathematics() {
     }
 
     normal() {
-      return Math.sqrt(-2 * Math.log(1 - this.uniform())) * Math.cos(2 * Math.PI * this.uniform());
+      return sqrt(-2 * log(1 - this.uniform())) * cos(2 * PI * this.uniform());
     }
   }
 
@@ -46,11 +47,11 @@ globalThis.PlaygroundTraining = (function mathematics() {
       draw: (random) => random.normal(),
     },
     logistic: {
-      logProb: (z) => -Math.abs(z) - 2 * Math.log1p(Math.exp(-Math.abs(z))),
-      slope: (z) => -Math.tanh(z / 2),
+      logProb: (z) => -abs(z) - 2 * log1p(exp(-abs(z))),
+      slope: (z) => -tanh(z / 2),
       draw: (random) => {
         const u = random.uniform(); // can be 0
-        return Math.log((u + 2 ** -54) / (1 - u));
+        return log((u + 2 ** -54) / (1 - u));
       },
     },
   };
@@ -61,12 +62,12 @@ globalThis.PlaygroundTraining = (function mathematics() {
   const SHARES = [6, 2, 3, 5]; // of 16: how often a pair of black and white pixels is (0, 0), (1, 0), (0, 1) and (1, 1)
 
   const curve = (n, at) => Array.from({ length: n }, (_, i) => at((i + 0.5) / n));
-  const circle = (radius) => curve(160, (t) => [radius * Math.cos(2 * Math.PI * t), radius * Math.sin(2 * Math.PI * t)]);
+  const circle = (radius) => curve(160, (t) => [radius * cos(2 * PI * t), radius * sin(2 * PI * t)]);
   // Each set is a mixture of round Gaussians with equal weights, so its density is known exactly: means and one std.
   const MIXTURES = {
     gaussians: { means: [[-2, 0], [2, 0]], std: 0.5 },
     moons: {
-      means: curve(128, (t) => [1.5 * Math.cos(Math.PI * t) - 0.75, 1.5 * Math.sin(Math.PI * t) - 0.375]).flatMap(
+      means: curve(128, (t) => [1.5 * cos(PI * t) - 0.75, 1.5 * sin(PI * t) - 0.375]).flatMap(
         ([a, b]) => [[a, b], [-a, -b]],
       ),
       std: 0.075,
@@ -74,8 +75,8 @@ globalThis.PlaygroundTraining = (function mathematics() {
     circles: { means: [...circle(2.5), ...circle(1.25)], std: 0.1 },
     spiral: {
       means: curve(256, (t) => {
-        const angle = 1.5 * Math.PI * (1 + 2 * t);
-        return [(angle * Math.cos(angle)) / 5, (angle * Math.sin(angle)) / 5];
+        const angle = 1.5 * PI * (1 + 2 * t);
+        return [(angle * cos(angle)) / 5, (angle * sin(angle)) / 5];
       }),
       std: 0.06,
     },
@@ -91,7 +92,7 @@ globalThis.PlaygroundTraining = (function mathematics() {
   function drawAround(centres, noise, random, n) {
     const x = new Float64Array(2 * n);
     for (let b = 0; b < n; b++) {
-      const centre = centres[Math.floor(random.uniform() * centres.length)];
+      const centre = centres[floor(random.uniform() * centres.length)];
       for (let i = 0; i < 2; i++) x[i * n + b] = centre[i] + noise();
     }
     return x;
@@ -106,18 +107,18 @@ globalThis.PlaygroundTraining = (function mathematics() {
         const reach = 5.5 * std;
         const axes = [0, 1].map((i) => {
           const centres = means.map((mean) => mean[i]);
-          const start = Math.min(...centres) - reach;
-          return { start, count: Math.ceil((Math.max(...centres) + reach - start) / side) };
+          const start = min(...centres) - reach;
+          return { start, count: ceil((max(...centres) + reach - start) / side) };
         });
         const density = new Float64Array(axes[0].count * axes[1].count);
-        const weight = 1 / (2 * Math.PI * std * std * means.length);
+        const weight = 1 / (2 * PI * std * std * means.length);
         // A Gaussian is a product of one factor per coordinate, and beyond the reach it counts as 0.
         for (const mean of means) {
           const [rows, columns] = axes.map(({ start }, i) => {
-            const first = Math.floor((mean[i] - reach - start) / side);
-            const last = Math.ceil((mean[i] + reach - start) / side);
+            const first = floor((mean[i] - reach - start) / side);
+            const last = ceil((mean[i] + reach - start) / side);
             const values = [];
-            for (let k = first; k < last; k++) values.push(Math.exp(-0.5 * ((start + (k + 0.5) * side - mean[i]) / std) ** 2));
+            for (let k = first; k < last; k++) values.push(exp(-0.5 * ((start + (k + 0.5) * side - mean[i]) / std) ** 2));
             return { first, values };
           });
           rows.values.forEach((p, a) => {
@@ -132,7 +133,7 @@ globalThis.PlaygroundTraining = (function mathematics() {
 
   // Pairs of whole numbers from 0 to 1, with uniform noise in [0, 1), moved so that 0 is in the middle.
   function wholeNumbers() {
-    const pairs = SHARES.flatMap((share, k) => Array(share).fill([(k % 2) - 1, Math.floor(k / 2) - 1]));
+    const pairs = SHARES.flatMap((share, k) => Array(share).fill([(k % 2) - 1, floor(k / 2) - 1]));
     return {
       draw: (random, n) => drawAround(pairs, () => random.uniform(), random, n),
       onGrid: () => ({ density: Float64Array.from(SHARES, (share) => share / 16), area: 1 }),
@@ -142,13 +143,13 @@ globalThis.PlaygroundTraining = (function mathematics() {
   // What two failures make of a batch: a column twice, or numbers without their noise, each in the middle of its cell.
   function spoil(x, n, failures) {
     if (!failures.includes("column") && !failures.includes("noise")) return x;
-    return x.map((v, at) => (failures.includes("column") ? x[at % n] : Math.floor(v) + 0.5));
+    return x.map((v, at) => (failures.includes("column") ? x[at % n] : floor(v) + 0.5));
   }
 
   // The entropy of the data in nats, which is the lowest mean of -log p that any model has on them.
   function entropyOf(data) {
     const { density, area } = data.onGrid();
-    return -density.reduce((total, p) => (p > 0 ? total + p * Math.log(p) * area : total), 0);
+    return -density.reduce((total, p) => (p > 0 ? total + p * log(p) * area : total), 0);
   }
 
   // The lowest mean of -log p, in nats, of a model p(x) = base(f(x)) whose f keeps volume. The best f takes every superlevel set of
@@ -163,9 +164,9 @@ globalThis.PlaygroundTraining = (function mathematics() {
 
   // The base's log-density in the plane, averaged over the points whose superlevel sets have volumes from a to b.
   function superlevel(base, volume) {
-    if (base === "normal") return (a, b) => -LOG_2PI - (a + b) / (4 * Math.PI); // discs: volume pi r^2
-    const side = Math.min(0.04, Math.sqrt(volume) / 60);
-    const reach = 3 + Math.sqrt(volume); // the set is smaller than the square whose corners are on the axes
+    if (base === "normal") return (a, b) => -LOG_2PI - (a + b) / (4 * PI); // discs: volume pi r^2
+    const side = min(0.04, sqrt(volume) / 60);
+    const reach = 3 + sqrt(volume); // the set is smaller than the square whose corners are on the axes
     const values = [];
     for (let z1 = -reach + side / 2; z1 < reach; z1 += side) values.push(BASES[base].logProb(z1));
     const cells = new Float64Array(values.length ** 2);
@@ -174,8 +175,8 @@ globalThis.PlaygroundTraining = (function mathematics() {
     const sums = new Float64Array(cells.length + 1);
     cells.forEach((value, i) => (sums[i + 1] = sums[i] + value));
     const until = (v) => {
-      const at = Math.min(v / side ** 2, cells.length - 1);
-      const whole = Math.floor(at);
+      const at = min(v / side ** 2, cells.length - 1);
+      const whole = floor(at);
       return sums[whole] + (at - whole) * cells[whole];
     };
     return (a, b) => (until(b) - until(a)) / ((b - a) / side ** 2);
@@ -190,12 +191,12 @@ globalThis.PlaygroundTraining = (function mathematics() {
       return h * slopes[at];
     },
     silu(h, slopes, at) {
-      const gate = 1 / (1 + Math.exp(-h));
+      const gate = 1 / (1 + exp(-h));
       slopes[at] = gate * (1 + h * (1 - gate));
       return h * gate;
     },
     tanh(h, slopes, at) {
-      const value = Math.tanh(h);
+      const value = tanh(h);
       slopes[at] = 1 - value * value;
       return value;
     },
@@ -206,10 +207,10 @@ globalThis.PlaygroundTraining = (function mathematics() {
   // The values of coordinate i of n vectors.
   const coordinate = (x, i, n) => x.subarray(i * n, (i + 1) * n);
   // B of n vectors, from one of them on.
-  const some = (x, n, from, B) => Float64Array.from({ length: (x.length / n) * B }, (_, at) => x[Math.floor(at / B) * n + from + (at % B)]);
+  const some = (x, n, from, B) => Float64Array.from({ length: (x.length / n) * B }, (_, at) => x[floor(at / B) * n + from + (at % B)]);
   const sum = (values) => values.reduce((total, v) => total + v, 0);
   const mean = (values) => sum(values) / values.length;
-  const deviation = (values, middle = mean(values)) => Math.sqrt(mean(values.map((v) => (v - middle) ** 2)));
+  const deviation = (values, middle = mean(values)) => sqrt(mean(values.map((v) => (v - middle) ** 2)));
 
   // A fully connected network. take(n) gives the next n parameters, as views of values and of gradients.
   function makeNetwork(sizes, activation, take) {
@@ -277,20 +278,20 @@ globalThis.PlaygroundTraining = (function mathematics() {
       kind: "scaling",
       forward(x, z, logDet, B) {
         for (let at = 0; at < dims * B; at++) {
-          const logScale = values[Math.floor(at / B)];
-          z[at] = x[at] * Math.exp(logScale);
+          const logScale = values[floor(at / B)];
+          z[at] = x[at] * exp(logScale);
           logDet[at % B] += logScale;
         }
       },
       backward(d, byLogDet, x, B) {
         for (let at = 0; at < dims * B; at++) {
-          const i = Math.floor(at / B);
-          d[at] *= Math.exp(values[i]);
+          const i = floor(at / B);
+          d[at] *= exp(values[i]);
           gradients[i] += d[at] * x[at] + byLogDet;
         }
       },
       inverse(z, B) {
-        for (let at = 0; at < dims * B; at++) z[at] *= Math.exp(-values[Math.floor(at / B)]);
+        for (let at = 0; at < dims * B; at++) z[at] *= exp(-values[floor(at / B)]);
       },
       write: () => ({ kind: "scaling", log_scale: [...values] }),
     };
@@ -320,9 +321,9 @@ globalThis.PlaygroundTraining = (function mathematics() {
       const output = network.forward(own.seen, B);
       for (const name of ["bent", "logScale", "factor"]) own[name] = room(own[name], n * B);
       for (let at = 0; at < n * B; at++) {
-        own.bent[at] = tame ? Math.tanh(output[at]) : output[at];
+        own.bent[at] = tame ? tanh(output[at]) : output[at];
         own.logScale[at] = affine ? own.bent[at] * (tame ? tame.values[0] : 1) : 0;
-        own.factor[at] = Math.exp(own.logScale[at]);
+        own.factor[at] = exp(own.logScale[at]);
       }
       own.shift = affine ? output.subarray(n * B) : output;
     };
@@ -414,7 +415,7 @@ globalThis.PlaygroundTraining = (function mathematics() {
     logProb(x, n, passed = 0) {
       const found = { logProb: new Float64Array(n), latent: new Float64Array(this.dims * n), logDet: new Float64Array(n) };
       for (let from = 0; from < n; from += BATCH) {
-        const B = Math.min(BATCH, n - from);
+        const B = min(BATCH, n - from);
         const z = this.forward(some(x, n, from, B), B, passed);
         for (let b = 0; b < B; b++) {
           found.logProb[from + b] = this.logBase(z, b, B) + this.logDet[b];
@@ -433,9 +434,9 @@ globalThis.PlaygroundTraining = (function mathematics() {
       const cells = new Float64Array(2 * n);
       for (let at = 0; at < n; at++) {
         cells[at] = place(at % side);
-        cells[n + at] = -place(Math.floor(at / side));
+        cells[n + at] = -place(floor(at / side));
       }
-      return this.logProb(cells, n, passed).logProb.map(Math.exp);
+      return this.logProb(cells, n, passed).logProb.map(exp);
     }
 
     inverse(z, B) {
@@ -469,12 +470,12 @@ globalThis.PlaygroundTraining = (function mathematics() {
     gradientNorm() {
       let total = 0;
       for (const { gradients } of this.parameters) for (const g of gradients) total += g * g;
-      return Math.sqrt(total);
+      return sqrt(total);
     }
 
     step(norm = this.gradientNorm()) {
       this.steps += 1;
-      const shrink = this.clip === null ? 1 : Math.min(1, this.clip / (norm + 1e-6));
+      const shrink = this.clip === null ? 1 : min(1, this.clip / (norm + 1e-6));
       const [first, second] = [1 - 0.9 ** this.steps, 1 - 0.999 ** this.steps];
       this.parameters.forEach(({ values, gradients }, p) => {
         const [m, v] = this.moments[p];
@@ -482,7 +483,7 @@ globalThis.PlaygroundTraining = (function mathematics() {
           const g = gradients[i] * shrink;
           m[i] += 0.1 * (g - m[i]);
           v[i] += 0.001 * (g * g - v[i]);
-          values[i] -= (this.rate * (m[i] / first)) / (Math.sqrt(v[i] / second) + 1e-8);
+          values[i] -= (this.rate * (m[i] / first)) / (sqrt(v[i] / second) + 1e-8);
         }
       });
     }
@@ -578,7 +579,7 @@ globalThis.PlaygroundTraining = (function mathematics() {
             latentMean: latents.map(mean),
             latentStd: latents.map((values) => deviation(values)),
             mass: sum(density) * ((2 * extent) / side) ** 2,
-            missed: points.reduce((most, v, at) => Math.max(most, Math.abs(back[at] - v)), 0),
+            missed: points.reduce((most, v, at) => max(most, abs(back[at] - v)), 0),
           };
         }),
       };

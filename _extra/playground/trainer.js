@@ -321,20 +321,20 @@
       Object.assign(this, { selects: {}, toggles: {} }); // what shows the state
       root.append(
         element("style", {}, STYLE + OWN_STYLE),
-        element("div", { class: "settings" }, ...Object.keys(SETTINGS).map((name) => this.select(name))),
+        element("div.settings", {}, ...Object.keys(SETTINGS).map((name) => this.select(name))),
         this.failures(),
         this.buttons(),
-        (this.now = element("p", { class: "now" })),
-        (this.both = element("div", { class: "view" },
-          (this.frame = element("div", { class: "panes" })),
-          element("div", { class: "charts" },
-            (this.chart = element("canvas", { class: "chart", role: "img", "aria-label": "the loss" })),
-            (this.normChart = element("canvas", { class: "chart small", role: "img", "aria-label": "the gradient's norm" }))))),
+        (this.now = element("p.now")),
+        (this.both = element("div.view", {},
+          (this.frame = element("div.panes")),
+          element("div.charts", {},
+            (this.chart = element("canvas.chart", { role: "img", "aria-label": "the loss" })),
+            (this.normChart = element("canvas.chart.small", { role: "img", "aria-label": "the gradient's norm" }))))),
         this.tools(),
-        (this.story = element("div", { class: "story broken" })),
-        (this.facts = element("div", { class: "facts" })),
-        (this.error = element("p", { class: "error", role: "alert" })),
-        (this.spoken = element("p", { class: "hidden", role: "status" })));
+        (this.story = element("div.story.broken")),
+        (this.facts = element("div.facts")),
+        (this.error = element("p.error", { role: "alert" })),
+        (this.spoken = element("p.hidden", { role: "status" })));
     }
 
     failures() {
@@ -346,9 +346,9 @@
           this.say(this.story.textContent);
         };
         const input = (this.switches[name] = element("input", { type: "checkbox", onchange }));
-        return pill(input, text, "pill broken");
+        return pill(input, text);
       });
-      return element("fieldset", {}, element("legend", {}, "Broken"), ...pills);
+      return element("fieldset.broken", {}, element("legend", {}, "Broken"), ...pills);
     }
 
     select(name) {
@@ -371,7 +371,7 @@
         this.train(false);
         this.worker.postMessage({ steps: 1 });
       }, { title: "one step on one batch of 256 points" });
-      return element("div", { class: "way" },
+      return element("div.way", {},
         this.player,
         this.stepper,
         button("Start again", () => this.change({})),
@@ -392,13 +392,13 @@
     }
 
     tools() {
-      this.penTools = element("span", { class: "own" },
+      this.penTools = element("span.own", {},
         this.toggle("pen", "pen", () => (this.view.samples = false)),
         button("wipe", () => {
           this.view.pen = true;
           this.change({ own: "" });
         }));
-      return element("div", { class: "tools" },
+      return element("div.tools", {},
         this.toggle("samples instead of data", "samples", () => (this.view.pen = false)),
         this.penTools,
         (this.saver = button("", () => this.write((description) => this.save(description)), { title: "as JSON, for nflows_lib" })),
@@ -459,8 +459,8 @@
 
     pane(isData) {
       const canvas = element("canvas", { role: "img" });
-      const title = element("p", { class: "title" });
-      const frame = element("div", { class: "pane" }, canvas);
+      const title = element("p.title");
+      const frame = element("div.pane", {}, canvas);
       if (isData) this.letDraw(frame, canvas);
       return { canvas, title, whole: element("div", {}, title, frame) };
     }
