@@ -5,7 +5,7 @@
 {
   const {
     element, button, choice, opener, arrow, pointAt, followLooks, number, signed, clamp, pair, hue,
-    startDrawing, dot, drawAxes, densityPicture, readAddress, writeAddress, clearAddress, followAddress,
+    startDrawing, dot, drawAxes, densityPicture, quantile, readAddress, writeAddress, clearAddress, followAddress,
   } = PlaygroundPage;
   const SETS = globalThis.playgroundSets;
   const MODELS = { nice: "NICE", realnvp: "RealNVP" };
@@ -207,9 +207,8 @@
       const paths = (this.drawn ?? this.setPoints).map((x) => this.flow.path(x));
       this.points = paths.map(({ states }) => states);
       this.extents = Array.from({ length: this.last + 1 }, (_, k) => {
-        const sizes = this.points.map((states) => Math.max(...states[k].map(Math.abs))).filter(Number.isFinite);
-        sizes.sort((a, b) => a - b);
-        return clamp(1.1 * (sizes[Math.floor(0.99 * sizes.length)] ?? 0), EXTENT, WIDEST);
+        const sizes = this.points.map((states) => Math.max(...states[k].map(Math.abs)));
+        return clamp(1.1 * (quantile(sizes, 0.99) ?? 0), EXTENT, WIDEST);
       });
       this.lines = this.strokes.map((stroke) => this.line(stroke, 0));
       return paths;
@@ -319,12 +318,11 @@
       const handle = element("div.handle", {
         role: "application", tabindex: 0,
         onkeydown: (event) => {
-          const step = arrow(event);
+          const step = stepOf(event);
           if (!step) return;
           event.preventDefault();
-          const size = event.shiftKey ? STEP / 10 : STEP;
           const h = name === "data" ? this.state.x : this.path.states[this.state.layer];
-          if (h.every(Number.isFinite)) this.place(name, h.map((v, i) => v + size * step[i]));
+          if (h.every(Number.isFinite)) this.place(name, h.map((v, i) => v + step[i]));
         },
       });
       const frame = element("div.pane", {
@@ -362,10 +360,10 @@
 
     // --- the pen ---
 
+    // The number of a new stroke.
     startStroke() {
-      this.strokes.push([]);
       this.lines.push([]);
-      return this.strokes.length - 1;
+      return this.strokes.push([]) - 1;
     }
 
     // The stroke goes on to h, straight in the plane after k layers.
@@ -404,10 +402,10 @@
         const input = element("input", {
           type: "number", step: "any", "aria-label": letter + index,
           onkeydown: (event) => {
-            const up = arrow(event)?.[1];
+            const up = stepOf(event)?.[1];
             if (!up) return;
             event.preventDefault();
-            input.value = Number((input.valueAsNumber + up * (event.shiftKey ? STEP / 10 : STEP)).toFixed(4));
+            input.value = Number((input.valueAsNumber + up).toFixed(4));
             input.dispatchEvent(new Event("input"));
           },
           oninput: () => {
@@ -677,6 +675,11 @@
       this.heats[k] = { colour, extent, picture };
       return picture;
     }
+  }
+
+  // How far an arrow key moves a point.
+  function stepOf(event) {
+    return arrow(event)?.map((way) => way * (event.shiftKey ? STEP / 10 : STEP));
   }
 
   function describe({ kind, changed }) {

@@ -301,11 +301,10 @@
       this.worker.postMessage({ seen: true });
       if (id !== this.session) return;
       picture.flows.forEach((flow, i) => {
-        const mine = this.flows[i];
-        const { losses, norms } = mine;
+        const { losses, norms } = this.flows[i];
         losses.push(...flow.losses);
         norms.push(...flow.norms);
-        Object.assign(mine, flow, { losses, norms });
+        this.flows[i] = { ...flow, losses, norms };
       });
       this.steps = picture.steps;
       this.over = over || this.steps >= LONGEST;
@@ -317,9 +316,8 @@
     // --- the page ---
 
     build() {
-      const root = this.shadowRoot;
-      Object.assign(this, { selects: {}, toggles: {} }); // what shows the state
-      root.append(
+      Object.assign(this, { selects: {}, toggles: {}, switches: {} }); // what shows the state
+      this.shadowRoot.append(
         element("style", {}, STYLE + OWN_STYLE),
         element("div.settings", {}, ...Object.keys(SETTINGS).map((name) => this.select(name))),
         this.failures(),
@@ -338,7 +336,6 @@
     }
 
     failures() {
-      this.switches = {};
       const pills = Object.entries(FAILURES).map(([name, { name: text, excludes }]) => {
         const onchange = () => {
           const others = this.state.broken.filter((other) => other !== name && !(input.checked && other === excludes));
@@ -353,7 +350,7 @@
 
     select(name) {
       const { title, options } = SETTINGS[name];
-      const texts = Array.isArray(options) ? options.map(String) : Object.values(options);
+      const texts = Object.values(options);
       const onchange = () => {
         const value = values(name)[input.selectedIndex];
         if (name !== "data" && name !== "rate") this.opened = null;
@@ -425,8 +422,7 @@
       this.inside.hidden = !document.querySelector("flow-playground");
       this.player.textContent = this.running ? "Pause" : "Train";
       this.player.disabled = this.stepper.disabled = this.empty || this.over;
-      for (const [{ canvas }] of this.panes ?? []) {
-        const frame = canvas.parentElement;
+      for (const [{ frame }] of this.panes ?? []) {
         frame.classList.toggle("drawing", this.drawing);
         // An application, since a screen reader would keep the arrow keys to itself.
         for (const [name, value] of [["tabindex", 0], ["role", "application"], ["aria-label", "draw points: arrow keys move, space puts a point"]]) {
@@ -462,7 +458,7 @@
       const title = element("p.title");
       const frame = element("div.pane", {}, canvas);
       if (isData) this.letDraw(frame, canvas);
-      return { canvas, title, whole: element("div", {}, title, frame) };
+      return { canvas, title, frame, whole: element("div", {}, title, frame) };
     }
 
     // --- the pen ---
@@ -676,7 +672,7 @@
       }
       for (const tick of ticks(0, steps, 4)) {
         pen.textAlign = tick > 0.9 * steps ? "right" : "center";
-        pen.fillText(tick.toLocaleString("en"), left + (tick / steps) * (right - left), height - 5);
+        pen.fillText(count(tick), left + (tick / steps) * (right - left), height - 5);
       }
       pen.textAlign = "left";
       pen.font = "600 12px sans-serif";
@@ -715,10 +711,10 @@
     // From the lowest to the highest loss of the chart. The first steps, and single leaps, may leave it at the top.
     lossRange(bins, limits) {
       const lines = limits.map(({ at }) => at);
-      const means = bins.map(({ mean }) => mean).filter(Number.isFinite).sort((a, b) => a - b);
+      const means = bins.map(({ mean }) => mean);
       const first = Math.max(...this.flows.map((flow) => flow.losses[0] ?? 4));
-      const usual = means[Math.floor(0.9 * means.length)] ?? first;
-      const low = Math.min(...lines, means[0] ?? first);
+      const usual = quantile(means, 0.9) ?? first;
+      const low = Math.min(...lines, quantile(means, 0) ?? first);
       const high = Math.max(...lines, Math.min(usual, first), low + 0.5);
       return [low - 0.1 * (high - low), high + 0.25 * (high - low)];
     }
@@ -785,17 +781,12 @@
   // Per column of pixels: the mean, the least and the most of its values; "x" is the column.
   function binned(values, steps, columns) {
     const bins = [];
-    for (let k = 0; k < values.length; k++) {
+    values.forEach((value, k) => {
       const x = Math.floor((k / steps) * columns);
-      let bin = bins.at(-1);
-      if (bin?.x !== x) bins.push((bin = { x, total: 0, count: 0, least: Infinity, most: -Infinity }));
-      bin.total += values[k];
-      bin.count += 1;
-      bin.least = Math.min(bin.least, values[k]);
-      bin.most = Math.max(bin.most, values[k]);
-    }
-    for (const bin of bins) bin.mean = bin.total / bin.count;
-    return bins;
+      if (bins.at(-1)?.x !== x) bins.push({ x, all: [] });
+      bins.at(-1).all.push(value);
+    });
+    return bins.map(({ x, all }) => ({ x, mean: mean(all), least: Math.min(...all), most: Math.max(...all) }));
   }
 
   // About n round numbers from low to high; whole ones if they are exponents.
