@@ -35,12 +35,17 @@
       };
     }
 
-    // The flow on the plane that is in a file of the reader's: its name, its JSON, and its description.
-    static async read(file) {
-      const json = JSON.parse(await file.text());
-      const description = PlaygroundFlow.decode(json);
-      check(json.dims === 2, `expected points in the plane, got ${json.dims} dimensions`);
-      return { name: file.name, json, description };
+    // The flow on the plane that is in a file: its name, its JSON, and its description. If there is none, the alert says why.
+    static async read(file, purpose, alert) {
+      try {
+        const json = JSON.parse(await file.text());
+        const description = PlaygroundFlow.decode(json);
+        check(json.dims === 2, `expected points in the plane, got ${json.dims} dimensions`);
+        return { name: file.name, json, description };
+      } catch (error) {
+        alert.textContent = `${file.name} holds no flow that can be ${purpose}: ${error.message}.`;
+        return null;
+      }
     }
 
     // The description of a flow as JSON, with weights rounded to float16. Complains of what the library cannot read.

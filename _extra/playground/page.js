@@ -9,24 +9,23 @@
       accent-color: var(--accent); color: var(--text); container-type: inline-size; display: block; font-size: 1rem; line-height: 1.4;
       margin-block: 1.5rem; scroll-margin-top: 4rem; }
     * { box-sizing: border-box; }
-    fieldset { border: 0; display: flex; flex-wrap: wrap; gap: .25rem; margin: 0; min-width: 0; padding: 0; }
+    fieldset, .options, .way, .tools { display: flex; flex-wrap: wrap; gap: .25rem; }
+    fieldset { border: 0; margin: 0; min-width: 0; padding: 0; }
     legend { float: left; font-weight: 600; padding: 0; }
     .choices { display: grid; gap: .5rem .75rem; grid-template-columns: max-content 1fr; margin-bottom: .75rem; }
     .choices fieldset { display: contents; }
     .choices legend { align-self: center; }
-    .options { display: flex; flex-wrap: wrap; gap: .25rem; }
-    label.pill { cursor: pointer; position: relative; }
-    label.pill input { cursor: pointer; height: 100%; inset: 0; margin: 0; opacity: 0; position: absolute; width: 100%; }
-    label.pill span, button.plain { align-items: center; background: var(--surface); border: 1px solid var(--border);
+    .pill, .plain { cursor: pointer; position: relative; }
+    .pill input { cursor: pointer; height: 100%; inset: 0; margin: 0; opacity: 0; position: absolute; width: 100%; }
+    .pill span, .plain { align-items: center; background: var(--surface); border: 1px solid var(--border);
       border-radius: 1.25rem; color: var(--text); display: inline-flex; font: inherit; min-height: 2.5rem; padding: .3rem .8rem; }
-    label.pill input:checked + span, button.plain[aria-pressed="true"], button.main {
+    .pill input:checked + span, .plain[aria-pressed="true"], .main {
       background: var(--accent); border-color: var(--accent); color: var(--ground); }
     .broken input:checked:not([value="nothing"]) + span { background: var(--bad); border-color: var(--bad); }
-    :focus-visible, label.pill input:focus-visible + span { outline: 3px solid var(--ring); outline-offset: 2px; }
-    button.plain { cursor: pointer; }
+    :focus-visible, .pill input:focus-visible + span { outline: 3px solid var(--ring); outline-offset: 2px; }
     select, input[type="number"] { background: var(--ground); border: 1px solid var(--muted); border-radius: .3rem; color: var(--text);
       font-family: inherit; padding: .1rem .3rem; }
-    .way { align-items: center; display: flex; flex-wrap: wrap; gap: .35rem; margin: .5rem 0 .25rem; }
+    .way { align-items: center; gap: .35rem; margin: .5rem 0 .25rem; }
     .now { margin: .5rem 0; min-height: 1.4em; }
     .panes { display: grid; gap: .5rem 1rem; grid-template-columns: minmax(0, 40svh); justify-content: center; }
     @container (min-width: 34rem) { .panes { grid-template-columns: 1fr 1fr; } }
@@ -36,12 +35,12 @@
     .pane canvas { display: block; height: 100%; width: 100%; }
     .story { border-left: 4px solid var(--accent); margin: .75rem 0; padding: .1rem 0 .1rem .75rem; }
     .story.broken { border-color: var(--bad); }
-    .tools { display: flex; flex-wrap: wrap; gap: .35rem; margin-top: .5rem; }
+    .tools { gap: .35rem; margin-top: .5rem; }
     .hidden { clip-path: inset(50%); height: 1px; overflow: hidden; position: absolute; white-space: nowrap; width: 1px; }
     .error { color: var(--bad); margin: .35rem 0; }
     .error:empty { display: none; }
     @media (forced-colors: active) {
-      label.pill input:checked + span, button.plain[aria-pressed="true"] {
+      .pill input:checked + span, .plain[aria-pressed="true"] {
         background: Highlight; color: HighlightText; forced-color-adjust: none; }
     }
     @media print {
@@ -224,15 +223,11 @@
     return params.has(key) && (params.get("in") ?? "") === host.id ? params : null;
   }
 
-  function writeAddress(host, params) {
-    const all = new URLSearchParams(params);
-    if (host.id) all.set("in", host.id);
-    history.replaceState(null, "", `#${all}`);
-  }
-
-  // The address of another element stays.
-  function clearAddress(host, key) {
-    if (readAddress(host, key)) history.replaceState(null, "", "#");
+  // The host's state becomes the address. If it is null, the host's address goes, but that of another element stays.
+  function writeAddress(host, key, state) {
+    const params = new URLSearchParams(state ?? "");
+    if (state && host.id) params.set("in", host.id);
+    if (state || readAddress(host, key)) history.replaceState(null, "", `#${params}`);
   }
 
   // Call go when the reader goes to an address of the host, until the signal aborts.
@@ -246,6 +241,6 @@
   // The one name that this file adds to the page.
   globalThis.PlaygroundPage = {
     STYLE, element, button, pill, choice, opener, arrow, pointAt, followLooks, number, signed, clamp, minus, pair, hue,
-    startDrawing, dot, drawAxes, densityPicture, quantile, readAddress, writeAddress, clearAddress, followAddress,
+    startDrawing, dot, drawAxes, densityPicture, quantile, readAddress, writeAddress, followAddress,
   };
 }

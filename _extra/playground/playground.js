@@ -5,7 +5,7 @@
 {
   const {
     element, button, choice, opener, arrow, pointAt, followLooks, number, signed, clamp, pair, hue,
-    startDrawing, dot, drawAxes, densityPicture, quantile, readAddress, writeAddress, clearAddress, followAddress,
+    startDrawing, dot, drawAxes, densityPicture, quantile, readAddress, writeAddress, followAddress,
   } = PlaygroundPage;
   const SETS = globalThis.playgroundSets;
   const MODELS = { nice: "NICE", realnvp: "RealNVP" };
@@ -129,8 +129,7 @@
     // A flow of the reader's own has no address: the address of one of ours would name another flow.
     writeAddress() {
       const { data, model, without, layer, gridOn: grid } = this.state;
-      if (this.opened) clearAddress(this, "data");
-      else writeAddress(this, { data, model, without, layer, grid });
+      writeAddress(this, "data", this.opened ? null : { data, model, without, layer, grid });
     }
 
     // Read the flow that is chosen, and let everything that depends on it follow.
@@ -190,12 +189,9 @@
 
     // Open a flow from a file that nflows_lib.experiments.export wrote. A file that cannot be read changes nothing.
     async open(file) {
-      try {
-        this.opened = await PlaygroundFlow.read(file);
-      } catch (error) {
-        this.error.textContent = `${file.name} holds no flow that can be shown: ${error.message}.`;
-        return;
-      }
+      const opened = await PlaygroundFlow.read(file, "shown", this.error);
+      if (!opened) return;
+      this.opened = opened;
       this.stop();
       this.state.x = null;
       this.choose();

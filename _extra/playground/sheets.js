@@ -27,8 +27,8 @@
     fieldset { gap: .4rem; justify-content: center; margin: .25rem 0; }
     legend { font-weight: inherit; line-height: 2.75rem; padding: 0 .5rem 0 0; }
     .options { display: contents; }
-    label.pill span, button.plain { justify-content: center; min-height: 2.75rem; min-width: 2.75rem; }
-    :focus-visible, label.pill input:focus-visible + span { outline-offset: 3px; }
+    .pill span, .plain { justify-content: center; min-height: 2.75rem; min-width: 2.75rem; }
+    :focus-visible, .pill input:focus-visible + span { outline-offset: 3px; }
     output { color: var(--text); display: block; font-variant-numeric: tabular-nums; min-height: 1.4em; text-align: center; }
     @media (max-width: 40rem) { /* both on one screen: the eye is on the picture, the finger on the pad */
       .pad { width: 14rem; }

@@ -8,7 +8,7 @@
 {
   const {
     STYLE, element, button, pill, opener, arrow, pointAt, followLooks, number, clamp, minus, hue,
-    startDrawing, dot, drawAxes, densityPicture, quantile, readAddress, writeAddress, clearAddress, followAddress,
+    startDrawing, dot, drawAxes, densityPicture, quantile, readAddress, writeAddress, followAddress,
   } = PlaygroundPage;
   const { makeData, entropyOf, volumePreservingOptimum, mean, startWorker } = PlaygroundTraining;
 
@@ -86,22 +86,22 @@
 
   const OWN_STYLE = `
     .title { font-size: .9rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-    .pill, button.plain, select { font-size: .9rem; }
-    label.pill span, button.plain, select { min-height: 2.25rem; }
+    .pill, .plain, select { font-size: .9rem; }
+    .pill span, .plain, select { min-height: 2.25rem; }
     .settings { display: flex; flex-wrap: wrap; gap: .35rem 1rem; margin-bottom: .5rem; }
     .settings label { align-items: center; display: flex; font-weight: 600; gap: .35rem; }
     @container (max-width: 30rem) {
-      label.pill:has(input:disabled) { display: none; }
+      .pill:has(input:disabled) { display: none; }
       .settings { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); }
       .settings label { align-items: stretch; flex-direction: column; gap: 0; }
     }
     legend { align-self: center; padding-right: .35rem; }
-    button:disabled, label.pill:has(input:disabled) { cursor: default; opacity: .5; }
-    label.pill input:disabled { cursor: default; }
+    button:disabled, .pill:has(input:disabled) { cursor: default; opacity: .5; }
+    .pill input:disabled { cursor: default; }
     .own { display: inline-flex; gap: .35rem; }
     .tools { margin-block: .5rem; }
     .way { scroll-margin-top: 4rem; }
-    button.main { min-width: 5.5rem; justify-content: center; }
+    .main { min-width: 5.5rem; justify-content: center; }
     [hidden] { display: none !important; }
     .panes { gap: .35rem .75rem; grid-template-columns: repeat(2, minmax(0, 1fr)); }
     .title::before { border-top: 3px solid var(--accent); content: ""; display: inline-block; margin-right: .4rem; vertical-align: .25em; width: 1.5rem; }
@@ -197,10 +197,8 @@
     // An opened flow has no address: the address of another flow would name that one.
     writeAddress() {
       const { data, broken, beside, own, ...rest } = this.state;
-      const params = new URLSearchParams({ train: data, ...rest, broken: broken.join(","), beside: beside ? 1 : 0 });
-      if (own) params.set("own", own);
-      if (this.opened) clearAddress(this, "train");
-      else writeAddress(this, params);
+      const state = { train: data, ...rest, broken: broken.join(","), beside: beside ? 1 : 0, ...(own && { own }) };
+      writeAddress(this, "train", this.opened ? null : state);
     }
 
     // The reader changed something: train again from the start, and go on if it was running.
@@ -531,13 +529,9 @@
 
     // Go on with a flow from a file. A file that cannot be read changes nothing.
     async open(file) {
-      try {
-        this.opened = await PlaygroundFlow.read(file);
-      } catch (error) {
-        this.error.textContent = `${file.name} holds no flow that can be trained: ${error.message}.`;
-        return;
-      }
-      this.error.textContent = "";
+      const opened = await PlaygroundFlow.read(file, "trained", this.error);
+      if (!opened) return;
+      this.opened = opened;
       this.running = false;
       this.change({});
     }
