@@ -1,5 +1,5 @@
-// A flow on vectors that nflows_lib.experiments.export.to_json wrote: read, checked, run in both directions and layer by layer
-// (by train.js), and written. It needs no page: tests/book/test_playground.py runs it in Node and compares it with PyTorch.
+// A flow on vectors as nflows_lib.experiments.export writes it: read, checked, run layer by layer (by train.js), and written. It
+// needs no page: tests/book/test_playground.py runs it in Node and compares it with PyTorch.
 "use strict";
 {
   const { TrainableFlow, Random, BASES, ACTIVATIONS } = PlaygroundTraining;
@@ -17,7 +17,7 @@
       this.random = new Random(Math.floor(2 ** 32 * Math.random()));
     }
 
-    // The flow's description as train.js takes it: with plain numbers as weights. Complains of what is no flow.
+    // The description that train.js takes: with plain numbers as weights. Complains of what is no flow.
     static decode(json) {
       const { dims, base, layers } = json ?? {};
       check(Number.isInteger(dims) && dims > 0, "dims is no positive integer");
@@ -65,8 +65,8 @@
       return Array.from({ length: this.dims }, () => BASES[this.flow.base].draw(this.random));
     }
 
-    // Run the flow from position k, at which the vector is h, to both ends. states[i] is the vector after i layers: states[0] is
-    // data and the last one latent; logDets[i] is what layer i adds to log p.
+    // From the vector h after k layers to both ends: states[i] is the vector after i layers, from data to latent, and logDets[i] is
+    // what layer i adds to log p.
     path(h, k = 0) {
       const states = Array(this.layers.length + 1);
       const logDets = Array(this.layers.length);

@@ -72,7 +72,7 @@
     return element("label.pill", {}, input, element("span", {}, text));
   }
 
-  // One of several options, which are texts by value: the fieldset, and the radio button of each value.
+  // A choice between options, which are texts by value: the fieldset, and the radio button of each value.
   function choice(title, name, options, onChange) {
     const radios = {};
     const pills = Object.entries(options).map(([value, text]) => {
@@ -82,7 +82,6 @@
     return { fieldset: element("fieldset", {}, element("legend", {}, title), element("div.options", {}, ...pills)), radios };
   }
 
-  // A button with which the reader chooses a file.
   function opener(open) {
     const onchange = () => {
       if (input.files.length) open(input.files[0]);
@@ -104,7 +103,7 @@
     return [extent * ((2 * (event.clientX - left)) / width - 1), extent * (1 - (2 * (event.clientY - top)) / height)];
   }
 
-  // Call draw when the size of an element or the theme of the page changes, and once at the beginning.
+  // Call draw when the target's size or the page's theme changes, and once at first.
   function followLooks(target, draw, signal) {
     const [size, theme] = [new ResizeObserver(() => draw()), new MutationObserver(() => draw())];
     size.observe(target);
@@ -143,8 +142,8 @@
 
   // --- pictures ---
 
-  // A pen on a canvas that is made as sharp as the screen, with the canvas's size, the page's colours, and the pixels of a point in
-  // a square pane from -extent to extent. Nothing where the canvas has no width.
+  // A canvas as sharp as the screen: its pen, its size, the page's colours, and the pixels of a point in a square pane from -extent
+  // to extent. Null where the canvas has no width.
   function startDrawing(canvas, extent) {
     const [width, height] = [canvas.clientWidth, canvas.clientHeight];
     if (!width) return null;
@@ -192,9 +191,8 @@
     return sorted[Math.floor(share * sorted.length)];
   }
 
-  // A density on a square of side times side cells, row by row from the top, as a small picture: the more of the accent's colour,
-  // the denser; hatched with the colour of what is bad where it is no finite number. Thin ridges are far denser than the rest, so
-  // the darkest colour begins at what 1 in 100 cells exceeds, unless a density for it is given.
+  // A density on side times side cells, row by row from the top, as a picture: the denser, the darker; hatched where it is no finite
+  // number. Thin ridges are far denser than the rest: the darkest colour begins at what 1 in 100 cells exceeds, if nothing else is given.
   function densityPicture(density, side, colour, darkest = quantile(density, 0.99)) {
     const picture = element("canvas", { width: side, height: side });
     const pen = picture.getContext("2d");
@@ -216,25 +214,25 @@
 
   // --- addresses ---
 
-  // An address such as #data=moons&layer=3&in=second says the state of one element of the page: of the kind that has this
-  // key (data), and with this id. Without "in" it is the element without an id. Null if the address is not the host's.
+  // What an address such as #data=moons&layer=3&in=second says, if it is the host's: the key (data) stands for the kind of element,
+  // "in" for its id, if it has one. Else null.
   function readAddress(host, key) {
     const params = new URLSearchParams(location.hash.slice(1));
     return params.has(key) && (params.get("in") ?? "") === host.id ? params : null;
   }
 
-  // The host's state becomes the address. If it is null, the host's address goes, but that of another element stays.
+  // The state becomes the address. Without a state (null) the host's address goes, but that of another element stays.
   function writeAddress(host, key, state) {
     const params = new URLSearchParams(state ?? "");
     if (state && host.id) params.set("in", host.id);
     if (state || readAddress(host, key)) history.replaceState(null, "", `#${params}`);
   }
 
-  // Call go when the reader goes to an address of the host, until the signal aborts.
+  // Call go when the reader goes to an address of the host.
   function followAddress(host, key, go, signal) {
     const follow = () => readAddress(host, key) && go();
     addEventListener("hashchange", follow, { signal });
-    // A link to the present address changes nothing in it, but the reader wants to go there all the same.
+    // A link to the present address does not change it, but the reader wants to go there.
     document.addEventListener("click", (event) => event.target.closest("a")?.href === location.href && follow(), { signal });
   }
 

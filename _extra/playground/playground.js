@@ -1,6 +1,5 @@
 // <flow-playground>: two panes, data and latent, and the layers between them, for a reader to play with. The flows are in
-// flows.js (written by tools/playground.py), their mathematics in flow.js. A reader without scripts sees the element's
-// content in the page, a picture and its text. The script needs no library, no network and no build step.
+// flows.js (written by tools/playground.py), their mathematics in flow.js. Without scripts the reader sees the element's content.
 "use strict";
 {
   const {
@@ -92,8 +91,8 @@
       this.attachShadow({ mode: "open" });
       this.state = { ...FIRST };
       this.strokes = []; // what the reader drew, each stroke as points of the data
-      // What the pointer does until it is lifted: the pane, the stroke (null: it moves the point), whether it waits, and
-      // where the point was before, should a finger turn out to scroll.
+      // What the pointer does until it is lifted: its pane, its stroke (null: it moves the point), whether it waits, and where
+      // the point was before, should a finger turn out to scroll.
       this.drag = null;
       this.drawn = null; // samples instead of the data
       this.opened = null; // a flow of the reader's own instead of ours: its name and its JSON
@@ -104,8 +103,8 @@
 
     // --- what is chosen ---
 
-    // From an address such as #data=moons&model=nice&without=scaling&layer=3, which a chapter or a friend may link to.
-    // It says everything: what the reader had drawn, opened or switched on before is put away. False if it says nothing.
+    // An address such as #data=moons&model=nice&without=scaling&layer=3 says everything: what the reader had drawn, opened or
+    // switched on is put away. False if it says nothing.
     goToAddress() {
       const wanted = readAddress(this, "data");
       if (!wanted || !Object.hasOwn(SETS, wanted.get("data"))) return false;
@@ -126,13 +125,13 @@
       return true;
     }
 
-    // A flow of the reader's own has no address: the address of one of ours would name another flow.
+    // A flow of the reader's own has no address: any would name one of ours.
     writeAddress() {
       const { data, model, without, layer, gridOn: grid } = this.state;
       writeAddress(this, "data", this.opened ? null : { data, model, without, layer, grid });
     }
 
-    // Read the flow that is chosen, and let everything that depends on it follow.
+    // Read the chosen flow, and everything that depends on it.
     choose() {
       const { state } = this;
       this.drag = null; // a stroke that is being drawn ends
@@ -187,7 +186,7 @@
       ].filter(Boolean).join(" ");
     }
 
-    // Open a flow from a file that nflows_lib.experiments.export wrote. A file that cannot be read changes nothing.
+    // Show the flow of a file. One that cannot be read changes nothing.
     async open(file) {
       const opened = await PlaygroundFlow.read(file, "shown", this.error);
       if (!opened) return;
@@ -198,7 +197,7 @@
       this.writeAddress();
     }
 
-    // Where the points, and what the reader drew, are after every layer; gives the points' paths.
+    // Where the points and the strokes are after every layer; gives the points' paths.
     follow() {
       const paths = (this.drawn ?? this.setPoints).map((x) => this.flow.path(x));
       this.points = paths.map(({ states }) => states);
@@ -210,8 +209,8 @@
       return paths;
     }
 
-    // A line through points of the plane after k layers, straight between them there, as states after every layer. It
-    // is as fine as it must be to look smooth in all of them.
+    // A line through points after k layers, straight between them there, as states after every layer: so many that it looks smooth in
+    // all of them.
     line(points, k) {
       const states = points.map((h) => this.flow.path(h, k).states);
       return states.flatMap((state, i) => [...(i ? this.between(states[i - 1], state, k, HALVINGS) : []), state]);
@@ -255,7 +254,6 @@
       return pane === "data" ? 0 : this.state.layer;
     }
 
-    // The point is at h in one of the panes.
     place(pane, h) {
       this.moveTo(this.flow.path(h, this.passed(pane)));
     }
@@ -356,7 +354,6 @@
 
     // --- the pen ---
 
-    // The number of a new stroke.
     startStroke() {
       this.lines.push([]);
       return this.strokes.push([]) - 1;
@@ -458,7 +455,6 @@
 
     // --- from layer to layer ---
 
-    // The reader chose a layer.
     jump(layer) {
       this.stop();
       this.goTo(layer);
@@ -488,7 +484,7 @@
       this.draw();
     }
 
-    // Layer by layer to the latent, or with -1 back to the data; from the other end if it is there already.
+    // Layer by layer to the latent, or with -1 to the data; from the other end if it is there already.
     play(direction) {
       this.stop();
       const [start, end] = direction > 0 ? [0, this.last] : [this.last, 0];
@@ -586,7 +582,7 @@
       this.drawPane("latent", this.shown);
     }
 
-    // One pane at a position between 0 and the number of layers. Between two layers everything is on a straight line.
+    // One pane at a position among the layers. Between two layers everything moves on a straight line.
     drawPane(name, position) {
       const { canvas, handle } = this.panes[name];
       const extent = this.extent(name);
@@ -662,7 +658,6 @@
       pen.globalAlpha = 1;
     }
 
-    // The flow's density after k layers, as a picture.
     heat(k, colours) {
       const [colour, extent] = [colours("accent"), this.extents[k]];
       const cached = this.heats[k];

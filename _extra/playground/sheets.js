@@ -1,5 +1,5 @@
-// <latent-sheet>: one picture at a time out of a sheet of them, chosen by a hand, a key or a finger. What the element
-// holds in the page is an ordinary figure: without scripts, and in print, the reader sees the whole sheet.
+// <latent-sheet>: one picture at a time out of a sheet of them, chosen by a hand, a key or a finger. The element's content is an
+// ordinary figure: without scripts, and in print, the reader sees the whole sheet.
 //
 //   columns, rows   pictures in the sheet; gap: pixels between them
 //   mode            "pad" (two directions), "slider" (one row at a time) or "redraw" (pictures and scales by row)

@@ -1,10 +1,8 @@
 // The mathematics of <flow-trainer>: data sets of known density, flows with hand-written backward passes, Adam, and runs on the
-// same batches. It needs no page. All of it is one function, because its text goes to a worker as well: a page that was opened
-// from a file may not load a worker's script. tests/book/test_training.py runs it in Node and compares it with PyTorch.
+// same batches. It is one function, whose text also goes to a worker, since a page that was opened from a file may not load a
+// worker's script. It needs no page: tests/book/test_training.py runs it in Node and compares it with PyTorch.
 //
-// Many vectors at once are one Float64Array in which each coordinate's values lie together: value i of example b of a batch of
-// B is at i * B + b.
-
+// A batch of B vectors is a Float64Array in which each coordinate's values lie together: coordinate i of vector b is at i * B + b.
 
 // The one name that this file adds to the page.
 globalThis.PlaygroundTraining = (function mathematics() {
@@ -392,8 +390,7 @@ globalThis.PlaygroundTraining = (function mathematics() {
       return { dims: this.dims, base: this.base, layers: this.layers.map((layer) => layer.write()) };
     }
 
-    // Latents of B vectors, which are data or have passed a number of layers, and each one's log-det, in arrays that the next
-    // call overwrites.
+    // The latents of B vectors that have passed some layers, and their log-dets, in arrays that the next call overwrites.
     forward(x, B, passed = 0) {
       this.logDet = room(this.logDet, B);
       this.logDet.fill(0, 0, B);
@@ -426,8 +423,8 @@ globalThis.PlaygroundTraining = (function mathematics() {
       return found;
     }
 
-    // The density of data in the plane, or of what has passed a number of layers, at the centres of side times side cells of the
-    // square from -extent to extent, row by row from the top.
+    // The density of what has passed some layers, in the plane from -extent to extent, at the centres of side times side cells, row by
+    // row from the top.
     density(extent, side, passed = 0) {
       const n = side * side;
       const place = (k) => extent * ((2 * (k + 0.5)) / side - 1);
@@ -445,8 +442,8 @@ globalThis.PlaygroundTraining = (function mathematics() {
       return x;
     }
 
-    // The loss, in nats, and in every parameter's gradients its derivatives. The loss is the mean of -(log base + share *
-    // log-det): with a share of 1 the negative log-likelihood, with 0 or -1 the failure F27.
+    // The loss in nats, and its derivatives as gradients. It is the mean of -(log base + share * log-det): with a share of 1 the
+    // negative log-likelihood, with 0 or -1 the failure F27.
     lossAndGradient(x, B, share = 1) {
       for (const { gradients } of this.parameters) gradients.fill(0);
       const z = this.forward(x, B);
@@ -516,8 +513,8 @@ globalThis.PlaygroundTraining = (function mathematics() {
 
   // The flows of one page, trained on the same batches from the same first weights: each with its failures.
   class Session {
-    // choices: data, own (points that the reader drew), model, base, couplings, width, rate, seed; variants: a list of lists
-    // of failures; description: a flow to go on with, in the place of a new one.
+    // choices: data, own (points that the reader drew), model, base, couplings, width, rate, seed; variants: for each flow a list of
+    // failures; description: of a flow to go on with.
     constructor(choices, variants, description = null) {
       this.data = makeData(choices.data, choices.own);
       this.random = new Random(2 * choices.seed + 1);
@@ -554,8 +551,8 @@ globalThis.PlaygroundTraining = (function mathematics() {
       }
     }
 
-    // What the page shows: for each flow its losses and norms since the last picture, its density on a square of side times side
-    // cells from -extent to extent, points with their latents, samples, and numbers.
+    // What the page shows of each flow: losses and norms since the last picture, its density (as above), points and latents, noise and
+    // samples, and numbers.
     picture(extent, side) {
       return {
         steps: this.steps,

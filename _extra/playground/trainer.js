@@ -1,6 +1,5 @@
 // <flow-trainer>: a flow that learns before the reader's eyes, sound or broken on purpose, alone or beside a sound one. train.js
-// holds the mathematics and the worker that trains; page.js what the playground's elements share. A reader without scripts
-// sees the element's content in the page, a picture and its text.
+// holds the mathematics and the worker that trains. Without scripts the reader sees the element's content.
 //
 //   at        the first state, written like the address: train=moons&model=nice&broken=scaling&beside=1
 //   compact   only the buttons and the pictures, for a chapter that has chosen the rest
@@ -434,7 +433,7 @@
       return this.state.data === "own" && this.view.pen;
     }
 
-    // Two panes for each flow. Alone, data and latent stand side by side; two flows stand side by side, latent under data.
+    // Data and latent of one flow stand side by side; two flows stand side by side, latent under data.
     layPanes() {
       const wanted = this.variants.length;
       if (this.panes?.length !== wanted) {
@@ -461,7 +460,7 @@
 
     // --- the pen ---
 
-    // Points of the reader's own, by mouse, finger or pen; by keyboard the arrow keys move a place, and the space bar puts a point there.
+    // Points of the reader's own. By keyboard the arrow keys move a place, and the space bar puts a point there.
     letDraw(frame, canvas) {
       const put = (event) => this.put(pointAt(event, canvas, this.extent));
       frame.addEventListener("pointerdown", (event) => {
@@ -641,8 +640,8 @@
       if (flow.density) label(drawing, isData ? `darkest: p ≥ ${tiny(this.darkest)}` : "rings: 1, 2, 3 std", size - 6, 14);
     }
 
-    // The loss or the gradient's norm against the step, of each flow: in each column of pixels the mean, and from lowest to highest
-    // a band. The axis of the losses shows what matters; what leaves it at the top is told in words.
+    // The losses or the gradients' norms against the steps: in each column of pixels the mean, and a band from lowest to highest. What
+    // leaves the axis of the losses at the top is told in words.
     drawChart(canvas, what, limits) {
       const drawing = startDrawing(canvas);
       if (!drawing) return;
