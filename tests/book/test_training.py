@@ -306,13 +306,13 @@ def test_the_volume_preserving_optimum_is_right(facts: dict[str, Any]) -> None:
 
 # --- what the failures do ---------------------------------------------------------------------------------------------
 
-CHOICES = {"data": "gaussians", "model": "nice", "base": "normal", "couplings": 8, "width": 24, "rate": 0.01, "seed": 1}
+CHOICES = {"data": "moons", "model": "nice", "base": "normal", "couplings": 8, "width": 24, "rate": 0.01, "seed": 1}
 
 
 def test_what_the_page_says_of_the_failures() -> None:
     """Every claim of the page's table that a number can decide is true."""
     script = """
-const session = new T.Session({ ...told.choices, own: [] }, [[], told.failures]);
+const session = new T.Session({ ...told.choices, own: [] }, told.variants);
 for (let i = 0; i < told.steps && !session.over; i++) session.step();
 const set = T.makeData(told.choices.data);
 const mean = (losses) => losses.reduce((a, b) => a + b, 0) / losses.length;
@@ -320,56 +320,56 @@ print({
   flows: session.picture(3.6, 72).flows.map((flow) => ({
     ...flow, points: [...flow.points], latents: [...flow.latents], far: Math.max(...flow.samples.map(Math.abs)),
     loss: mean(flow.losses.slice(-100)), most: Math.max(...flow.losses),
+    norm: Math.max(...flow.norms.filter(Number.isFinite)),
     least: Math.min(...flow.losses.map((_, i, all) => mean(all.slice(i, i + 50)))),
   })),
   entropy: T.entropyOf(set), optimum: T.volumePreservingOptimum(set, told.choices.base),
 });"""
 
-    def trained(steps: int, *failures: str, **choices: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """The page's facts of the set, and of a sound and a broken flow after some steps."""
-        found = in_node(script, choices=CHOICES | choices, failures=failures, steps=steps)
-        return found, *found["flows"]
+    def trained(steps: int, *failures: str, alone: bool = False, **choices: Any) -> list[dict[str, Any]]:
+        """The page's facts of the set, and of a sound flow (unless the broken one is alone) and a broken one."""
+        variants = [failures] if alone else [[], failures]
+        found = in_node(script, choices=CHOICES | choices, variants=variants, steps=steps)
+        return [found, *found["flows"]]
 
-    facts, sound, broken = trained(400, "scaling", base="logistic")
-    assert facts["optimum"] == pytest.approx(3.01, abs=0.005)
-    assert facts["optimum"] < broken["nll"] < facts["optimum"] + 0.1
-    assert broken["logDet"] == 0
-    assert facts["entropy"] < sound["nll"] < facts["entropy"] + 0.3
-    assert broken["nll"] - sound["nll"] == pytest.approx(0.75, abs=0.15)
-    facts, sound, broken = trained(400, "scaling")
+    facts, sound, broken = trained(600, "scaling")
+    assert facts["optimum"] == pytest.approx(2.02, abs=0.005)
     assert facts["optimum"] < broken["nll"] < facts["optimum"] + 0.15
-    assert broken["nll"] - sound["nll"] == pytest.approx(0.15, abs=0.12)
+    assert broken["logDet"] == 0
+    assert broken["nll"] - sound["nll"] == pytest.approx(0.6, abs=0.25)
+    assert max(broken["latentStd"]) < 0.7 < min(sound["latentStd"])
 
     _, sound, broken = trained(300, "logdet")
-    assert math.log(2 * math.pi) < broken["loss"] < math.log(2 * math.pi) + 0.15 < sound["loss"]
+    assert math.log(2 * math.pi) < broken["loss"] < math.log(2 * math.pi) + 0.15
     assert max(broken["latentStd"]) < 0.3
+    assert broken["nll"] > sound["nll"] + 1
     assert broken["far"] > 2 * sound["far"]
-    _, _, broken = trained(200, "sign")
-    assert broken["loss"] < facts["entropy"] - 2
+    _, broken = trained(200, "sign", alone=True)
+    assert broken["loss"] < facts["entropy"] - 1
 
-    facts, _, broken = trained(300, "alternation", data="moons")
+    facts, broken = trained(300, "alternation", alone=True)
     first, latent = (torch.tensor(broken[key][:300]) for key in ("points", "latents"))
     assert torch.equal(first.argsort(), latent.argsort())
     assert broken["nll"] == pytest.approx(facts["entropy"] + 1.4, abs=0.12)
 
-    facts, _, broken = trained(300, "mask", data="moons")
+    facts, broken = trained(300, "mask", alone=True)
     assert broken["loss"] < facts["entropy"] - 1
     assert broken["mass"] > 500
     assert broken["missed"] > 1
 
-    moons = {"data": "moons", "model": "realnvp"}
-    _, sound, broken = trained(60, "tanh", "clipping", **moons)
+    _, sound, broken = trained(60, "tanh", "clipping", model="realnvp")
     assert broken["stopped"] == {"step": 49, "what": "loss"}
+    assert broken["norm"] > 1e10
     assert sound["stopped"] is None
-    _, sound, broken = trained(200, "clipping", **moons)
+    _, sound, broken = trained(200, "clipping", model="realnvp")
     assert broken["nll"] == pytest.approx(sound["nll"], abs=0.4)
-    _, sound, broken = trained(450, "rate", **moons)
+    _, sound, broken = trained(450, "rate", model="realnvp")
     assert broken["most"] > 1e6
     assert broken["nll"] > sound["nll"] + 0.8
 
-    _, _, broken = trained(400, "column", data="moons")
+    _, broken = trained(800, "column", rate=0.003, alone=True)
     assert broken["least"] < 0
-    facts, sound, broken = trained(500, "noise", data="numbers")
+    facts, sound, broken = trained(300, "noise", data="numbers", model="realnvp", rate=0.003)
     assert broken["least"] < 0 < facts["entropy"] < sound["nll"]
     latent = torch.tensor(broken["latents"]).view(2, -1).T
     assert len(latent.unique(dim=0)) == 4
