@@ -526,6 +526,8 @@ def test_a_link_works_again_and_puts_everything_in_its_place(fresh: Page) -> Non
 
 
 def test_sampling_goes_from_noise_to_data(fresh: Page) -> None:
+    hand_over(fresh, export.to_json(models.realnvp_points(2, couplings=3, hidden=4)))  # a second per layer
+    fresh.wait_for_function(f"{IT}.last === 3")
     fresh.get_by_role("button", name="Sample", exact=True).click()
     state = "(it => [it.state.layer, it.drawn.length])(document.querySelector('flow-playground'))"
     assert fresh.evaluate(state)[1] > 150

@@ -470,7 +470,7 @@ def test_every_failure_is_a_switch_with_its_entry(page: Page) -> None:
     """A failure is offered where it can be switched on; its story links to an entry of the clinic."""
     clinic = (ROOT / "chapters" / "clinic.md").read_text(encoding="utf-8")
     offered = {}
-    for model, data_set in itertools.product(("nice", "realnvp"), ("moons", "numbers")):
+    for model, data_set in (("nice", "moons"), ("realnvp", "numbers")):
         go(page, f"train={data_set}&model={model}")
         offered[model, data_set] = names = page.evaluate(
             f"Object.entries({IT}.switches).filter(([, input]) => !input.disabled).map(([name]) => name)"
@@ -481,8 +481,8 @@ def test_every_failure_is_a_switch_with_its_entry(page: Page) -> None:
             entry = page.locator("flow-trainer .story a").get_attribute("href").removeprefix("clinic.html#")
             assert f"({entry})=" in clinic
             page.evaluate(f"{IT}.switches.{name}.click()")
-    everywhere = set.intersection(*map(set, offered.values()))
-    assert everywhere == {"alternation", "logdet", "sign", "clipping", "rate"}
+    everywhere = {"alternation", "logdet", "sign", "clipping", "rate"}
+    assert set.intersection(*map(set, offered.values())) == everywhere
     assert set(offered["nice", "moons"]) - everywhere == {"scaling", "mask", "column"}
     assert set(offered["realnvp", "numbers"]) - everywhere == {"tanh", "noise"}
     assert page.locator("flow-trainer").get_by_label("output not masked (NICE)", exact=True).is_disabled()
