@@ -11,8 +11,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,7 +23,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Page
 
 # The device is installed here, because that must happen before any test's backward pass.
 PRETENDED = None if torch.cuda.is_available() else pretended_gpu.install()
@@ -179,3 +179,23 @@ def browser() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def opened(browser: Browser) -> Callable[..., AbstractContextManager[Page]]:
+    """Opens a page; an error on it, or a request for what does not begin with one of the prefixes, fails the test."""
+
+    @contextmanager
+    def open_page(address: str, *prefixes: str) -> Iterator[Page]:
+        context = browser.new_context(viewport={"width": 1200, "height": 1000})
+        page = context.new_page()
+        trouble: list[str] = []
+        page.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.on("request", lambda request: None if request.url.startswith(prefixes) else trouble.append(request.url))
+        page.goto(address)
+        yield page
+        context.close()
+        assert not trouble
+
+    return open_page

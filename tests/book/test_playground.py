@@ -6,7 +6,8 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -244,19 +245,10 @@ def test_the_flows_are_light() -> None:
 
 
 @pytest.fixture(scope="module")
-def page(plain_site: str, browser: Browser) -> Iterator[Page]:
-    """The playground's page; an error on it, or a request to another machine, fails the test."""
-    context = browser.new_context(viewport={"width": 1200, "height": 1000})
-    page = context.new_page()
-    trouble: list[str] = []
-    page.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: trouble.append(str(error)))
-    here = (f"{plain_site}/", "data:")
-    page.on("request", lambda request: None if request.url.startswith(here) else trouble.append(request.url))
-    page.goto(f"{plain_site}/chapters/playground.html")
-    yield page
-    context.close()
-    assert not trouble
+def page(plain_site: str, opened: Callable[..., AbstractContextManager[Page]]) -> Iterator[Page]:
+    """The playground's page."""
+    with opened(f"{plain_site}/chapters/playground.html", f"{plain_site}/", "data:") as page:
+        yield page
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -378,22 +379,13 @@ print({
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
 IT = "document.querySelector('flow-trainer')"
-LOCAL = ("file:", "blob:", "data:")
 
 
 @pytest.fixture(scope="module")
-def page(book: Path, browser: Browser) -> Iterator[Page]:
-    """The playground's page, opened from its file; an error on it, or a request to another machine, fails the test."""
-    context = browser.new_context(viewport={"width": 1200, "height": 1000})
-    page = context.new_page()
-    trouble: list[str] = []
-    page.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: trouble.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(LOCAL) else trouble.append(request.url))
-    page.goto((book / "chapters" / "playground.html").as_uri())
-    yield page
-    context.close()
-    assert not trouble
+def page(book: Path, opened: Callable[..., AbstractContextManager[Page]]) -> Iterator[Page]:
+    """The playground's page, opened from its file."""
+    with opened((book / "chapters" / "playground.html").as_uri(), "file:", "blob:", "data:") as page:
+        yield page
 
 
 def go(page: Page, address: str) -> None:
