@@ -39,6 +39,7 @@ LONGEST = [
     "test_processes.py",
     "test_trainer.py",
     "test_runs.py",
+    "test_playground_training.py",
     "test_playground.py",
     "test_device.py",
     "test_glow.py",

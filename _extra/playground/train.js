@@ -1,6 +1,6 @@
 // The mathematics of <flow-trainer>: data sets of known density, flows with hand-written backward passes, Adam, and runs on the
 // same batches. It is one function, whose text also goes to a worker, since a page that was opened from a file may not load a
-// worker's script. It needs no page: tests/book/test_training.py runs it in Node and compares it with PyTorch.
+// worker's script. It needs no page: tests/book/test_playground_training.py runs it in Node and compares it with PyTorch.
 //
 // A batch of B vectors is a Float64Array in which each coordinate's values lie together: coordinate i of vector b is at i * B + b.
 
