@@ -333,7 +333,7 @@ print({
         found = in_node(script, choices=CHOICES | choices, variants=variants, steps=steps)
         return [found, *found["flows"]]
 
-    facts, sound, broken = trained(600, "scaling")
+    facts, sound, broken = trained(450, "scaling")
     assert facts["optimum"] == pytest.approx(2.02, abs=0.005)
     assert facts["optimum"] < broken["nll"] < facts["optimum"] + 0.15
     assert broken["logDet"] == 0
@@ -364,9 +364,9 @@ print({
     assert sound["stopped"] is None
     _, sound, broken = trained(200, "clipping", model="realnvp")
     assert broken["nll"] == pytest.approx(sound["nll"], abs=0.4)
-    _, sound, broken = trained(450, "rate", model="realnvp")
+    facts, broken = trained(450, "rate", alone=True, model="realnvp")
     assert broken["most"] > 1e6
-    assert broken["nll"] > sound["nll"] + 0.8
+    assert broken["nll"] > facts["entropy"] + 1  # a sound flow is 0.4 above the entropy
 
     _, broken = trained(800, "column", rate=0.003, alone=True)
     assert broken["least"] < 0
