@@ -68,23 +68,31 @@ globalThis.PlaygroundFlow = class PlaygroundFlow {
   // From the vector h after k layers to both ends: states[i] is the vector after i layers, from data to latent, and logDets[i] is
   // what layer i adds to log p.
   path(h, k = 0) {
+    return this.paths([h], k)[0];
+  }
+
+  // The same for many vectors at once.
+  paths(vectors, k = 0) {
+    const n = vectors.length;
     const states = Array(this.layers.length + 1);
-    const logDets = Array(this.layers.length);
-    states[k] = [...h];
+    states[k] = Float64Array.from({ length: this.dims * n }, (_, at) => vectors[at % n][Math.floor(at / n)]);
     for (let i = k - 1; i >= 0; i--) {
-      const x = Float64Array.from(states[i + 1]);
-      this.layers[i].inverse(x, 1);
-      states[i] = Array.from(x);
+      states[i] = states[i + 1].slice();
+      this.layers[i].inverse(states[i], n);
     }
-    this.layers.forEach((layer, i) => {
-      const [next, logDet] = [new Float64Array(this.dims), [0]];
-      layer.forward(Float64Array.from(states[i]), next, logDet, 1);
-      states[i + 1] ??= Array.from(next);
-      logDets[i] = logDet[0];
+    const logDets = this.layers.map((layer, i) => {
+      const [next, logDet] = [new Float64Array(this.dims * n), new Float64Array(n)];
+      layer.forward(states[i], next, logDet, n);
+      states[i + 1] ??= next;
+      return logDet;
     });
-    const logDet = logDets.reduce((total, v) => total + v, 0);
-    const logBase = this.flow.logBase(states.at(-1), 0, 1);
-    return { states, logDets, logDet, logBase, logProb: logBase + logDet };
+    return vectors.map((_, b) => {
+      const own = logDets.map((values) => values[b]);
+      const logDet = own.reduce((total, v) => total + v, 0);
+      const logBase = this.flow.logBase(states.at(-1), b, n);
+      const ownStates = states.map((state) => Array.from({ length: this.dims }, (_, i) => state[i * n + b]));
+      return { states: ownStates, logDets: own, logDet, logBase, logProb: logBase + logDet };
+    });
   }
 };
 

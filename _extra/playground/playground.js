@@ -199,7 +199,7 @@ class FlowPlayground extends HTMLElement {
 
   // Where the points and the strokes are after every layer; gives the points' paths.
   follow() {
-    const paths = (this.drawn ?? this.setPoints).map((x) => this.flow.path(x));
+    const paths = this.flow.paths(this.drawn ?? this.setPoints);
     this.points = paths.map(({ states }) => states);
     this.extents = Array.from({ length: this.last + 1 }, (_, k) => {
       const sizes = this.points.map((states) => Math.max(...states[k].map(Math.abs)));
@@ -212,18 +212,23 @@ class FlowPlayground extends HTMLElement {
   // A line through points after k layers, straight between them there, as states after every layer: so many that it looks smooth in
   // all of them.
   line(points, k) {
-    const states = points.map((h) => this.flow.path(h, k).states);
-    return states.flatMap((state, i) => [...(i ? this.between(states[i - 1], state, k, HALVINGS) : []), state]);
+    const statesOf = (vectors) => this.flow.paths(vectors, k).map(({ states }) => states);
+    let line = statesOf(points);
+    for (let halving = 0; halving < HALVINGS; halving++) {
+      const ends = line.flatMap((state, i) => (i && this.far(line[i - 1], state) ? [i] : []));
+      if (!ends.length) break;
+      const middles = statesOf(ends.map((i) => [0, 1].map((j) => (line[i - 1][k][j] + line[i][k][j]) / 2)));
+      line = line.flatMap((state, i) => (i === ends[0] ? (ends.shift(), [middles.shift(), state]) : [state]));
+    }
+    return line;
   }
 
-  between(a, b, k, halvings) {
-    const far = this.extents.some((extent, i) => {
+  // Whether two neighbours on a line are far apart in a layer in which one of them can be seen.
+  far(a, b) {
+    return this.extents.some((extent, i) => {
       const visible = [a[i], b[i]].some((h) => h.every((v) => Math.abs(v) < 1.2 * extent));
       return visible && !(Math.hypot(a[i][0] - b[i][0], a[i][1] - b[i][1]) < FINE * extent);
     });
-    if (!far || !halvings) return [];
-    const middle = this.flow.path([0, 1].map((j) => (a[k][j] + b[k][j]) / 2), k).states;
-    return [...this.between(a, middle, k, halvings - 1), middle, ...this.between(middle, b, k, halvings - 1)];
   }
 
   // The grid, straight in the data or in the latent.
@@ -236,7 +241,7 @@ class FlowPlayground extends HTMLElement {
   }
 
   samples() {
-    const drawn = this.setPoints.map(() => this.flow.path(this.flow.drawLatent(), this.last).states[0]);
+    const drawn = this.flow.paths(this.setPoints.map(() => this.flow.drawLatent()), this.last).map(({ states }) => states[0]);
     return drawn.filter((x) => x.every(Number.isFinite));
   }
 
