@@ -253,9 +253,8 @@ def page(plain_site: str, opened: Callable[..., AbstractContextManager[Page]]) -
 
 @pytest.fixture
 def fresh(page: Page) -> Page:
-    """The page as a reader first finds it."""
-    page.goto(page.url.split("#")[0] + "#data=moons&model=realnvp&without=nothing&layer=0")
-    page.reload()
+    """The page with the playground in its first state: an address puts away all that a test before has done."""
+    go(page, "data=moons&model=realnvp&without=nothing&layer=0")
     page.locator("flow-playground canvas").first.scroll_into_view_if_needed()
     return page
 
