@@ -31,6 +31,7 @@ from nflows_lib.experiments import (
     trainer,
 )
 from nflows_lib.experiments.archive import MODEL, RECORD, SAMPLES
+from nflows_lib.experiments.mixture import mixture_glow
 from nflows_lib.experiments.pixelwise import PixelClassifier, UNet
 from nflows_lib.experiments.table import Run
 from nflows_lib.flow import Flow
@@ -85,6 +86,7 @@ MODELS: dict[str, tuple[Callable[..., Any], Callable[..., Optimizer]]] = {
     "nice": (lambda shape, precision, **size: nice(math.prod(shape), **size), nice_optimizer),
     "realnvp": (realnvp, realnvp_optimizer),
     "glow": (glow, adam),
+    "mixture": (mixture_glow, adam),
     "cglow": (cglow, adam),
     "unet": (unet_classifier, adam),
 }
