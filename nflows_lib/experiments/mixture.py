@@ -15,7 +15,7 @@ from nflows_lib.coupling import BoundedGlowCoupling
 from nflows_lib.flow import Flow
 from nflows_lib.models import glow
 from nflows_lib.multiscale import FactorOut
-from nflows_lib.networks import GlowNet
+from nflows_lib.networks import GlowNet, zeroed
 
 
 class MixtureCoupling(ChannelBijection):
@@ -103,6 +103,28 @@ class MixtureCoupling(ChannelBijection):
         return x1, x2, self.gain * raw.tanh(), shift, mixture
 
 
+class TwoHeads(nn.Module):
+    """The last layer of a mixture coupling's network, which starts at zero.
+
+    A 3x3 convolution gives the log-factors and shifts, as in Glow. The many numbers of the mixture come from a 1x1
+    convolution, which has a ninth of the weights.
+
+    Args:
+        hidden: channels that come in.
+        changed: channels that the coupling changes.
+        components: number of logistic distributions in the mixture.
+    """
+
+    def __init__(self, hidden: int, changed: int, components: int) -> None:
+        super().__init__()
+        self.affine = zeroed(nn.Conv2d(hidden, 2 * changed, 3, padding=1))
+        self.mixture = zeroed(nn.Conv2d(hidden, 3 * components * changed, 1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map hidden images ``(B, hidden, H, W)`` to ``(B, (2 + 3 components) changed, H, W)``."""
+        return torch.cat([self.affine(h), self.mixture(h)], dim=1)
+
+
 def _logit_of_mixture(v: Tensor, log_weights: Tensor, means: Tensor, log_scales: Tensor) -> tuple[Tensor, Tensor]:
     """logit F(v) and the logarithm of its derivative, each in the shape of v. The sums stay in the logarithm, where no
     tail underflows."""
@@ -146,8 +168,8 @@ def mixture_glow(
         places = [i for i, layer in enumerate(chain) if isinstance(layer, BoundedGlowCoupling)]
         for i in places[-mixtures:]:
             channels = chain[i].channels
-            outputs = (2 + 3 * components) * (channels - channels // 2)
-            network = GlowNet(channels // 2, outputs, hidden, size.get("classes", 0), precision)
+            network = GlowNet(channels // 2, channels, hidden, size.get("classes", 0), precision)
+            network.layers[-1] = TwoHeads(hidden, channels - channels // 2, components)
             chain.layers[i] = MixtureCoupling(channels, network, components)
         chain = chain[-1].inner if isinstance(chain[-1], FactorOut) else None
     return flow

@@ -194,7 +194,7 @@ RUNS: dict[str, Run] = {
         training=PHOTOGRAPHS | {"batch_size": 32},
     ),
     "mixture-cifar10-small": Run(
-        title="glow-cifar10-deep with a mixture of logistics at the end of each scale, small enough for a CPU and to ship",
+        title="glow-cifar10-deep with a mixture of logistics at each scale's end, small enough for a CPU and to ship",
         **GLOW_CIFAR10 | {"model": "mixture"},
         size=DEEP_GLOW | {"components": 4},
         budget=45 * MINUTES,
