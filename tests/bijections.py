@@ -26,6 +26,7 @@ from nflows_lib.coupling import (
     checkerboard_mask,
 )
 from nflows_lib.dequantization import Logit, Rescale
+from nflows_lib.experiments.mixture import MixtureCoupling
 from nflows_lib.multiscale import FactorOut, PhaseOrder, Squeeze
 from nflows_lib.networks import MLP, BoundedPrior, ZeroConv
 from nflows_lib.normalization import ActNorm, DiagonalScaling, FlowBatchNorm
@@ -121,6 +122,15 @@ def glow_coupling(shape: Shape, context: int = 0, kind: type[GlowCoupling] = Glo
     if len(shape) == 3:
         return kind(shape[0], ConvNet(passes, outputs, context))
     return kind(shape[0], MLP(passes, outputs, hidden=8, depth=2, activation=nn.Tanh, context=context))
+
+
+def mixture_coupling(shape: Shape, components: int, context: int = 0) -> MixtureCoupling:
+    """A mixture coupling on images or on vectors; if the number of channels is odd, the larger half changes."""
+    passes, outputs = shape[0] // 2, (2 + 3 * components) * (shape[0] - shape[0] // 2)
+    if len(shape) == 3:
+        return MixtureCoupling(shape[0], ConvNet(passes, outputs, context), components)
+    network = MLP(passes, outputs, hidden=8, depth=2, activation=nn.Tanh, context=context)
+    return MixtureCoupling(shape[0], network, components)
 
 
 def learned_prior(shape: Shape, context: int = 0) -> ConvNet:
@@ -248,6 +258,13 @@ BIJECTIONS: dict[str, Example] = {
     ),
     "glow_coupling_conditional_image": Example(
         image_coupling, ((2, 2, 3), (3, 2, 3)), context=(2, 4, 6), any_shape=True
+    ),
+    "mixture_coupling": Example(
+        lambda shape: mixture_coupling(shape, 3), ((2,), (5,), (2, 3, 1), (3, 2, 3)), any_shape=True
+    ),
+    "mixture_coupling_single": Example(lambda shape: mixture_coupling(shape, 1), ((4,), (2, 2, 1)), any_shape=True),
+    "mixture_coupling_conditional": Example(
+        lambda shape: mixture_coupling(shape, 2, context=3), ((5,), (4, 1, 3)), context=(3,), any_shape=True
     ),
     "logit": Example(lambda shape: Logit(), ((1,), (5,), (3, 2, 4)), any_shape=True, to_domain=torch.sigmoid),
     "logit_narrow": Example(lambda shape: Logit(0.3), ((2,), (1, 2, 2)), any_shape=True, to_domain=torch.sigmoid),

@@ -46,6 +46,7 @@ SOURCES: dict[str, tuple[str, str, tuple[float, float, float, float]]] = {
     "f26": ("06_cglow", "fig-one-bit", (0, 0, 1, 1)),
     "f27": ("01_nice", "fig-f27", (0, 0, 0.375, 1)),
     "f28": ("02_dequantization", "fig-f28", (0, 0, 0.53, 1)),
+    "f29": ("07_after_glow", "fig-f29", (0, 0, 0.4, 1)),
 }
 
 

@@ -106,7 +106,7 @@ def test_the_path_gives_the_chapters_own_times() -> None:
         assert f"**Time to read**: {read} minutes" in box
         assert f"**Time to run**: {run} on one CPU core" in box
     hours = {4: "four", 5: "five", 6: "six"}[round(sum(int(read) for _, read, _ in rows) / 60)]
-    assert f"Reading all six chapters takes about {hours} hours" in page
+    assert f"Reading all seven chapters takes about {hours} hours" in page
 
 
 def test_the_page_on_the_library_has_every_module() -> None:
