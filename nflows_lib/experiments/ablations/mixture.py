@@ -130,7 +130,7 @@ ABLATIONS = {
     "after-glow": Ablation(
         "Does a modern coupling beat Glow's, with as many parameters, in the same time and after as many updates?",
         (0, 1, 2),
-        {kind: partial(after_glow, kind=kind, seconds=30) for kind in FLOWS}
+        {kind: partial(after_glow, kind=kind, seconds=20) for kind in FLOWS}
         | {f"{kind}, 400 updates": partial(after_glow, kind=kind, updates=400) for kind in FLOWS},
     ),
 }
