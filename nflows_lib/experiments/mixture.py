@@ -71,7 +71,7 @@ class MixtureCoupling(ChannelBijection):
         value = (z2 - shift) * (-log_factor).exp()
         quantiles = means + log_scales.exp() * value  # of each component
         low, high = quantiles.amin(0), quantiles.amax(0)
-        for _ in range(8 - int(math.log2(torch.finfo(z.dtype).eps))):
+        for _ in range(halvings(z.dtype)):
             middle = (low + high) / 2
             below = _logit_of_mixture(middle, log_weights, means, log_scales)[0] < value
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
@@ -125,6 +125,15 @@ class TwoHeads(nn.Module):
         return torch.cat([self.affine(h), self.mixture(h)], dim=1)
 
 
+def halvings(dtype: torch.dtype) -> int:
+    """The number of halvings that make an interval shorter than the type's relative precision, with 8 to spare.
+
+    >>> halvings(torch.float32), halvings(torch.float64)
+    (31, 60)
+    """
+    return 8 - int(math.log2(torch.finfo(dtype).eps))
+
+
 def _logit_of_mixture(v: Tensor, log_weights: Tensor, means: Tensor, log_scales: Tensor) -> tuple[Tensor, Tensor]:
     """logit F(v) and the logarithm of its derivative, each in the shape of v. The sums stay in the logarithm, where no
     tail underflows."""
@@ -161,7 +170,7 @@ def mixture_glow(
     Raises:
         ValueError: if mixtures or components is below 1, or if ``glow`` raises it.
     """
-    check_at_least(1, mixtures=mixtures)
+    check_at_least(1, mixtures=mixtures, components=components)
     flow = glow(shape, hidden=hidden, bounded=True, precision=precision, **size)
     chain = flow.chain
     while chain:

@@ -208,7 +208,7 @@ RUNS: dict[str, Run] = {
         training=PHOTOGRAPHS | {"batch_size": 512, "warmup": 500},
     ),
     "mixture-cifar10-10min": Run(
-        title="glow-cifar10-10min with a mixture of logistics at each scale's end, for nine minutes of one H100 or H200",
+        title="glow-cifar10-10min with mixtures of logistics at the scales' ends, for nine minutes of one H100 or H200",
         **GLOW_CIFAR10 | {"model": "mixture"},
         size={"steps": 16, "components": 4, "noise": 64, "bounded_priors": True},
         budget=9 * MINUTES,

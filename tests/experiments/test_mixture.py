@@ -9,8 +9,11 @@ import torch
 from bijections import Fixed, build
 from torch import Tensor, nn
 
+from nflows_lib import doctor
 from nflows_lib.bijection import Layer
 from nflows_lib.coupling import BoundedGlowCoupling
+from nflows_lib.distributions import StandardNormal
+from nflows_lib.experiments import mixture
 from nflows_lib.experiments.mixture import MixtureCoupling, TwoHeads, mixture_glow
 from nflows_lib.flow import Flow
 from nflows_lib.multiscale import FactorOut
@@ -76,6 +79,18 @@ def test_the_components_start_apart_and_learn_apart():
     means = head.mixture.bias.grad.view(3, 4, 3)[1]  # of the components' means
     apart = (means[:, None] - means[None]).abs().amax(-1)
     assert (apart + torch.eye(4) > 1e-3).all()
+
+
+@pytest.mark.parametrize(("found", "count"), [([], None), (["P1"], 6)], ids=["sound", "stops early"])
+def test_the_doctor_finds_an_inverse_that_stops_too_early(monkeypatch, found, count):
+    """The clinic's F29 says that the doctor calls it P1."""
+    torch.manual_seed(0)
+    layer, _, _ = build("mixture_coupling", (5,))
+    if count is not None:
+        monkeypatch.setattr(mixture, "halvings", lambda dtype: count)
+    flow = Flow([layer.float()], StandardNormal(), (5,))
+    findings = doctor(flow, torch.randn(64, 5), report=False)
+    assert [finding.entry for finding in findings if finding.test == "round trip" and finding.passed is False] == found
 
 
 def kinds(layers: Layer) -> list[list[type]]:
