@@ -31,9 +31,10 @@ PRETENDED = None if torch.cuda.is_available() else pretended_gpu.install()
 ROOT = Path(__file__).parents[1]
 NO_CHROMIUM = "no Chromium on this machine (on Debian: apt-get install chromium)"
 
-# The longest test files come first, after the chapters. The first file builds the book. Other files that need the book
-# come later, since another worker would wait for the build.
+# The longest chapter comes first, then the other chapters, then the longest test files. The first of these builds the
+# book. Other files that need the book come later, since another worker would wait for the build.
 LONGEST = [
+    "ood.ipynb",
     "test_book.py",
     "test_clinic.py",
     "test_processes.py",
@@ -73,7 +74,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: -1 if item.path.suffix == ".ipynb" else places.get(item.path.name, len(LONGEST)))
+    items.sort(key=lambda item: (item.path.suffix != ".ipynb", places.get(item.path.name, len(LONGEST))))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from forked_kernels import fork_kernels
+from jupyter_client.provisioning import KernelProvisionerFactory
 from nbformat import v4
+from nbval.kernel import CURRENT_ENV_KERNEL_NAME, RunningKernel
 from notebooks import check, normalise, problems
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +77,40 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
 @pytest.mark.parametrize("case", CASES)
 def test_comparison(outcomes: dict[str, bool], case: str) -> None:
     assert outcomes[case] is CASES[case][2]
+
+
+SURROUNDINGS = """
+import os, sys
+print(os.getcwd(), sys.executable, sys.path, sorted({*os.environ} - {"JPY_PARENT_PID"}), os.getsid(0) == os.getpid())
+print([name for name in sys.modules if name.startswith("nflows_lib")], os.environ["MPLBACKEND"])
+"""
+PICTURE = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()\nprint('torch._dynamo' in sys.modules)"
+
+
+def printed(folder: Path, *cells: str) -> list[dict]:
+    """What a new kernel, started as nbval starts it, displays for these cells."""
+    kernel, shown = RunningKernel(CURRENT_ENV_KERNEL_NAME, cwd=str(folder)), []
+    try:
+        for cell in cells:
+            asked = kernel.execute_cell_input(cell)
+            kernel.await_reply(asked, timeout=60)
+            while (message := kernel.get_message("iopub", timeout=60))["content"].get("execution_state") != "idle":
+                if message["parent_header"].get("msg_id") == asked:
+                    shown += [message["content"]] if message["msg_type"] in ("stream", "display_data", "error") else []
+    finally:
+        kernel.stop()
+    return shown
+
+
+def test_a_forked_kernel_has_the_surroundings_of_a_kernel_of_its_own(tmp_path: Path, monkeypatch) -> None:
+    factory = KernelProvisionerFactory.instance()
+    monkeypatch.setattr(factory, "default_provisioner_name", "local-provisioner")
+    (expected,) = printed(tmp_path, SURROUNDINGS)
+    fork_kernels()
+    surroundings, picture, loaded = printed(tmp_path, SURROUNDINGS, PICTURE)
+    assert surroundings == expected
+    assert "image/png" in picture["data"]
+    assert loaded["text"] == "True\n"
 
 
 @pytest.mark.skipif(not (ROOT / ".venv" / ".ready").exists(), reason="make would set up .venv first")

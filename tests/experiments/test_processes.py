@@ -7,12 +7,11 @@ import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+import forked
 import pytest
 import torch
 import two_processes
@@ -28,9 +27,7 @@ from nflows_lib.experiments.trainer import CHECKPOINT, PREVIOUS
 from nflows_lib.flow import Flow
 from nflows_lib.normalization import DiagonalScaling, mean_over_processes
 
-# --standalone takes a free port. Two processes run on the CPU, whatever GPUs the machine has.
-ON_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = ["--standalone", "--nproc-per-node", "2"]  # --standalone takes a free port
 STEPS = 100  # of the run that is stopped
 
 
@@ -51,20 +48,20 @@ class Stopped(NamedTuple):
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory) -> Stopped:
     """A run under torchrun in a process group of its own, to which a terminal's signals can be sent."""
-    out = tmp_path_factory.mktemp("stopped") / "a folder"
+    folder = tmp_path_factory.mktemp("stopped")
+    out, said = folder / "a folder", folder / "said"
     words = [*shlex.split(f"-m nflows_lib train nice-digits --steps {STEPS} --save-every 0s --out"), str(out)]
-    process = subprocess.Popen(
-        [*TORCHRUN, *words], stderr=subprocess.PIPE, text=True, start_new_session=True, env=ON_CPU
-    )
+    process = forked.context().Process(target=two_processes.torchrun, args=([*TORCHRUN, *words], said))
+    process.start()
     try:
-        while process.poll() is None and not (out / PREVIOUS).exists():
+        while process.is_alive() and not (out / PREVIOUS).exists():
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=120)
+        process.join(120)
     finally:
-        if process.poll() is None:
+        if process.is_alive():
             os.killpg(process.pid, signal.SIGKILL)
-    return Stopped(out, process.returncode, said)
+    return Stopped(out, process.exitcode, said.read_text(encoding="utf-8"))
 
 
 class Job(NamedTuple):
@@ -84,9 +81,13 @@ class Job(NamedTuple):
 @pytest.fixture(scope="module")
 def job(stopped, tmp_path_factory) -> Job:
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, two_processes.__file__, folder, *stopped.again[6:]]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240, env=ON_CPU)
-    return Job(folder, done.returncode, done.stderr)
+    said = folder / "said"
+    process = forked.context().Process(target=two_processes.work, args=(folder, stopped.again[6:], said))
+    process.start()
+    process.join(240)
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)
+    return Job(folder, process.exitcode, said.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

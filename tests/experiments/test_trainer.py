@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -18,10 +17,12 @@ import sys
 import time
 from collections.abc import Iterator
 from itertools import pairwise
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import SimpleNamespace
 
 import command_process
+import forked
 import pytest
 import torch
 from bijections import Masked, randomize
@@ -847,11 +848,9 @@ def command_line(out: Path, steps: int) -> list[str]:
     return [*f"train nice-digits --steps {steps} --save-every 0s --draws 1 --resume --out".split(), str(out)]
 
 
-def start(words: list[str], said: Path) -> multiprocessing.Process:
+def start(words: list[str], said: Path) -> ForkServerProcess:
     """Start a process that runs the command line, forked from one that has imported torch already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nflows_lib.experiments.runs", "torch._dynamo"])  # optimizers import it late
-    process = context.Process(target=command_process.run, args=(words, said))
+    process = forked.context().Process(target=command_process.run, args=(words, said))
     process.start()
     return process
 

@@ -1,10 +1,10 @@
-"""The work of two processes in test_processes.py: ``python two_processes.py FOLDER COMMAND...``.
+"""The work of two processes in test_processes.py.
 
-Each process writes its results to a file of its own in FOLDER. The same functions, called in one process, give the
-expected results. COMMAND holds the words of a command line of the library, which the two processes run as well.
+Each process writes its results to a file of its own in a folder. The same functions, called in one process, give the
+expected results.
 
-The two processes are started by torchrun's own agent, but forked from this one, since each start of torchrun itself
-would let three processes import PyTorch.
+torchrun, its agent and the two processes are forked from a process that has imported PyTorch, since otherwise each of
+the three would import it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import runpy
 import signal
 import sys
 import time
@@ -20,8 +21,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch._dynamo  # optimizers import it late; here it is imported once for all processes
 from torch import Tensor
+from torch.distributed import run
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from nflows_lib.bijection import Layer
@@ -228,7 +229,40 @@ def launch(function: Callable[..., None], *arguments: object) -> None:
     elastic_launch(LaunchConfig(1, 1, 2, max_restarts=0, start_method="fork", **there), function)(*arguments)
 
 
-if __name__ == "__main__":
-    launch(command_line, Path(sys.argv[1]), sys.argv[2:])
-    launch(findings, Path(sys.argv[1]))
-    launch(fail, Path(sys.argv[1]))  # the last: what one process raises ends this one, too
+def on_their_own(said: Path) -> None:
+    """Give this process a process group, to which a terminal's signals can be sent, the CPU, and a file as stderr."""
+    os.setsid()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    file = os.open(said, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 2)
+
+
+def run_module(*words: str) -> None:
+    """Run what torchrun starts, ``python -u -m MODULE ARGUMENTS...``, in this process, as a new process would."""
+    unbuffered, dash_m, module, *arguments = words
+    assert (unbuffered, dash_m) == ("-u", "-m")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a forked process has the handlers of torchrun's agent
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__")
+
+
+def torchrun(words: list[str], said: Path) -> None:
+    """Run ``torchrun WORDS...``; the two processes are forked instead of started."""
+
+    def forking(config: LaunchConfig, entrypoint: str) -> elastic_launch:
+        assert entrypoint == sys.executable
+        config.start_method = "fork"
+        return elastic_launch(config, run_module)
+
+    on_their_own(said)
+    run.elastic_launch = forking
+    run.main(words)
+
+
+def work(folder: Path, words: list[str], said: Path) -> None:
+    """Run the functions above in two processes, after a command line of the library."""
+    on_their_own(said)
+    launch(command_line, folder, words)
+    launch(findings, folder)
+    launch(fail, folder)  # the last: what one process raises ends this one, too
