@@ -19,7 +19,7 @@ from nflows_lib.networks import GlowNet, zeroed
 
 
 class MixtureCoupling(ChannelBijection):
-    r"""The coupling of Flow++ (Ho et al. 2019, section 3.2), with bounded factors as in the library's other couplings.
+    r"""The coupling of Flow++ (Ho et al. 2019, section 3.2), with bounded log-scales and log-factors.
 
     :math:`F` is the distribution function of a mixture of K logistic distributions, and :math:`\sigma` the sigmoid:
 
@@ -29,20 +29,22 @@ class MixtureCoupling(ChannelBijection):
         z_1 &= x_1 \\
         z_2 &= \operatorname{logit} F(x_2) \odot e^{a} + t
 
-    The weights :math:`\pi`, the means :math:`m`, the log-scales :math:`s`, the log-factor :math:`a` and the shift
-    :math:`t` are functions of :math:`x_1`, one of each per entry that changes (and per component). Log-scales and
-    log-factors have the form :math:`g \tanh(\cdot)`, with one learned gain :math:`g` for both, which starts at 1.
-    The log-determinant is the sum of :math:`\log F'(x_2) - \log F(x_2) - \log(1 - F(x_2)) + a`.
+    The weights :math:`\pi`, the means :math:`m` and the log-scales :math:`s` of each component, the log-factor
+    :math:`a` and the shift :math:`t` are functions of :math:`x_1`, for each entry that changes; the means add a learned
+    offset. Log-scales and log-factors have the form :math:`g \tanh(\cdot)`, with one learned gain :math:`g`, which
+    starts at 1. So the slope of forward is at most :math:`e^{2 |g|}`; that of the inverse has no such bound, because
+    it grows with the distance between the means. The log-determinant is the sum of :math:`\log F'(x_2) - \log F(x_2) - \log(1 - F(x_2)) + a`.
 
     :math:`F` has no inverse in closed form. The quantile of a mixture lies between the least and the largest quantile
-    of its components, :math:`m_k + e^{s_k} \operatorname{logit} p`, so the inverse halves this interval until it is as
-    short as the numbers' precision allows. No gradient flows through the inverse.
+    of its components, :math:`m_k + e^{s_k} \operatorname{logit} p`, so the inverse halves this interval, 31 times
+    in float32 and 60 times in float64. No gradient flows through the inverse.
 
     Args:
         channels: number of channels C of vectors ``(B, C)`` or images ``(B, C, H, W)``, at least 2. The first
             ``C // 2`` are left unchanged.
         network: called as ``network(x1, context)``; maps ``C // 2`` channels to ``(2 + 3 K) (C - C // 2)``: first the
-            log-factors, the shifts, then the weights' logarithms, the means and the log-scales of each component.
+            log-factors and the shifts, then the weights before a softmax, the means and the log-scales of each
+            component.
         components: number of logistic distributions K, at least 1.
 
     Raises:
@@ -156,8 +158,9 @@ def mixture_glow(
 ) -> Flow:
     """Glow with bounded scale factors, in which the last couplings of each scale are :class:`MixtureCoupling`.
 
-    The last coupling of a scale changes the half of the channels that is finished there, so one mixture per scale
-    already gives each finished number a density with several peaks and heavier tails than a normal density has.
+    At every scale but the last, the last coupling changes the half of the channels that is finished there. So one
+    mixture per scale already lets a finished number have a density with several peaks and with heavier shoulders than a
+    normal density of the same variance.
 
     Args:
         shape: ``(C, H, W)`` of one image of integers.

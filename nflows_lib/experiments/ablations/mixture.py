@@ -116,12 +116,13 @@ def after_glow(seed: int, *, kind: str, seconds: float | None = None, updates: i
     fit(flow, train, updates, warmup=min(10, updates), **OPTIONS)
     start = time.process_time()
     grid, broken = grid_of_samples(flow)
+    sampling = time.process_time() - start
     return {
         "test": -log_likelihoods(flow, test, draws=2).mean().item() / (flow.dims * math.log(2)),
         "updates": updates,
         "grid": grid,
         "broken": broken,
-        "sampling": time.process_time() - start,
+        "sampling": sampling,
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
     }
 
