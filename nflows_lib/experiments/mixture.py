@@ -33,7 +33,8 @@ class MixtureCoupling(ChannelBijection):
     :math:`a` and the shift :math:`t` are functions of :math:`x_1`, for each entry that changes; the means add a learned
     offset. Log-scales and log-factors have the form :math:`g \tanh(\cdot)`, with one learned gain :math:`g`, which
     starts at 1. So the slope of forward is at most :math:`e^{2 |g|}`; that of the inverse has no such bound, because
-    it grows with the distance between the means. The log-determinant is the sum of :math:`\log F'(x_2) - \log F(x_2) - \log(1 - F(x_2)) + a`.
+    it grows with the distance between the means. The log-determinant is the sum of
+    :math:`\log F'(x_2) - \log F(x_2) - \log(1 - F(x_2)) + a` over the entries that change.
 
     :math:`F` has no inverse in closed form. The quantile of a mixture lies between the least and the largest quantile
     of its components, :math:`m_k + e^{s_k} \operatorname{logit} p`, so the inverse halves this interval, 31 times
