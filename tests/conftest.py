@@ -18,15 +18,13 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pretended_gpu
 import pytest
-import torch
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
+    from pretended_gpu import PretendedGPU
 
-# The device is installed here, because that must happen before any test's backward pass.
-PRETENDED = None if torch.cuda.is_available() else pretended_gpu.install()
+PRETENDED = pytest.StashKey["PretendedGPU | None"]()
 
 ROOT = Path(__file__).parents[1]
 NO_CHROMIUM = "no Chromium on this machine (on Debian: apt-get install chromium)"
@@ -62,8 +60,15 @@ def chromium() -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     chromium()  # a wrong name is an error before the first test
+    if getattr(config.option, "numprocesses", None):
+        return  # the process that only starts the workers does not wait for torch
+    import pretended_gpu
+    import torch
+
+    # The device is installed here, because that must happen before any test's backward pass.
+    config.stash[PRETENDED] = None if torch.cuda.is_available() else pretended_gpu.install()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -162,11 +167,12 @@ def plain_site(book: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def pretended() -> pretended_gpu.PretendedGPU:
+def pretended(pytestconfig: pytest.Config) -> PretendedGPU:
     """The mode of the pretended GPU, which a test enters."""
-    if PRETENDED is None:
+    mode = pytestconfig.stash[PRETENDED]
+    if mode is None:
         pytest.skip("a real GPU is there")
-    return PRETENDED
+    return mode
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,11 @@ of PyTorch that compiles (every optimizer imports it), scikit-learn and Matplotl
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 
 IMPORTED = ["torch._dynamo", "sklearn.datasets", "matplotlib.pyplot", "ipykernel.kernelapp"]
 
@@ -18,3 +22,21 @@ def context() -> ForkServerContext:
     forking = multiprocessing.get_context("forkserver")
     forking.set_forkserver_preload(IMPORTED)
     return forking
+
+
+def search_path(environment: dict[str, str]) -> list[str]:
+    """Where a new Python with this environment looks for modules, after its own folder."""
+    ask = [sys.executable, "-c", "import sys; print(*sys.path[1:], sep='\\n')"]
+    return subprocess.run(ask, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def run_code(code: str, environment: dict[str, str], path: list[str], said: Path) -> None:
+    """Do what ``python -c CODE`` does in the root folder, and write to a file what it prints."""
+    os.chdir("/")
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:] = ["", *path]
+    file = os.open(said, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    exec(code, {"__name__": "__main__"})

@@ -9,7 +9,6 @@ from nothing.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from multiprocessing.context import ForkServerProcess
@@ -65,11 +64,9 @@ class ForkedKernel(LocalProvisioner):
 
     async def launch_kernel(self, cmd: list[str], **options: Any) -> dict[str, Any]:
         environment = options["env"]
-        ask = [sys.executable, "-c", "import sys; print(*sys.path[1:], sep='\\n')"]  # the first is the folder itself
-        path = subprocess.run(ask, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
         arguments = cmd[cmd.index(LAUNCHER) + 1 :]
         folder = str(options.get("cwd") or os.getcwd())
-        given = (arguments, folder, environment, path)
+        given = (arguments, folder, environment, forked.search_path(environment))
         process = forked.context().Process(target=become_kernel, args=given, daemon=True)
         process.start()
         self.process, self.pid, self.pgid = Forked(process), process.pid, process.pid

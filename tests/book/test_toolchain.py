@@ -162,7 +162,7 @@ def test_a_missing_browser_does_not_go_unnoticed(monkeypatch: pytest.MonkeyPatch
     """A wrong name is an error before the first test; without a browser the summary counts the skipped tests."""
     monkeypatch.setenv("CHROMIUM", "kromium")
     with pytest.raises(pytest.UsageError, match="CHROMIUM is 'kromium', which is no program"):
-        conftest.pytest_configure()
+        conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace(numprocesses=2)))
     monkeypatch.setenv("CHROMIUM", sys.executable)
     assert conftest.chromium() == sys.executable
     monkeypatch.delenv("CHROMIUM")
