@@ -432,7 +432,7 @@ def same_conditions() -> str:
     gain = glow - mixture
     return f"""\
 **A mixture coupling.** Two runs were trained under the same conditions: at the same time on one machine, one thread each, float32 networks, and no AVX-512 instructions (`data/pretrained/README.md` says how).
-So the first row is not the record of `glow-cifar10-bounded` above, which had another processor and made three times as many updates. The two models have as many parameters, but `mixture-cifar10-small` has twice the steps, smaller batches and a higher rate as well as the mixtures.
+So the first row is not the run of {{numref}}`tab-full-scale-cifar10`, which had another processor and made three times as many updates. The two models have as many parameters, but `mixture-cifar10-small` has twice the steps, smaller batches and a higher rate as well as the mixtures.
 It was meant to score 0.05 bits/dim better, and scores {gain:.4f} better. {{doc}}`Chapter 7 <07_after_glow>` explains the mixture and this result.
 
 ```{{list-table}} Two runs on CIFAR-10 under the same conditions: bits/dim on the 10,000 test images; lower is better.
