@@ -29,10 +29,14 @@ PRETENDED = pytest.StashKey["PretendedGPU | None"]()
 ROOT = Path(__file__).parents[1]
 NO_CHROMIUM = "no Chromium on this machine (on Debian: apt-get install chromium)"
 
-# The longest chapter comes first, then the other chapters, then the longest test files. The first of these builds the
+# The longest chapters come first, then the others, then the longest test files. The first of these files builds the
 # book. Other files that need the book come later, since another worker would wait for the build.
 LONGEST = [
     "ood.ipynb",
+    "06_cglow.ipynb",
+    "03_realnvp.ipynb",
+    "05_glow.ipynb",
+    "02_dequantization.ipynb",
     "test_book.py",
     "test_clinic.py",
     "test_processes.py",
