@@ -56,8 +56,11 @@ if ! has_uv; then
     .venv/bin/python -m pip install --quiet --only-binary :all: --require-hashes -r .venv/uv.txt || true
     uv=.venv/bin/uv
 fi
+# Bytecode is compiled here, as pip does by itself: where PYTHONDONTWRITEBYTECODE is set, every process would otherwise
+# compile what it imports again, 6 seconds for torch, scikit-learn and Matplotlib.
 install() {
-    "$uv" pip install --quiet --python .venv/bin/python "$@" || .venv/bin/python -m pip install --quiet "$@"
+    "$uv" pip install --quiet --compile-bytecode --python .venv/bin/python "$@" ||
+        .venv/bin/python -m pip install --quiet "$@"
 }
 
 # The lock is complete, so nothing is resolved here: --no-deps. The package builds with the lock's setuptools.
