@@ -415,6 +415,9 @@ def shown(page: Page) -> list[dict[str, Any]]:
     )
 
 
+USUAL = 10.0  # ms that 400,000 sines take in the page while two flows train and another test runs
+
+
 def test_two_flows_learn_in_time_and_a_click_is_answered(page: Page) -> None:
     """In 20 s NICE comes within 0.3 nats of the entropy, and without its scaling within 0.15 of its optimum."""
     go(page, "train=gaussians&broken=scaling")
@@ -429,12 +432,15 @@ def test_two_flows_learn_in_time_and_a_click_is_answered(page: Page) -> None:
         f"""async () => {{
           const it = {IT};
           const frame = () => new Promise(requestAnimationFrame);
-          const found = {{ click: [], worker: [], pictures: 0 }};
+          const found = {{ click: [], worker: [], work: [], pictures: 0 }};
           const receive = it.receive.bind(it);
           it.receive = (data) => {{ found.pictures += data.picture ? 1 : 0; receive(data); }};
           const began = performance.now();
           for (let i = 0; i < 10; i++) {{
             let start = performance.now();
+            for (let j = 0, sum = 0; j < 400_000; j++) sum += Math.sin(j);
+            found.work.push(performance.now() - start);
+            start = performance.now();
             it.toggles.samples.click();
             await frame();
             found.click.push(performance.now() - start);
@@ -448,8 +454,11 @@ def test_two_flows_learn_in_time_and_a_click_is_answered(page: Page) -> None:
           return found;
         }}"""
     )
-    assert sorted(waited["click"])[5] < 100
-    assert sorted(waited["worker"])[5] < 100
+    click, worker, work = (sorted(waited[name])[5] for name in ("click", "worker", "work"))
+    print(f"click {click:.0f} ms, worker {worker:.0f} ms, the piece of work {work:.1f} ms")
+    slower = max(1, work / USUAL)  # how much slower this machine is now than one on which the bound is 100 ms
+    assert click < 100 * slower
+    assert worker < 100 * slower
     assert waited["pictures"] > 4  # per second; about 10 where no other test runs beside this one
     press(page, "Pause")
     page.wait_for_timeout(200)
