@@ -26,6 +26,7 @@ from nflows_lib.coupling import (
     checkerboard_mask,
 )
 from nflows_lib.dequantization import Logit, Rescale
+from nflows_lib.experiments.ablations.grid import HaarSqueeze, ShiftedSquares
 from nflows_lib.experiments.mixture import MixtureCoupling
 from nflows_lib.multiscale import FactorOut, PhaseOrder, Squeeze
 from nflows_lib.networks import MLP, BoundedPrior, ZeroConv
@@ -269,6 +270,10 @@ BIJECTIONS: dict[str, Example] = {
     "logit": Example(lambda shape: Logit(), ((1,), (5,), (3, 2, 4)), any_shape=True, to_domain=torch.sigmoid),
     "logit_narrow": Example(lambda shape: Logit(0.3), ((2,), (1, 2, 2)), any_shape=True, to_domain=torch.sigmoid),
     "squeeze": Example(lambda shape: Squeeze(), ((1, 4, 6), (3, 2, 4), (2, 6, 2)), any_shape=True, only_moves=True),
+    "haar_squeeze": Example(lambda shape: HaarSqueeze(), ((1, 4, 6), (3, 2, 4)), any_shape=True),
+    "shifted_squares": Example(
+        lambda shape: ShiftedSquares(1), ((4, 2, 3), (12, 1, 2)), any_shape=True, only_moves=True
+    ),
     "phase_order": Example(
         lambda shape: PhaseOrder(shape[0]), ((4, 2, 3), (12, 1, 2)), any_shape=True, only_moves=True
     ),

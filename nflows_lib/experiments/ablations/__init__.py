@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from nflows_lib.experiments import archive
-from nflows_lib.experiments.ablations import cglow, glow, mixture, multiscale, nice, realnvp
+from nflows_lib.experiments.ablations import cglow, glow, grid, mixture, multiscale, nice, realnvp
 from nflows_lib.experiments.ablations.experiment import Ablation
 
-MODELS = (nice, realnvp, multiscale, glow, cglow, mixture)
+MODELS = (nice, realnvp, multiscale, glow, grid, cglow, mixture)
 ABLATIONS: dict[str, Ablation] = {name: entry for model in MODELS for name, entry in model.ABLATIONS.items()}
 
 
