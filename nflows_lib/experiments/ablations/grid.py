@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from nflows_lib import data
 from nflows_lib.bijection import Bijection, Layer, Shape
+from nflows_lib.checks import check_tensor
 from nflows_lib.convolution import Invertible1x1Conv
 from nflows_lib.coupling import AffineCoupling, BoundedGlowCoupling, checkerboard_mask
 from nflows_lib.dequantization import Rescale, UniformDequantize
@@ -31,7 +32,7 @@ SHOWN = 4  # samples of each run that its record holds
 
 
 class HaarSqueeze(Squeeze):
-    r"""A squeeze whose four channels of a 2x2 square are the Haar wavelet's instead of the pixels.
+    """A squeeze whose four channels of a 2x2 square are the Haar wavelet's instead of the pixels.
 
     The values of a square, in the order of :class:`~nflows_lib.multiscale.Squeeze`, are multiplied by an orthogonal and
     symmetric matrix. So the first channel is twice the square's mean, and the others are its differences from left to
@@ -41,14 +42,11 @@ class HaarSqueeze(Squeeze):
         ValueError: if height or width is odd.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        signs = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
-        self.register_buffer("wavelet", signs / 2)
-
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         squares, log_det = super().forward(x)
-        return torch.einsum("ij,bcjhw->bcihw", self.wavelet, squares.unflatten(1, (-1, 4))).flatten(1, 2), log_det
+        a, b, c, d = squares.unflatten(1, (-1, 4)).unbind(2)  # each (B, C, H/2, W/2)
+        z = torch.stack([a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d], dim=2) / 2
+        return z.flatten(1, 2), log_det
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         values, _ = self.forward(super().inverse(z))  # the wavelet's matrix is its own inverse
@@ -73,12 +71,13 @@ class ShiftedSquares(Bijection):
         self.pixels = pixels
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._rolled(x, -self.pixels), x.new_zeros(len(x))
+        return self._rolled("x", x, -self.pixels), x.new_zeros(len(x))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        return self._rolled(z, self.pixels)
+        return self._rolled("z", z, self.pixels)
 
-    def _rolled(self, x: Tensor, pixels: int) -> Tensor:
+    def _rolled(self, name: str, x: Tensor, pixels: int) -> Tensor:
+        check_tensor(name, x)
         self.output_shape(tuple(x.shape[1:]))
         return F.pixel_unshuffle(F.pixel_shuffle(x, 2).roll((pixels, pixels), (2, 3)), 2)
 
@@ -158,7 +157,7 @@ def grid_glow(
 
 
 def steps_by_place(images: Tensor) -> list[float]:
-    """The mean size of the step from each row and column to the next, ``H - 1`` values, averaged over both directions."""
+    """The mean step from each row and column to the next, averaged over both directions: ``H - 1`` values."""
     values = images.double()
     rows, columns = values.diff(dim=2).abs().mean((0, 1, 3)), values.diff(dim=3).abs().mean((0, 1, 2))
     return ((rows + columns) / 2).tolist()
