@@ -7,7 +7,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread per worker, so that results do not depend on the machine
 os.environ.setdefault("NFLOWS_PROGRESS", "0")  # the rates in a progress bar differ in every run
 
-collect_ignore = ["chapters/assets/cover.py"]  # a script: looking for its doctests would run it and redraw the cover
+# Scripts: looking for their doctests would run them and draw the pictures again.
+collect_ignore = ["chapters/assets/cover.py", "chapters/assets/samples.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -57,12 +57,16 @@ def flow_of_patches(mixer: str, bounded: bool, steps_per_scale: int, hidden: int
 
 
 @torch.no_grad()
+def finite_samples(flow: Flow, n: int = 500, temperature: float = 1.0) -> Tensor:
+    """Those of n samples that are finite, rounded to the flow's levels."""
+    drawn = flow[1:].decode(temperature * torch.randn(n, flow.dims))  # pixels before they are rounded to levels
+    return drawn[drawn.flatten(1).isfinite().all(1)].floor().clamp(0, flow.levels - 1)
+
+
 def grid_of_samples(flow: Flow, n: int = 500) -> tuple[float, float]:
     """The :func:`grid_texture` of the finite ones among n samples, and the share of samples that are not finite."""
-    drawn = flow[1:].decode(torch.randn(n, flow.dims))  # pixels before they are rounded to levels
-    finite = drawn.flatten(1).isfinite().all(1)
-    texture = grid_texture(drawn[finite].floor().clamp(0, flow.levels - 1))
-    return texture, 1 - finite.float().mean().item()
+    samples = finite_samples(flow, n)
+    return grid_texture(samples), 1 - len(samples) / n
 
 
 def glow_patches(

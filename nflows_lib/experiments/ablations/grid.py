@@ -20,7 +20,7 @@ from nflows_lib.dequantization import Rescale, UniformDequantize
 from nflows_lib.distributions import StandardNormal
 from nflows_lib.evaluation import log_likelihoods
 from nflows_lib.experiments.ablations.experiment import Ablation
-from nflows_lib.experiments.ablations.glow import grid_texture, replace
+from nflows_lib.experiments.ablations.glow import finite_samples, grid_texture, replace
 from nflows_lib.flow import Flow
 from nflows_lib.multiscale import FactorOut, Squeeze
 from nflows_lib.networks import ActNormConv, GlowNet, ZeroConv
@@ -173,13 +173,6 @@ def border_ratios(steps: list[float]) -> tuple[float, float]:
     return tuple(sum(border) / len(border) / (sum(inside) / len(inside)) for border in (fine, coarse))
 
 
-@torch.no_grad()
-def drawn(flow: Flow, temperature: float, n: int = 500) -> Tensor:
-    """The finite ones among n samples, as levels."""
-    images = flow[1:].decode(temperature * torch.randn(n, flow.dims))
-    return images[images.flatten(1).isfinite().all(1)].floor().clamp(0, flow.levels - 1)
-
-
 def glow_grid(seed: int, *, updates: int = 400, **change: Any) -> dict[str, Any]:
     """Train a Glow on 16x16 colour patches, in batches of 64.
 
@@ -198,13 +191,13 @@ def glow_grid(seed: int, *, updates: int = 400, **change: Any) -> dict[str, Any]
     train, test = (data.patches(part).images for part in ("train", "test"))
     flow = grid_glow(**change)
     fit(flow, train, updates, batch_size=64, lr=5e-3, clip=100.0, warmup=min(10, updates), cosine=True)
-    samples = drawn(flow, 1.0)
+    samples = finite_samples(flow)
     steps = steps_by_place(samples)
     fine, coarse = border_ratios(steps)
     return {
         "test": -log_likelihoods(flow, test).mean().item() / (flow.dims * math.log(2)),
         "grid": grid_texture(samples),
-        "cold": grid_texture(drawn(flow, 0.7)),
+        "cold": grid_texture(finite_samples(flow, temperature=0.7)),
         "fine": fine,
         "coarse": coarse,
         "steps": steps,
