@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 COLAB = "https://colab.research.google.com"
+BRANCH = "main"  # the branch that .github/workflows/book.yml publishes
 CELL = "colab"  # the id of the cell
 
 # The course is cloned, not installed by pip, because the chapters also read the records in data/ and benchmarks/.
@@ -34,39 +35,27 @@ if "google.colab" in sys.modules:
     checkout = Path("nflows-course").resolve()
     if not checkout.is_dir():
         address = "{address}"
-        branch = "{branch}"
-        clone = ["git", "clone", "--quiet", "--depth", "1", "--branch", branch]
+        clone = ["git", "clone", "--quiet", "--depth", "1", "--branch", "main"]
         subprocess.run([*clone, address, checkout], check=True)
     sys.path.insert(0, str(checkout))
 """
 
 
-class Repository(NamedTuple):
-    """Where the course is published: the address of its repository on GitHub, and the branch with the book."""
-
-    address: str
-    branch: str
-
-
-def repository(config: Path) -> Repository | None:
-    """The repository that ``_config.yml`` names, or None if the address is empty.
+def repository(config: Path) -> str:
+    """The address of the repository that ``_config.yml`` names, or an empty text.
 
     Raises:
-        ValueError: if the address is not that of a repository on GitHub, which is the only host that Colab opens, or if
-            the branch is no name.
+        ValueError: if the address is not that of a repository on GitHub, the only host whose notebooks Colab opens by
+            their address.
     """
     settings = yaml.safe_load(config.read_text(encoding="utf-8")).get("repository") or {}
-    address, branch = (settings.get(key) or "" for key in ("url", "branch"))
-    if not address:
-        return None
-    if not re.fullmatch(r"https://github\.com/[\w-]+/[\w.-]+(?<!\.git)", str(address), re.ASCII):
+    address = settings.get("url") or ""
+    if address and not re.fullmatch(r"https://github\.com/[\w-]+/[\w.-]+(?<!\.git)", str(address), re.ASCII):
         raise ValueError(f"repository: expected https://github.com/OWNER/NAME or empty, got {address!r}")
-    if not re.fullmatch(r"[\w.][\w./-]*", str(branch), re.ASCII):
-        raise ValueError(f"repository: expected the name of a branch, got {branch!r}")
-    return Repository(address, branch)
+    return address
 
 
-def first_cell(published: Repository) -> dict[str, Any]:
+def first_cell(address: str) -> dict[str, Any]:
     """The code cell that makes the course importable in Colab, as a notebook's file holds it."""
     return {
         "cell_type": "code",
@@ -74,35 +63,35 @@ def first_cell(published: Repository) -> dict[str, Any]:
         "id": CELL,
         "metadata": {"tags": ["remove-cell"]},
         "outputs": [],
-        "source": SOURCE.format(**published._asdict()).rstrip("\n").splitlines(keepends=True),
+        "source": SOURCE.format(address=address).rstrip("\n").splitlines(keepends=True),
     }
 
 
-def with_first_cell(notebook: str, published: Repository | None) -> str:
-    """The text of a notebook's file with the first code cell for this repository, or without it for None.
+def with_first_cell(notebook: str, address: str) -> str:
+    """The text of a notebook's file with the first code cell for this address, or without it if there is none.
 
     The cell has no output, so the execution counts of the other cells move by one and nothing else changes.
     """
     content = json.loads(notebook)
     cells = [cell for cell in content["cells"] if cell.get("id") != CELL]
-    moved = (published is not None) - (len(content["cells"]) - len(cells))
+    moved = bool(address) - (len(content["cells"]) - len(cells))
     for cell in cells:
         for counted in (cell, *cell.get("outputs", [])):
             if counted.get("execution_count"):
                 counted["execution_count"] += moved
-    if published:
+    if address:
         first = next(place for place, cell in enumerate(cells) if cell["cell_type"] == "code")
-        cells.insert(first, first_cell(published))
+        cells.insert(first, first_cell(address))
     content["cells"] = cells
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def turn_on(app: Sphinx, config: Config) -> None:
     """Turn on the links if there is an address: to edit each page, and to open each notebook in Colab."""
-    if published := repository(Path(app.srcdir) / "_config.yml"):
+    if address := repository(Path(app.srcdir) / "_config.yml"):
         config.html_theme_options |= {
-            "repository_url": published.address,
-            "repository_branch": published.branch,
+            "repository_url": address,
+            "repository_branch": BRANCH,
             "use_edit_page_button": True,
             "launch_buttons": {"colab_url": COLAB},
         }
@@ -114,11 +103,11 @@ def setup(app: Sphinx) -> dict[str, bool]:
 
 
 def main() -> None:
-    published = repository(ROOT / "_config.yml")
+    address = repository(ROOT / "_config.yml")
     chapters = sorted((ROOT / "chapters").glob("*.ipynb"))
     for path in chapters:
-        path.write_text(with_first_cell(path.read_text(encoding="utf-8"), published), encoding="utf-8")
-    print(f"{len(chapters)} notebooks install the course from {published.address if published else 'nowhere'}")
+        path.write_text(with_first_cell(path.read_text(encoding="utf-8"), address), encoding="utf-8")
+    print(f"{len(chapters)} notebooks install the course from {address or 'nowhere'}")
 
 
 if __name__ == "__main__":
