@@ -18,7 +18,7 @@ SEEDS ?= 0 1 2 3 4 5 6 7 8 9
 # nbval runs a chapter and compares every output; only a number after ≈ may differ (tests/sanitize.cfg).
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
 
-.PHONY: help book test seeds notebooks ablations full-scale bench lab lock clean
+.PHONY: help book test seeds notebooks colab ablations full-scale bench lab lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -51,6 +51,9 @@ notebooks: $(READY)  ## format and run the chapters in place, cut the clinic's p
 	$(BIN)/ruff format --quiet $(CHAPTER)
 	$(BIN)/python tests/notebooks.py $(CHAPTER)
 	$(BIN)/python tools/thumbnails.py
+
+colab: $(READY)  ## let the chapters install the course in Colab, from the address in _config.yml
+	$(BIN)/python tools/publish.py
 
 ablations: export OMP_NUM_THREADS := 1
 ablations: export NFLOWS_PROGRESS := 0

@@ -17,7 +17,7 @@ from notebooks import text_of
 
 WORDS_PER_MINUTE, SECONDS_PER_LINE, SECONDS_PER_FIGURE = 150, 4, 30
 MAX_WORDS, MAX_LINES, MAX_SECTION_WORDS = 2_500, 450, 350
-FOLDED = {"hide-input", "remove-input"}
+FOLDED = {"hide-input", "remove-input", "remove-cell"}
 
 NOT_PROSE = [
     re.compile(r"^\$\$.*?^\$\$.*?$", re.DOTALL | re.MULTILINE),  # displayed equations with their labels
