@@ -121,6 +121,17 @@ QUESTIONS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
             "8, bounded": "8 steps, bounded scale",
         },
     ),
+    "glow-grid": (
+        {"test": "test bits/dim", "grid": "grid", "fine": "2×2 borders", "coarse": "4×4 borders"},
+        {
+            "Glow": "Glow",
+            "deep prior": "deep prior",
+            "Haar": "Haar squeeze",
+            "reflected": "reflection",
+            "couplings before": "couplings first",
+            "shifted": "shifted squares",
+        },
+    ),
 }
 
 
@@ -160,6 +171,8 @@ def test_the_differences_that_the_open_questions_print_follow_from_the_files():
     assert f"learned noise scores {noise:.3f} bits/dim better\n" in page
     deeper, wider = (mean("glow-depth", "2") - mean("glow-depth", key) for key in ("8", "2, wide"))
     assert f"better than 2 steps: 8 steps by {deeper:.2f} bits/dim, width by {wider:.2f}\n" in page
+    worse = mean("glow-grid", "shifted") - mean("glow-grid", "Glow")
+    assert f"shifted squares score {worse:.2f} bits/dim worse than Glow\n" in page
     runs = stored("realnvp-alpha")["results"]["0.05"]
     rows = [line.split()[-3:] for line in page.splitlines() if "≈" in line and " to " in line]
     assert rows == [[f"{run['training'][block]:.3f}" for run in runs] for block in range(3)]
