@@ -37,6 +37,7 @@ LONGEST = [
     "02_dequantization.ipynb",
     "test_book.py",
     "test_clinic.py",
+    "test_pdf.py",
     "test_processes.py",
     "test_trainer.py",
     "test_runs.py",
@@ -69,7 +70,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = sum(chromium.MISSING in str(report.longrepr) for report in terminalreporter.stats.get("skipped", []))
     if skipped:
-        terminalreporter.write_line(f"Skipped browser tests: {skipped}, because there is {chromium.MISSING}", yellow=True)
+        terminalreporter.write_line(
+            f"Skipped browser tests: {skipped}, because there is {chromium.MISSING}", yellow=True
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

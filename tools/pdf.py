@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-import chromium
 import matplotlib
 import yaml
+
+import chromium
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Route

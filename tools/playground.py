@@ -17,12 +17,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import chromium
 import matplotlib.pyplot as plt
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import chromium
 from nflows_lib import data, plotting
 from nflows_lib.bijection import Chain
 from nflows_lib.coupling import AffineCoupling, alternating_mask

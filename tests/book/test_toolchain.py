@@ -170,9 +170,7 @@ def test_a_missing_browser_does_not_go_unnoticed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", "")
     assert chromium.find() is None
     lines: list[str] = []
-    skipped = [
-        SimpleNamespace(longrepr=("conftest.py", 1, f"Skipped: {why}")) for why in (chromium.MISSING, "no git")
-    ]
+    skipped = [SimpleNamespace(longrepr=("conftest.py", 1, f"Skipped: {why}")) for why in (chromium.MISSING, "no git")]
     reporter = SimpleNamespace(stats={"skipped": skipped}, write_line=lambda line, **_: lines.append(line))
     conftest.pytest_terminal_summary(reporter)
     assert lines == [f"Skipped browser tests: 1, because there is {chromium.MISSING}"]
