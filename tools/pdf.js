@@ -77,7 +77,7 @@ function pieces(text) {
 function colour(main) {
   const colours = new Map(); // by class
   const highlights = new Map();
-  const codes = [...main.querySelectorAll("pre")].map((code) => {
+  const blocks = [...main.querySelectorAll("pre")].map((code) => {
     const ranges = [];
     let end = 0;
     const read = (node, kind) => {
@@ -93,7 +93,7 @@ function colour(main) {
     read(code, "");
     return [code, ranges];
   });
-  for (const [code, ranges] of codes) {
+  for (const [code, ranges] of blocks) {
     let start = 0;
     for (const text of pieces(code.textContent)) {
       const piece = code.cloneNode(false);
