@@ -18,7 +18,7 @@ SEEDS ?= 0 1 2 3 4 5 6 7 8 9
 # nbval runs a chapter and compares every output; only a number after ≈ may differ (tests/sanitize.cfg).
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
 
-.PHONY: help book test seeds notebooks colab ablations full-scale bench lab lock clean
+.PHONY: help book pdf test seeds notebooks colab ablations full-scale bench lab lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -34,6 +34,9 @@ test seeds notebooks: export NFLOWS_PRESET := quick
 book: $(READY)  ## build the book from the committed outputs, warnings as errors
 	$(BIN)/jupyter-book build . -W -n --keep-going
 	@echo "The book is built. Open $(CURDIR)/_build/html/index.html"
+
+pdf: book  ## the whole book as one PDF next to the site, which then offers it; needs Chromium or Chrome
+	$(BIN)/python tools/pdf.py
 
 # The chapters take longest, so they come first and the two workers end together; tests/conftest.py orders the rest.
 test: $(READY)  ## lint, spelling, the house's plan, unit and property tests, every chapter compared with its stored outputs

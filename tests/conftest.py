@@ -5,9 +5,7 @@ The fixtures import what only they need, because a lent machine with a GPU has n
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -18,6 +16,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import chromium
 import pytest
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 PRETENDED = pytest.StashKey["PretendedGPU | None"]()
 
 ROOT = Path(__file__).parents[1]
-NO_CHROMIUM = "no Chromium on this machine (on Debian: apt-get install chromium)"
 
 # The longest chapters come first, then the others, then the longest test files. The first of these files builds the
 # book. Other files that need the book come later, since another worker would wait for the build.
@@ -39,6 +37,7 @@ LONGEST = [
     "02_dequantization.ipynb",
     "test_book.py",
     "test_clinic.py",
+    "test_pdf.py",
     "test_processes.py",
     "test_trainer.py",
     "test_runs.py",
@@ -54,18 +53,11 @@ LONGEST = [
 ]
 
 
-def chromium() -> str | None:
-    """The path of the browser: the one that the environment names, or else the first usual name that is found."""
-    if wanted := os.environ.get("CHROMIUM"):
-        if found := shutil.which(wanted):
-            return found
-        raise pytest.UsageError(f"the environment variable CHROMIUM is {wanted!r}, which is no program")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-    return next((found for name in names if (found := shutil.which(name))), None)
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    chromium()  # a wrong name is an error before the first test
+    try:
+        chromium.find()  # a wrong name is an error before the first test
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
     if getattr(config.option, "numprocesses", None):
         return  # the process that only starts the workers does not wait for torch
     import pretended_gpu
@@ -76,9 +68,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = sum(NO_CHROMIUM in str(report.longrepr) for report in terminalreporter.stats.get("skipped", []))
+    skipped = sum(chromium.MISSING in str(report.longrepr) for report in terminalreporter.stats.get("skipped", []))
     if skipped:
-        terminalreporter.write_line(f"Skipped browser tests: {skipped}, because there is {NO_CHROMIUM}", yellow=True)
+        terminalreporter.write_line(
+            f"Skipped browser tests: {skipped}, because there is {chromium.MISSING}", yellow=True
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -182,13 +176,13 @@ def pretended(pytestconfig: pytest.Config) -> PretendedGPU:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """The system's Chromium, since Playwright's own is never downloaded."""
-    path = chromium()
+    path = chromium.find()
     if path is None:
-        pytest.skip(NO_CHROMIUM)
+        pytest.skip(chromium.MISSING)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(executable_path=path, args=chromium.ARGUMENTS)
         yield browser
         browser.close()
 

@@ -10,7 +10,6 @@ The flows are small and smooth, so that a reader can follow them: 8 couplings wi
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from io import BytesIO
@@ -23,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import chromium
 from nflows_lib import data, plotting
 from nflows_lib.bijection import Chain
 from nflows_lib.coupling import AffineCoupling, alternating_mask
@@ -160,9 +160,7 @@ def draw_training() -> None:
         file = Path(folder) / "page.html"
         element = '<flow-trainer at="train=moons&amp;broken=scaling"></flow-trainer>'
         file.write_text(f'<!doctype html><meta charset="utf-8"><body>{element}{scripts}</body>', encoding="utf-8")
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
-        )
+        browser = playwright.chromium.launch(executable_path=chromium.require(), args=chromium.ARGUMENTS)
         page = browser.new_page(viewport={"width": 820, "height": 1000})
         page.goto(file.as_uri())
         page.wait_for_function("document.querySelector('flow-trainer').worker")

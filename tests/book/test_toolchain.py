@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
+import chromium
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -132,7 +133,7 @@ def test_ci_runs_what_a_reader_runs() -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text(encoding="utf-8"))
     commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
     called = {command.split()[1] for command in commands if command.startswith("make ")}
-    assert called == {"test", "book"} and len(called) == len(commands)
+    assert called == {"test", "pdf"} and len(called) == len(commands)
 
 
 def test_the_citation_file_is_whole() -> None:
@@ -164,14 +165,12 @@ def test_a_missing_browser_does_not_go_unnoticed(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(pytest.UsageError, match="CHROMIUM is 'kromium', which is no program"):
         conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace(numprocesses=2)))
     monkeypatch.setenv("CHROMIUM", sys.executable)
-    assert conftest.chromium() == sys.executable
+    assert chromium.find() == sys.executable
     monkeypatch.delenv("CHROMIUM")
     monkeypatch.setenv("PATH", "")
-    assert conftest.chromium() is None
+    assert chromium.find() is None
     lines: list[str] = []
-    skipped = [
-        SimpleNamespace(longrepr=("conftest.py", 1, f"Skipped: {why}")) for why in (conftest.NO_CHROMIUM, "no git")
-    ]
+    skipped = [SimpleNamespace(longrepr=("conftest.py", 1, f"Skipped: {why}")) for why in (chromium.MISSING, "no git")]
     reporter = SimpleNamespace(stats={"skipped": skipped}, write_line=lambda line, **_: lines.append(line))
     conftest.pytest_terminal_summary(reporter)
-    assert lines == [f"Skipped browser tests: 1, because there is {conftest.NO_CHROMIUM}"]
+    assert lines == [f"Skipped browser tests: 1, because there is {chromium.MISSING}"]
