@@ -1,7 +1,7 @@
 """Train the playground's flows and write them for the page: ``python tools/playground.py``, 15 minutes on one core.
 
-``python tools/playground.py pictures`` only draws the two pictures for readers without scripts; the second is a picture
-of the page's own element in Chromium.
+``python tools/playground.py pictures`` only draws the two pictures for readers without scripts and that of the cover. All
+but the first show the page's own elements in Chromium.
 
 The flows are small and smooth, so that a reader can follow them: 8 couplings with one hidden layer of 20 units.
 `_extra/playground/flows.js` holds all flows, rounded by `nflows_lib.experiments.export`, and the points of each set.
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -33,11 +34,15 @@ from nflows_lib.flow import Flow
 from nflows_lib.models import nice, realnvp_points
 from nflows_lib.training import NonFiniteLoss, fit
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "_extra" / "playground" / "flows.js"
 STILL = ROOT / "chapters" / "assets" / "playground" / "still.png"
 PREFIX = "globalThis.playgroundSets = "
 TRAINER = ("page.js", "train.js", "flow.js", "trainer.js")  # the scripts of <flow-trainer>, in this order
+PLAYGROUND = ("page.js", "train.js", "flow.js", "flows.js", "playground.js")  # those of <flow-playground>
 SHOWN = 184  # points of a set in the page
 SIZES = {"couplings": 8, "hidden": 20, "depth": 1, "activation": nn.SiLU}
 
@@ -151,24 +156,46 @@ def draw_still() -> None:
     figure.savefig(STILL, dpi=75)
 
 
-def draw_training() -> None:
-    """Draw the picture of the element that trains: two flows, one without its scaling layer, after 1,500 steps."""
+@contextmanager
+def in_browser(element: str, scripts: tuple[str, ...], address: str = "") -> Iterator[Page]:
+    """A page that holds nothing but one of the playground's elements, at an address that ends as given."""
     from playwright.sync_api import sync_playwright
 
-    scripts = "".join(f'<script src="{(FILE.parent / name).as_uri()}"></script>' for name in TRAINER)
+    tags = "".join(f'<script src="{(FILE.parent / name).as_uri()}"></script>' for name in scripts)
     with sync_playwright() as playwright, TemporaryDirectory() as folder:
         file = Path(folder) / "page.html"
-        element = '<flow-trainer at="train=moons&amp;broken=scaling"></flow-trainer>'
-        file.write_text(f'<!doctype html><meta charset="utf-8"><body>{element}{scripts}</body>', encoding="utf-8")
+        body = f'<body style="font-family: sans-serif">{element}{tags}</body>'
+        file.write_text(f'<!doctype html><meta charset="utf-8">{body}', encoding="utf-8")
         browser = playwright.chromium.launch(executable_path=chromium.require(), args=chromium.ARGUMENTS)
         page = browser.new_page(viewport={"width": 820, "height": 1000})
-        page.goto(file.as_uri())
+        page.goto(file.as_uri() + address)
+        yield page
+        browser.close()
+
+
+def draw_training() -> None:
+    """Draw the picture of the element that trains: two flows, one without its scaling layer, after 1,500 steps."""
+    with in_browser('<flow-trainer at="train=moons&amp;broken=scaling"></flow-trainer>', TRAINER) as page:
         page.wait_for_function("document.querySelector('flow-trainer').worker")
         page.evaluate("document.querySelector('flow-trainer').worker.postMessage({ steps: 1500 })")
         page.wait_for_function("document.querySelector('flow-trainer').steps === 1500")
         picture = page.locator("flow-trainer .view").screenshot()
-        browser.close()
     Image.open(BytesIO(picture)).save(STILL.with_name("training.webp"), quality=75, method=6)
+
+
+def draw_screenshot() -> None:
+    """Draw the cover's picture of the playground: RealNVP on the moons after five layers, without its choices."""
+    state = "#data=moons&model=realnvp&without=nothing&layer=5"
+    with in_browser("<flow-playground></flow-playground>", PLAYGROUND, state) as page:
+        page.wait_for_function("document.querySelector('flow-playground').heats?.[5]")
+        between = page.evaluate("""() => {
+          const { slider, now } = document.querySelector("flow-playground");
+          const [from, to] = [slider.parentElement, now].map((part) => part.getBoundingClientRect());
+          return { x: from.x - 4, y: from.y - 4, width: from.width + 8, height: to.bottom - from.y + 8 };
+        }""")
+        picture = page.screenshot(clip=between, full_page=True)
+    few_colours = Image.open(BytesIO(picture)).convert("RGB").quantize(160, dither=Image.Dither.NONE)
+    few_colours.save(STILL.with_name("screenshot.png"), optimize=True)
 
 
 def main() -> None:
@@ -186,9 +213,10 @@ def main() -> None:
 
 
 def draw_pictures() -> None:
-    """Draw the pictures for readers without scripts."""
+    """Draw the pictures for readers without scripts, and that of the cover."""
     draw_still()
     draw_training()
+    draw_screenshot()
 
 
 if __name__ == "__main__":
