@@ -171,11 +171,32 @@ def test_the_differences_that_the_open_questions_print_follow_from_the_files():
     assert f"learned noise scores {noise:.3f} bits/dim better\n" in page
     deeper, wider = (mean("glow-depth", "2") - mean("glow-depth", key) for key in ("8", "2, wide"))
     assert f"better than 2 steps: 8 steps by {deeper:.2f} bits/dim, width by {wider:.2f}\n" in page
-    worse = mean("glow-grid", "shifted") - mean("glow-grid", "Glow")
-    assert f"shifted squares score {worse:.2f} bits/dim worse than Glow\n" in page
     runs = stored("realnvp-alpha")["results"]["0.05"]
     rows = [line.split()[-3:] for line in page.splitlines() if "≈" in line and " to " in line]
     assert rows == [[f"{run['training'][block]:.3f}" for run in runs] for block in range(3)]
+
+
+def test_the_differences_between_pixels_that_the_open_questions_print_follow_from_the_file():
+    """Per variant: levels inside squares and at both kinds of borders, the grid at temperature 0.7, and the score."""
+    lines = [" ".join(line.split()) for line in printed("open_questions.ipynb").splitlines()]
+    results, names = stored("glow-grid")["results"], QUESTIONS["glow-grid"][1]
+    score = {key: statistics.mean(run["test"] for run in runs) for key, runs in results.items()}
+    for key, name in names.items():
+        row = [
+            statistics.mean(difference for run in results[key] for difference in run["steps"][first::period])
+            for first, period in ((0, 2), (1, 4), (3, 4))
+        ]
+        row.append(statistics.mean(run["cold"] for run in results[key]))
+        assert f"{name} {' '.join(f'{value:.1f}' for value in row)}" in lines
+    changes = list(names)[2:]
+    gains = ", ".join(f"{names[key]} {score['Glow'] - score[key]:+.2f}" for key in changes)
+    assert f"score better than Glow's, in bits/dim: {gains}" in lines
+    shares = []
+    for run in results["Glow"]:
+        fine, coarse = 4 * (run["fine"] - 1), 3 * (run["coarse"] - 1)
+        shares.append(f"{coarse / (fine + coarse):.0%}")
+        assert run["grid"] == pytest.approx(1 + (fine + coarse) / 7, rel=1e-3)
+    assert f"Glow, share of the grid that lies at 4×4 borders, by seed: {', '.join(shares)}" in lines
 
 
 def test_the_samples_without_a_tanh_on_the_page_are_those_of_the_file():

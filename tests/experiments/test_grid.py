@@ -110,9 +110,9 @@ def test_the_steps_by_place_and_their_ratios_by_hand():
     assert grid.steps_by_place(image.byte()[None, None].repeat(2, 3, 1, 1)) == places
     rows = grid.steps_by_place((stairs[:, None] * torch.ones(8)).byte()[None, None])
     assert rows == [step / 2 for step in places]
-    assert grid.border_ratios(places) == (2, 6)
-    photograph = grid.border_ratios([1.0] * 15)
-    assert photograph == (1, 1)
+    assert grid.border_ratios(places) == [2, 6]
+    assert grid.border_ratios([1.0] * 15) == [1, 1]
+    assert grid.border_ratios([1, 2, 1, 4, 1, 2, 1, 8] * 3 + places, squeezes=3) == [2, 4.5, 8]  # the last 4 is a 6
     assert grid_texture(image[None, None]) == pytest.approx((2 + 6 + 2) / 3)
 
 
@@ -129,7 +129,7 @@ def test_an_arm_repeats_and_its_record_holds_samples():
     assert first["samples"] != other["samples"]
     assert first["parameters"] == other["parameters"]
     assert all(math.isfinite(first[key]) and first[key] != other[key] for key in ("test", "grid", "cold"))
-    assert (first["fine"], first["coarse"]) == grid.border_ratios(first["steps"])
+    assert [first["fine"], first["coarse"]] == grid.border_ratios(first["steps"])
     assert first["kept"] == 500
     levels = torch.frombuffer(bytearray(base64.b64decode(first["samples"])), dtype=torch.uint8)
     assert levels.reshape(grid.SHOWN, 3, 16, 16).float().std() > 5

@@ -163,14 +163,18 @@ def steps_by_place(images: Tensor) -> list[float]:
     return ((rows + columns) / 2).tolist()
 
 
-def border_ratios(steps: list[float]) -> tuple[float, float]:
-    """The steps at the borders of 2x2 and of 4x4 squares, each divided by the steps inside 2x2 squares.
+def border_ratios(steps: list[float], squeezes: int = 2) -> list[float]:
+    """The steps where the squares of each squeeze meet, finest first, divided by the steps inside the 2x2 squares.
 
-    The borders of 4x4 squares are borders of 2x2 squares as well; the first result leaves them out.
+    A border of 4x4 squares is a border of 2x2 squares as well. It counts as a border of the largest squares only.
     """
-    inside, coarse = steps[0::2], steps[3::4]
-    fine = steps[1::4]
-    return tuple(sum(border) / len(border) / (sum(inside) / len(inside)) for border in (fine, coarse))
+    inside = sum(steps[0::2]) / len(steps[0::2])
+    ratios = []
+    for size in (2**i for i in range(1, squeezes + 1)):
+        largest = size == 2**squeezes
+        borders = [step for k, step in enumerate(steps, start=1) if k % size == 0 and (largest or k % (2 * size))]
+        ratios.append(sum(borders) / len(borders) / inside)
+    return ratios
 
 
 def glow_grid(seed: int, *, updates: int = 400, **change: Any) -> dict[str, Any]:
