@@ -87,9 +87,7 @@ def bookmarks(file: bytes) -> list[tuple[int, str]]:
         found, following = [], re.search(rb"/First (\d+) 0 R", parent)
         while following:
             entry = item(following[1])
-            literal, digits = re.search(
-                rb"/Title (?:\(((?:\\.|[^\\)])*)\)|<([0-9A-Fa-f]*)>)", entry, re.DOTALL
-            ).groups()
+            literal, digits = re.search(TITLE, entry, re.DOTALL).groups()
             found += [(level, title(literal or b"", digits or b"")), *below(entry, level + 1)]
             following = re.search(rb"/Next (\d+) 0 R", entry)
         return found
