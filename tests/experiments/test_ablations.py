@@ -190,7 +190,7 @@ def test_the_differences_between_pixels_that_the_open_questions_print_follow_fro
         assert f"{name} {' '.join(f'{value:.1f}' for value in row)}" in lines
     changes = list(names)[2:]
     gains = ", ".join(f"{names[key]} {score['Glow'] - score[key]:+.2f}" for key in changes)
-    assert lines[lines.index("score better than Glow's, in bits/dim:") + 1] == gains
+    assert lines[lines.index("gain over Glow in bits/dim (negative: worse):") + 1] == gains
     shares = []
     for run in results["Glow"]:
         fine, coarse = 4 * (run["fine"] - 1), 3 * (run["coarse"] - 1)

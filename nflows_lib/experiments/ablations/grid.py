@@ -222,6 +222,7 @@ ABLATIONS = {
             "reflected": partial(glow_grid, reflected=True),
             "couplings before": partial(glow_grid, before=2),
             "shifted": partial(glow_grid, shifted=True),
+            "shifted, 800 updates": partial(glow_grid, shifted=True, updates=800),
         },
     ),
 }
