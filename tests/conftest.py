@@ -189,7 +189,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def opened(browser: Browser) -> Callable[..., AbstractContextManager[Page]]:
-    """Opens a page; an error on it, or a request for what does not begin with one of the prefixes, fails the test."""
+    """Opens a page without MathJax; an error on it, or a request for none of the prefixes, fails the test."""
+    from mathematics import leave_out_mathematics
 
     @contextmanager
     def open_page(address: str, *prefixes: str) -> Iterator[Page]:
@@ -199,6 +200,7 @@ def opened(browser: Browser) -> Callable[..., AbstractContextManager[Page]]:
         page.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: trouble.append(str(error)))
         page.on("request", lambda request: None if request.url.startswith(prefixes) else trouble.append(request.url))
+        leave_out_mathematics(page)
         page.goto(address)
         yield page
         context.close()

@@ -13,7 +13,7 @@ cannot show kernels that compute something else on a GPU, torch.compile, or how 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.library import Library, fallthrough_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 NAME = "pretended"
@@ -31,6 +30,27 @@ MIXING = {aten.copy_.default, aten.index.Tensor, aten.index_put.default, aten.in
 # Operations whose result the CPU needs, so that it waits for all queued work, as it does for a copy in either
 # direction.
 WAITING = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default}
+
+
+# Operations nest lists and tuples only. PyTorch's own functions for nested values would take much of their time.
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """The tensors among an operation's arguments."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(value)
+
+
+def changed(change: Callable[[Tensor], Any], value: Any) -> Any:
+    """An operation's argument or result, with every tensor in it changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)([changed(change, inner) for inner in value])
+    return value
 
 
 class OnGPU(Tensor):
@@ -82,7 +102,7 @@ class PretendedGPU(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [*tensors_in(args), *tensors_in(kwargs.values())]
         on_gpu = any(isinstance(tensor, OnGPU) for tensor in tensors)
         target = kwargs.get("device")
         to_gpu = on_gpu if target is None else target.type == NAME
@@ -99,16 +119,20 @@ class PretendedGPU(TorchDispatchMode):
         self.waits += func in WAITING or crosses
         if target is not None:
             kwargs["device"] = torch.device("cpu")
-        held_args, held_kwargs = tree_map_only(OnGPU, lambda tensor: tensor.held, (args, kwargs))
+
+        def held(tensor: Tensor) -> Tensor:
+            return tensor.held if isinstance(tensor, OnGPU) else tensor
+
+        held_kwargs = {name: changed(held, value) for name, value in kwargs.items()}
         with self._drawing(func):
-            result = func(*held_args, **held_kwargs)
+            result = func(*changed(held, args), **held_kwargs)
         # A tensor that was changed in place is returned as the same tensor.
-        given = {id(tensor.held if isinstance(tensor, OnGPU) else tensor): tensor for tensor in tensors}
+        given = {id(held(tensor)): tensor for tensor in tensors}
 
         def out(tensor: Tensor) -> Tensor:
             return given.get(id(tensor)) if id(tensor) in given else OnGPU(tensor) if to_gpu else tensor
 
-        return tree_map_only(Tensor, out, result)
+        return changed(out, result)
 
     @contextmanager
     def _drawing(self, func: Any) -> Iterator[None]:
@@ -183,7 +207,7 @@ def _lowered(operation: Any, *args: Any, **kwargs: Any) -> Tensor:
     key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
     dtype = torch.get_autocast_dtype(NAME)
     with torch._C._ExcludeDispatchKeyGuard(key):
-        return operation(*tree_map_only(Tensor, lambda tensor: tensor.to(dtype), args), **kwargs)
+        return operation(*changed(lambda tensor: tensor.to(dtype), args), **kwargs)
 
 
 EVERY, ATEN = Library("_", "IMPL"), Library("aten", "IMPL")  # as long as these live, so does what they register

@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl
 
 import pytest
 import torch
+from mathematics import leave_out_mathematics
 from playwright._impl._driver import compute_driver_executable
 from playwright.sync_api import Browser, Page
 from torch.distributions import MultivariateNormal
@@ -579,6 +580,7 @@ def test_a_flow_of_ones_own_is_opened(fresh: Page, tmp_path: Path) -> None:
 def test_a_finger_drags_the_point_and_scrolls_beside_it(book: Path, browser: Browser) -> None:
     context = browser.new_context(viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True)
     page = context.new_page()
+    leave_out_mathematics(page)
     page.goto((book / "chapters" / "playground.html").as_uri())
     handle = page.locator("flow-playground .handle").first
     handle.scroll_into_view_if_needed()
@@ -615,13 +617,12 @@ def test_a_finger_drags_the_point_and_scrolls_beside_it(book: Path, browser: Bro
     context.close()
 
 
-def test_with_reduced_motion_nothing_moves_by_itself(book: Path, browser: Browser) -> None:
-    context = browser.new_context(reduced_motion="reduce")
-    page = context.new_page()
-    page.goto((book / "chapters" / "playground.html").as_uri())
-    page.get_by_label("layers passed").press("End")
-    assert page.evaluate("document.querySelector('flow-playground').shown") == 8
-    context.close()
+def test_with_reduced_motion_nothing_moves_by_itself(fresh: Page) -> None:
+    fresh.emulate_media(reduced_motion="reduce")
+    fresh.get_by_label("layers passed").press("End")
+    shown = fresh.evaluate(f"{IT}.shown")
+    fresh.emulate_media(reduced_motion="no-preference")
+    assert shown == 8
 
 
 def test_the_shading_is_the_density_of_the_flow_that_is_chosen(page: Page, shipped: dict[str, Any]) -> None:

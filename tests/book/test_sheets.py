@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from mathematics import leave_out_mathematics
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page
 
@@ -109,19 +110,45 @@ def test_the_page_says_how_much_each_scale_changes() -> None:
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def page(browser: Browser, book: Path) -> Iterator[Page]:
-    """The playground on a narrow touch screen; at the end its scripts must have raised no error."""
-    context = browser.new_context(viewport={"width": 360, "height": 740}, has_touch=True)
+SIZE = {"width": 360, "height": 740}
+ALL_READY = "document.querySelectorAll('latent-sheet:not(.ready)').length == 0"
+
+
+@pytest.fixture(scope="module")
+def loaded(browser: Browser, book: Path) -> Iterator[tuple[Page, list[str]]]:
+    """The playground on a narrow touch screen, and the errors that its scripts raise."""
+    context = browser.new_context(viewport=SIZE, has_touch=True)
     page = context.new_page()
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda said: errors.append(said.text) if "/playground/" in said.location["url"] else None)
-    page.route("**/tex-chtml.js*", lambda route: route.fulfill(body="", content_type="text/javascript"))  # slow
+    leave_out_mathematics(page)
     page.goto((book / "chapters" / "playground.html").as_uri())
-    page.wait_for_function("document.querySelectorAll('latent-sheet:not(.ready)').length == 0")
-    yield page
+    page.wait_for_function(ALL_READY)
+    assert not errors
+    yield page, errors
     context.close()
+
+
+@pytest.fixture
+def page(loaded: tuple[Page, list[str]]) -> Iterator[Page]:
+    """The loaded page with new sheets in place of those that a test before has used."""
+    page, errors = loaded
+    errors.clear()
+    page.set_viewport_size(SIZE)
+    page.evaluate(
+        """() => {
+          for (const used of document.querySelectorAll("latent-sheet")) {
+            const again = used.cloneNode(true);  // without its shadow root
+            again.classList.remove("ready");
+            used.replaceWith(again);
+          }
+          scrollTo(0, 0);
+        }"""
+    )
+    page.wait_for_function(ALL_READY)
+    yield page
+    page.emulate_media(media="screen")
     assert not errors
 
 
