@@ -125,9 +125,17 @@ def test_the_temperature_multiplies_the_latents():
     assert cold == pytest.approx(0.7 * usual, rel=0.02)
 
 
-def test_an_arm_repeats_and_its_record_holds_samples():
+def test_an_arm_repeats_and_its_record_holds_samples(monkeypatch):
+    temperatures = []
+
+    def listening(flow, n=500, temperature=1.0):
+        temperatures.append(temperature)
+        return finite_samples(flow, n, temperature)
+
+    monkeypatch.setattr(grid, "finite_samples", listening)
     first, again, other = (grid.glow_grid(seed, updates=2, steps=1, hidden=2) for seed in (0, 0, 1))
     assert first == again
+    assert temperatures == [1.0, 0.7] * 3
     assert first["samples"] != other["samples"]
     assert first["parameters"] == other["parameters"]
     assert all(math.isfinite(first[key]) and first[key] != other[key] for key in ("test", "grid", "cold"))
