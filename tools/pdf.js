@@ -61,10 +61,10 @@ function prepare(article, name, names) {
   return article;
 }
 
-// The pieces of code between which a page may end: they end with a blank line and have at least four lines each.
+// The pieces of code between which a page may end: they end with one blank line and have at least four lines each.
 function pieces(text) {
-  const found = text.match(/[^]*?\n(?:[ \t]*\n)+|[^]+$/g);
-  const long = (piece) => piece.trimEnd().split("\n").length >= 4;
+  const found = text.match(/[^]*?\n[ \t]*\n|[^]+$/g);
+  const long = (piece) => piece.trim().split("\n").length >= 4;
   return found.reduce((done, piece) => {
     if (done.length && !(long(piece) && long(done.at(-1)))) done.push(done.pop() + piece);
     else done.push(piece);
