@@ -48,13 +48,19 @@ function prepare(article, name, names) {
   }
   for (const word of article.querySelectorAll("code span.pre")) word.replaceWith(...word.childNodes);
   for (const element of article.querySelectorAll("[id]")) element.id = `${name}--${element.id}`;
+  const states = new Map(); // the last words in each paragraph that lead to a state of the playground
   for (const link of article.querySelectorAll("a[href]")) {
     const address = link.getAttribute("href");
     if (/^\w+:/.test(address)) continue;
     const target = inside(address, name, names);
-    if (target) link.setAttribute("href", target);
-    else link.replaceWith(...link.childNodes); // a state of the playground, or a picture by itself
+    if (target) {
+      link.setAttribute("href", target);
+      continue;
+    }
+    if (/\.html#.*=/.test(address)) states.set(link.closest("p"), link.lastChild);
+    link.replaceWith(...link.childNodes); // a state of the playground, or a picture by itself
   }
+  for (const words of states.values()) words.after(" (on the site)");
   for (const image of article.querySelectorAll("img")) image.removeAttribute("loading");
   article.id = name;
   article.style.page = `page-${name}`;
