@@ -169,6 +169,8 @@ async function build(book) {
   await MathJax.typesetPromise();
   await document.fonts.ready;
   for (const wide of main.querySelectorAll("mjx-container, table")) fit(wide);
+  // One or two lines below a heading do not end a page.
+  for (const text of main.querySelectorAll(":is(h1, h2, h3) + p")) text.classList.toggle("brief", text.clientHeight < 50);
 }
 
 // Write the pages into the contents; the numbers come from a first print.
