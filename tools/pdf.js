@@ -1,5 +1,5 @@
 // Puts the whole book into one page, for tools/pdf.py: every page's article, behind a title page and the contents.
-// `book` holds the title, the author, the year and the pages in their order: {name, part, numbered}.
+// `book` holds the title, the author, the year and the pages in their order: {name, part}.
 "use strict";
 
 // What only a screen has a use for.
@@ -149,10 +149,9 @@ async function build(book) {
     contents.append(link);
   };
   const titles = articles.map((article) => article.querySelector("h1").textContent.trim());
-  for (const [i, { name, part, numbered }] of book.pages.entries()) {
+  for (const [i, { name, part }] of book.pages.entries()) {
     if (part) contents.append(make("p", "part", part));
     line(name, titles[i], "page-line");
-    if (!numbered) continue;
     for (const heading of articles[i].querySelectorAll("h2")) line(heading.parentElement.id, heading.textContent.trim(), "section-line");
   }
   const header = document.createElement("style");

@@ -126,6 +126,7 @@ def test_the_contents_name_the_right_pages(printed: Printed) -> None:
     assert printed.numbers == {name: places[name] for name in printed.numbers}
     assert printed.facts["names"] == [name for name in printed.numbers if "--" not in name]
     assert [*printed.numbers.values()] == sorted(printed.numbers.values())
+    assert len(printed.numbers) == sum(level <= 2 for level, _ in printed.facts["outline"])
 
 
 def test_nothing_is_cut_off(printed: Printed) -> None:
@@ -172,14 +173,11 @@ def test_the_site_offers_the_file_once_it_is_printed(book: Path, tmp_path: Path,
 
 
 def test_the_title_page_names_the_source_of_a_published_copy() -> None:
-    toc = {
-        "root": "chapters/index",
-        "parts": [{"caption": "A", "numbered": 2, "chapters": [{"file": "b"}, {"file": "c"}]}],
-    }
+    toc = {"root": "chapters/index", "parts": [{"caption": "A", "chapters": [{"file": "b"}, {"file": "c"}]}]}
     config = {"title": "T", "author": "A", "copyright": "2026"}
     book = pdf.contents(config, toc)
     assert book["licence"] == pdf.LICENCE
-    assert [tuple(page.values()) for page in book["pages"]] == [("index", "", False), ("b", "A", True), ("c", "", True)]
+    assert [tuple(page.values()) for page in book["pages"]] == [("index", ""), ("b", "A"), ("c", "")]
     published = pdf.contents({**config, "repository": {"url": "https://example.org/copy"}}, toc)
     assert published["licence"].endswith("The source is at https://example.org/copy.")
 
