@@ -132,6 +132,17 @@ function fit(element) {
   if (place && element.scrollWidth > place + 1) element.style.fontSize = `${Math.floor((98 * place) / element.scrollWidth)}%`;
 }
 
+// Keep a number and its percent sign on one line.
+function joinPercent(main) {
+  const texts = document.createTreeWalker(main, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const text = texts.currentNode;
+    if (/\d %/.test(text.data) && !text.parentElement.closest("pre, code, h1, h2, h3")) {
+      text.data = text.data.replace(/(\d) %/g, "$1\u00a0%");
+    }
+  }
+}
+
 async function build(book) {
   const texts = await Promise.all(book.pages.map(({ name }) => fetch(`${name}.html`).then((answer) => answer.text())));
   const sources = texts.map((text) => new DOMParser().parseFromString(text, "text/html"));
@@ -164,6 +175,7 @@ async function build(book) {
   await Promise.all([...main.querySelectorAll("img")].map((image) => image.decode()));
   document.body.append(main);
   colour(main);
+  joinPercent(main);
   await MathJax.startup.promise;
   await MathJax.typesetPromise();
   await document.fonts.ready;
