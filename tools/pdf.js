@@ -1,5 +1,5 @@
 // Puts the whole book into one page, for tools/pdf.py: every page's article, behind a title page and the contents.
-// `book` holds the title, the author, the year and the pages in their order: {name, part, numbered}.
+// `book` holds the title, the author, the year and the pages in their order: {name, part}.
 "use strict";
 
 // What only a screen has a use for.
@@ -48,23 +48,29 @@ function prepare(article, name, names) {
   }
   for (const word of article.querySelectorAll("code span.pre")) word.replaceWith(...word.childNodes);
   for (const element of article.querySelectorAll("[id]")) element.id = `${name}--${element.id}`;
+  const states = new Map(); // the last words in each paragraph that lead to a state of the playground
   for (const link of article.querySelectorAll("a[href]")) {
     const address = link.getAttribute("href");
     if (/^\w+:/.test(address)) continue;
     const target = inside(address, name, names);
-    if (target) link.setAttribute("href", target);
-    else link.replaceWith(...link.childNodes); // a state of the playground, or a picture by itself
+    if (target) {
+      link.setAttribute("href", target);
+      continue;
+    }
+    if (/\.html#.*=/.test(address)) states.set(link.closest("p"), link.lastChild);
+    link.replaceWith(...link.childNodes); // a state of the playground, or a picture by itself
   }
+  for (const words of states.values()) words.after(" (on the site)");
   for (const image of article.querySelectorAll("img")) image.removeAttribute("loading");
   article.id = name;
   article.style.page = `page-${name}`;
   return article;
 }
 
-// The pieces of code between which a page may end: they end with a blank line and have at least four lines each.
+// The pieces of code between which a page may end: they end with one blank line and have at least four lines each.
 function pieces(text) {
-  const found = text.match(/[^]*?\n(?:[ \t]*\n)+|[^]+$/g);
-  const long = (piece) => piece.trimEnd().split("\n").length >= 4;
+  const found = text.match(/[^]*?\n[ \t]*\n|[^]+$/g);
+  const long = (piece) => piece.trim().split("\n").length >= 4;
   return found.reduce((done, piece) => {
     if (done.length && !(long(piece) && long(done.at(-1)))) done.push(done.pop() + piece);
     else done.push(piece);
@@ -126,6 +132,17 @@ function fit(element) {
   if (place && element.scrollWidth > place + 1) element.style.fontSize = `${Math.floor((98 * place) / element.scrollWidth)}%`;
 }
 
+// Keep a number and its percent sign on one line.
+function joinPercent(main) {
+  const texts = document.createTreeWalker(main, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const text = texts.currentNode;
+    if (/\d %/.test(text.data) && !text.parentElement.closest("pre, code, h1, h2, h3")) {
+      text.data = text.data.replace(/(\d) %/g, "$1\u00a0%");
+    }
+  }
+}
+
 async function build(book) {
   const texts = await Promise.all(book.pages.map(({ name }) => fetch(`${name}.html`).then((answer) => answer.text())));
   const sources = texts.map((text) => new DOMParser().parseFromString(text, "text/html"));
@@ -143,10 +160,9 @@ async function build(book) {
     contents.append(link);
   };
   const titles = articles.map((article) => article.querySelector("h1").textContent.trim());
-  for (const [i, { name, part, numbered }] of book.pages.entries()) {
+  for (const [i, { name, part }] of book.pages.entries()) {
     if (part) contents.append(make("p", "part", part));
     line(name, titles[i], "page-line");
-    if (!numbered) continue;
     for (const heading of articles[i].querySelectorAll("h2")) line(heading.parentElement.id, heading.textContent.trim(), "section-line");
   }
   const header = document.createElement("style");
@@ -159,10 +175,13 @@ async function build(book) {
   await Promise.all([...main.querySelectorAll("img")].map((image) => image.decode()));
   document.body.append(main);
   colour(main);
+  joinPercent(main);
   await MathJax.startup.promise;
   await MathJax.typesetPromise();
   await document.fonts.ready;
   for (const wide of main.querySelectorAll("mjx-container, table")) fit(wide);
+  // One or two lines below a heading do not end a page.
+  for (const text of main.querySelectorAll(":is(h1, h2, h3) + p")) text.classList.toggle("brief", text.clientHeight < 50);
 }
 
 // Write the pages into the contents; the numbers come from a first print.

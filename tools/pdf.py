@@ -56,11 +56,11 @@ def contents(config: dict[str, Any], toc: dict[str, Any]) -> dict[str, Any]:
         config: the content of `_config.yml`.
         toc: the content of `_toc.yml`.
     """
-    pages = [{"name": Path(toc["root"]).name, "part": "", "numbered": False}]
+    pages = [{"name": Path(toc["root"]).name, "part": ""}]
     for part in toc["parts"]:
         for i, chapter in enumerate(part["chapters"]):
             caption = part["caption"] if i == 0 else ""
-            pages.append({"name": Path(chapter["file"]).name, "part": caption, "numbered": "numbered" in part})
+            pages.append({"name": Path(chapter["file"]).name, "part": caption})
     source = config.get("repository", {}).get("url", "")
     return {
         "title": config["title"],

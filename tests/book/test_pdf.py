@@ -29,6 +29,16 @@ FACTS = """async () => {
   const edge = document.documentElement.clientWidth + 1;
   const wide = (element) => element.getBoundingClientRect().right > edge
     || (element.clientWidth && element.scrollWidth > element.clientWidth + 2);
+  const states = (root) => new Set(all([root], "a[href*='.html#']")
+    .filter((link) => link.getAttribute("href").includes("=") && !link.closest("flow-trainer"))
+    .map((link) => link.closest("p")));
+  const painted = (box) => {
+    const style = getComputedStyle(box);
+    return style.breakInside === "auto"
+      && (style.backgroundColor !== "rgba(0, 0, 0, 0)" || parseFloat(style.borderLeftWidth) > 0);
+  };
+  const loose = (text) => [...text.childNodes].some((node) => node.nodeType === Node.TEXT_NODE
+    && /\\d %/.test(node.data));
   const dead = (href) => href?.startsWith("#")
     ? !document.getElementById(decodeURIComponent(href.slice(1))) : !/^(https?|mailto):/.test(href);
   return {
@@ -39,6 +49,10 @@ FACTS = """async () => {
     pictures: both((roots) => all(roots, "img").length),
     solutions: both((roots) => all(roots, ".solution, details:not(.above-input), .folded").length),
     formulas: [all(site, ".math").length, all(paper, ".math > mjx-container").length],
+    states: [site.reduce((sum, root) => sum + states(root).size, 0),
+      all(paper, "p").filter((text) => text.textContent.includes("(on the site)")).length],
+    painted: all(paper, "div, section, pre:not(.long)").filter(painted).map(named),
+    loose: all(paper, "p, li, td, dd").filter(loose).map(named),
     wrong: all(paper, "mjx-merror, [data-mjx-error]").map(named),
     folded: all(paper, "details, button").map(named)
       .concat(all(paper, ".solution, .folded").filter((box) => box.clientHeight < 60).map(named)),
@@ -126,11 +140,26 @@ def test_the_contents_name_the_right_pages(printed: Printed) -> None:
     assert printed.numbers == {name: places[name] for name in printed.numbers}
     assert printed.facts["names"] == [name for name in printed.numbers if "--" not in name]
     assert [*printed.numbers.values()] == sorted(printed.numbers.values())
+    assert len(printed.numbers) == sum(level <= 2 for level, _ in printed.facts["outline"])
 
 
 def test_nothing_is_cut_off(printed: Printed) -> None:
     """No code, table, figure, formula or text is wider than its column of the paper."""
     assert not printed.facts["wide"]
+
+
+def test_no_box_runs_on_below_its_content(printed: Printed) -> None:
+    """A page break stretches a split box to the foot of its page: a box with a colour or a rail does not split."""
+    assert not printed.facts["painted"]
+
+
+def test_a_link_to_a_state_of_the_playground_says_that_the_site_has_it(printed: Printed) -> None:
+    site, paper = printed.facts["states"]
+    assert site == paper > 10
+
+
+def test_no_line_starts_with_a_percent_sign(printed: Printed) -> None:
+    assert not printed.facts["loose"]
 
 
 def test_nothing_is_folded(printed: Printed) -> None:
@@ -172,14 +201,11 @@ def test_the_site_offers_the_file_once_it_is_printed(book: Path, tmp_path: Path,
 
 
 def test_the_title_page_names_the_source_of_a_published_copy() -> None:
-    toc = {
-        "root": "chapters/index",
-        "parts": [{"caption": "A", "numbered": 2, "chapters": [{"file": "b"}, {"file": "c"}]}],
-    }
+    toc = {"root": "chapters/index", "parts": [{"caption": "A", "chapters": [{"file": "b"}, {"file": "c"}]}]}
     config = {"title": "T", "author": "A", "copyright": "2026"}
     book = pdf.contents(config, toc)
     assert book["licence"] == pdf.LICENCE
-    assert [tuple(page.values()) for page in book["pages"]] == [("index", "", False), ("b", "A", True), ("c", "", True)]
+    assert [tuple(page.values()) for page in book["pages"]] == [("index", ""), ("b", "A"), ("c", "")]
     published = pdf.contents({**config, "repository": {"url": "https://example.org/copy"}}, toc)
     assert published["licence"].endswith("The source is at https://example.org/copy.")
 
