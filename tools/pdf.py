@@ -109,9 +109,14 @@ def places(pdf: bytes) -> dict[str, int]:
 
 
 def printed(page: Page) -> bytes:
-    """The PDF of the opened book: a first print says on which pages its parts are, a second one has these in its contents."""
+    """The PDF of the opened book: a first print says on which pages its parts are, a second one has these in its contents.
+
+    The first print draws nothing, which halves its time and moves nothing.
+    """
     options = {"prefer_css_page_size": True, "print_background": True}
+    page.evaluate("document.body.style.visibility = 'hidden'")
     page.evaluate("places => number(places)", places(page.pdf(**options)))
+    page.evaluate("document.body.style.visibility = ''")
     return page.pdf(**options, tagged=True, outline=True)
 
 
