@@ -7,11 +7,11 @@ import io
 import json
 import pkgutil
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import thumbnails
 from PIL import Image
 
 import nflows_lib
@@ -20,8 +20,6 @@ from nflows_lib.clinic.registry import TESTS
 
 ROOT = Path(__file__).parents[2]
 CHAPTERS = ROOT / "chapters"
-sys.path.insert(0, str(ROOT / "tools"))
-import thumbnails  # noqa: E402  (a script, not a package)
 
 CLINIC = (CHAPTERS / "clinic.md").read_text(encoding="utf-8")
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e[+-]?\d+)?")

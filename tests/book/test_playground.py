@@ -5,13 +5,13 @@ import json
 import math
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+import playground
 import pytest
 import torch
 from mathematics import leave_out_mathematics
@@ -27,8 +27,6 @@ from nflows_lib.training import History
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "_extra" / "playground"
-sys.path.insert(0, str(ROOT / "tools"))
-import playground  # noqa: E402  (a script, not a package)
 
 NODE = compute_driver_executable()[0]  # the one that Playwright brings along
 CASES = [

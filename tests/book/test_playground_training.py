@@ -6,12 +6,12 @@ import itertools
 import json
 import math
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import playground
 import pytest
 import torch
 from playwright._impl._driver import compute_driver_executable
@@ -30,8 +30,6 @@ from nflows_lib.normalization import DiagonalScaling
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "_extra" / "playground"
-sys.path.insert(0, str(ROOT / "tools"))
-import playground  # noqa: E402  (a script, not a package)
 
 NODE = compute_driver_executable()[0]
 # All numbers that JSON lacks come back as null.

@@ -11,14 +11,12 @@ import sys
 from pathlib import Path
 
 import nbformat
+import publish
 import pytest
 from notebooks import check
 from reading import bound_again, length
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import publish  # noqa: E402  (a script, not a package)
-
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
 READER = "https://github.com/reader/course"
 LONG = f"https://github.com/{'owner' * 7}/{'name' * 20}"

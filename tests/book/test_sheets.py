@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import io
 import re
-import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sheets
 from axe_playwright_python.sync_playwright import Axe
 from mathematics import leave_out_mathematics
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import sheets  # noqa: E402  (a script, not a package)
 
 PLAYGROUND = (ROOT / "chapters" / "playground.md").read_text(encoding="utf-8")
 # The mean difference, in levels of 255, between a decoded picture and the stored one. A PNG loses nothing, but half

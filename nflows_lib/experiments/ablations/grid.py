@@ -54,13 +54,13 @@ class HaarSqueeze(Squeeze):
 
 
 class ShiftedSquares(Bijection):
-    """Other squares for a squeezed image: they begin some pixels further down and to the right.
+    """Other squares for a squeezed image: they begin elsewhere in the unsqueezed image, further down and to the right.
 
     Images ``(B, 4 C, H, W)`` keep their shape. Each 2x2 square at the border is completed by pixels from the opposite
     border. The values only change places, so the log-determinant is 0.
 
     Args:
-        pixels: by how many pixels, to the right and downwards.
+        pixels: by how many positions of the unsqueezed image; half a square is 1.
 
     Raises:
         ValueError: if the number of channels is not a multiple of 4.
@@ -126,7 +126,7 @@ def grid_glow(
 
     Args:
         haar: whether both squeezes are :class:`HaarSqueeze`.
-        shifted: whether every second step of a scale works on :class:`ShiftedSquares`, one pixel off.
+        shifted: whether every second step of a scale works on :class:`ShiftedSquares`, half a square off.
         before: number of checkerboard couplings in front of the first squeeze.
         reflected: whether the networks' 3x3 convolutions are :class:`Reflected`.
         deep_prior: whether the finished half has a prior with a network like the couplings', instead of a single
