@@ -35,7 +35,7 @@ if "google.colab" in sys.modules:
     checkout = Path("nflows-course").resolve()
     if not checkout.is_dir():
         address = "{address}"
-        clone = ["git", "clone", "--quiet", "--depth", "1", "--branch", "main"]
+        clone = ["git", "clone", "--quiet", "--depth", "1", "--branch", "{branch}"]
         subprocess.run([*clone, address, checkout], check=True)
     sys.path.insert(0, str(checkout))
 """
@@ -63,7 +63,7 @@ def first_cell(address: str) -> dict[str, Any]:
         "id": CELL,
         "metadata": {"tags": ["remove-cell"]},
         "outputs": [],
-        "source": SOURCE.format(address=address).rstrip("\n").splitlines(keepends=True),
+        "source": SOURCE.format(address=address, branch=BRANCH).rstrip("\n").splitlines(keepends=True),
     }
 
 

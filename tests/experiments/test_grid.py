@@ -18,6 +18,7 @@ from nflows_lib.experiments.ablations import grid
 from nflows_lib.experiments.ablations.glow import finite_samples, grid_texture
 from nflows_lib.experiments.ablations.grid import HaarSqueeze, Reflected, ShiftedSquares, grid_glow
 from nflows_lib.flow import Flow
+from nflows_lib.models import glow
 from nflows_lib.multiscale import Squeeze
 from nflows_lib.networks import ActNormConv, GlowNet, ZeroConv
 
@@ -53,6 +54,12 @@ def test_a_reflected_convolution_pads_by_reflection_and_not_by_zeros(make):
 
 ARMS = grid.ABLATIONS["glow-grid"].arms
 CHANGES = {name: getattr(arm, "keywords", {}) for name, arm in ARMS.items() if "updates" not in name}
+
+
+def test_without_a_change_it_is_the_library_s_bounded_glow():
+    ours, library = grid_glow(), glow((3, 16, 16), scales=2, steps=4, hidden=32, bounded=True)
+    assert list(ours.state_dict()) == list(library.state_dict())
+    assert ours.summary() == library.summary()
 
 
 def test_each_variant_makes_one_change():

@@ -69,6 +69,11 @@ def grid_of_samples(flow: Flow, n: int = 500) -> tuple[float, float]:
     return grid_texture(samples), 1 - len(samples) / n
 
 
+def score_of(flow: Flow, images: Tensor, draws: int = 1) -> float:
+    """The mean bits/dim of the images, with log p averaged over draws of the noise."""
+    return -log_likelihoods(flow, images, draws=draws).mean().item() / (flow.dims * math.log(2))
+
+
 def glow_patches(
     seed: int,
     *,
@@ -98,7 +103,7 @@ def glow_patches(
     fit(flow, train, steps, batch_size=64, lr=3e-3, clip=100.0, warmup=min(10, steps), cosine=True)
     grid, broken = grid_of_samples(flow)
     return {
-        "test": -log_likelihoods(flow, test).mean().item() / (flow.dims * math.log(2)),
+        "test": score_of(flow, test),
         "grid": grid,
         "broken": broken,
         "parameters": sum(parameter.numel() for parameter in flow.parameters() if parameter.requires_grad),
@@ -158,7 +163,7 @@ def first_updates(
     flow.initialize(torch.randint_like(photographs, 256) if noise else photographs)
 
     def score() -> float:
-        value = -log_likelihoods(flow, test).mean().item() / (flow.dims * math.log(2))
+        value = score_of(flow, test)
         return value if math.isfinite(value) else math.inf
 
     start = score()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 from functools import partial
 from typing import Any
 
@@ -12,15 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nflows_lib import data
-from nflows_lib.bijection import Bijection, Layer, Shape
+from nflows_lib.bijection import Bijection, Layer, Shape, initialize_network
 from nflows_lib.checks import check_tensor
 from nflows_lib.convolution import Invertible1x1Conv
 from nflows_lib.coupling import AffineCoupling, BoundedGlowCoupling, checkerboard_mask
 from nflows_lib.dequantization import Rescale, UniformDequantize
 from nflows_lib.distributions import StandardNormal
-from nflows_lib.evaluation import log_likelihoods
 from nflows_lib.experiments.ablations.experiment import Ablation
-from nflows_lib.experiments.ablations.glow import finite_samples, grid_texture, replace
+from nflows_lib.experiments.ablations.glow import finite_samples, grid_texture, replace, score_of
 from nflows_lib.flow import Flow
 from nflows_lib.multiscale import FactorOut, Squeeze
 from nflows_lib.networks import ActNormConv, GlowNet, ZeroConv
@@ -104,8 +102,7 @@ class Reflected(nn.Module):
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Initialise the convolution from a first batch of images."""
-        if isinstance(self.layer, ActNormConv):
-            self.layer.initialize(_continued(x))
+        initialize_network(self.layer, _continued(x), context)
 
 
 def _continued(x: Tensor) -> Tensor:
@@ -199,7 +196,7 @@ def glow_grid(seed: int, *, updates: int = 400, **change: Any) -> dict[str, Any]
     steps = steps_by_place(samples)
     fine, coarse = border_ratios(steps)
     return {
-        "test": -log_likelihoods(flow, test).mean().item() / (flow.dims * math.log(2)),
+        "test": score_of(flow, test),
         "grid": grid_texture(samples),
         "cold": grid_texture(finite_samples(flow, temperature=0.7)),
         "fine": fine,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,9 +14,8 @@ from torch.nn import functional as F
 
 from nflows_lib import data
 from nflows_lib.coupling import BoundedGlowCoupling
-from nflows_lib.evaluation import log_likelihoods
 from nflows_lib.experiments.ablations.experiment import Ablation
-from nflows_lib.experiments.ablations.glow import grid_of_samples, replace
+from nflows_lib.experiments.ablations.glow import grid_of_samples, replace, score_of
 from nflows_lib.experiments.mixture import mixture_glow
 from nflows_lib.flow import Flow
 from nflows_lib.models import glow
@@ -118,7 +116,7 @@ def after_glow(seed: int, *, kind: str, seconds: float | None = None, updates: i
     grid, broken = grid_of_samples(flow)
     sampling = time.process_time() - start
     return {
-        "test": -log_likelihoods(flow, test, draws=2).mean().item() / (flow.dims * math.log(2)),
+        "test": score_of(flow, test, draws=2),
         "updates": updates,
         "grid": grid,
         "broken": broken,
